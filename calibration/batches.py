@@ -1,0 +1,48 @@
+"""Windows of token ids from text, the same for the same tokenizer, text and seed."""
+
+import hashlib
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from qmoe.errors import CalibrationError
+
+
+def tokenize(tokenizer: Any, text: str, window: int) -> Int[Tensor, "n L"]:
+    """All whole windows of a text. Each starts with what the tokenizer starts a text with (BOS)."""
+    start = tokenizer("")["input_ids"][:1]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    body = window - len(start)
+    rows = torch.tensor(ids[: len(ids) // body * body], dtype=torch.long).view(-1, body)
+    return torch.cat([torch.tensor(start, dtype=torch.long).expand(len(rows), -1), rows], dim=1)
+
+
+def sample_windows(
+    tokenizer: Any, texts: dict[str, str], count: int, window: int, seed: int
+) -> Int[Tensor, "n L"]:
+    """`count` windows, spread evenly over the domains and drawn at random inside each.
+
+    A domain too short for its share gives what it has (fewer windows come back then). Raises
+    CalibrationError if no domain holds even one window.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for i, text in enumerate(texts.values()):
+        share = count // len(texts) + (i < count % len(texts))
+        rows = tokenize(tokenizer, text, window)
+        picked = torch.randperm(len(rows), generator=generator)[:share]
+        chosen.append(rows[picked.sort().values])
+    windows = torch.cat(chosen)
+    if not len(windows):
+        raise CalibrationError(
+            f"the text is shorter than one window of {window} tokens (domains: {', '.join(texts)}); "
+            "give more text or a smaller window"
+        )
+    return windows
+
+
+def fingerprint(windows: Int[Tensor, "n L"]) -> str:
+    """SHA-256 of the token ids, to say which text a result was calibrated on."""
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()

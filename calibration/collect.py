@@ -1,0 +1,119 @@
+"""Gathering a layer's statistics while the model's own forward runs through it.
+
+Routed experts: one function registered with transformers' experts interface, so routed tokens and
+gates arrive for free and no router is re-implemented. Dense linears: forward hooks.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from qmoe.calibration.stats import ExpertStats, LayerStats, LinearStats
+
+NAME = "qmoe_collect"
+
+
+def experts_forward(
+    self: Any,
+    hidden_states: Float[Tensor, "T H"],
+    top_k_index: Int[Tensor, "T A"],
+    top_k_weights: Float[Tensor, "T A"],
+) -> Float[Tensor, "T H"]:
+    """Run plain experts one by one; tell the module's sink, if it has one, what each received."""
+    first, second = (self.gate_up_proj if self.has_gate else self.up_proj), self.down_proj
+    sink = getattr(self, "_qmoe_sink", None)
+    if sink is not None:
+        sink.saw(hidden_states)
+    out = torch.zeros_like(hidden_states)
+    for e in top_k_index.unique().tolist():
+        if e >= len(first):  # a sentinel: this assignment goes to no expert
+            continue
+        token, slot = torch.where(top_k_index == e)
+        x, gate = hidden_states[token], top_k_weights[token, slot]
+        mid = apply_activation(self, x @ first[e].T)
+        if sink is not None:
+            sink.add(e, x, mid, gate)
+        y = mid @ second[e].T
+        if self.has_post_expert_norm:
+            y = self.post_expert_norm(y)
+        out.index_add_(0, token, (y * gate[:, None]).to(out.dtype))
+    return out
+
+
+def apply_activation(experts: Any, product: Tensor) -> Tensor:
+    """What the family does between its first and second matrix."""
+    mid: Tensor = experts._apply_gate(product) if experts.has_gate else experts.act_fn(product)
+    return mid
+
+
+class ExpertSink:
+    """Receives routed tokens of one experts module, and keeps an even sample of all its tokens."""
+
+    def __init__(self, stats: ExpertStats, gate_weighted: bool, stride: int):
+        self.stats, self.gate_weighted, self.stride = stats, gate_weighted, stride
+        self._seen = 0
+        self._sample: list[Tensor] = []
+
+    def saw(self, x: Tensor) -> None:
+        first = -self._seen % self.stride
+        self._sample.append(x[first :: self.stride].clone())
+        self._seen += len(x)
+
+    def add(self, e: int, x: Tensor, mid: Tensor, gate: Tensor) -> None:
+        weight = gate.float().square() if self.gate_weighted else torch.ones_like(gate)
+        self.stats.add(e, x, mid, gate, weight)
+
+    def sample(self) -> Tensor:
+        """[B, H] tokens of the layer, routed anywhere."""
+        return torch.cat(self._sample)
+
+
+@contextmanager
+def collecting_experts(experts: list[nn.Module]) -> Iterator[None]:
+    """Route these experts modules through `experts_forward`; restored on exit.
+
+    The switch is a field of the config each instance holds, so set there it cannot be ignored, as
+    `set_experts_implementation` silently is for classes transformers does not recognize.
+    """
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    configs = {id(e.config): e.config for e in experts}.values()
+    before = [(config, config._experts_implementation) for config in configs]
+    for config in configs:
+        config._experts_implementation = NAME
+    try:
+        yield
+    finally:
+        for config, name in before:
+            config._experts_implementation = name
+
+
+@contextmanager
+def collecting_linears(linears: dict[str, nn.Module], into: LayerStats) -> Iterator[None]:
+    """Gather the inputs of these linears; those given the very same tensor share one Hessian."""
+    last: list[tuple[Tensor, LinearStats]] = []
+
+    def hook(name: str) -> Any:
+        def gather(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            known = into.linears.get(name)
+            if last and last[0][0] is x and (known is None or known is last[0][1]):
+                into.linears[name] = last[0][1]
+                return
+            stats = into.linears.setdefault(name, LinearStats.empty(x.shape[-1]))
+            stats.add(x.reshape(-1, x.shape[-1]))
+            # Holding the tensor keeps its identity from being reused.
+            last[:] = [(x, stats)]
+
+        return gather
+
+    handles = [m.register_forward_pre_hook(hook(n)) for n, m in linears.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,37 @@
+"""What to do with experts that calibration hardly touched.
+
+Policy: an expert with n < min_tokens routed tokens borrows tokens of its layer that were routed
+elsewhere. They are run through the expert itself, so its second matrix sees its own activations,
+and enter both Hessians with a total weight of (min_tokens - n) average tokens. The pull is strong
+for an expert that saw nothing and fades to none at min_tokens: shrinkage towards what the layer
+sees, never a switch to another method. Every expert treated so is reported.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qmoe.calibration.stats import ExpertStats
+
+
+def borrow(
+    stats: ExpertStats,
+    sample: Float[Tensor, "B H"],
+    middle: Callable[[int, Tensor], Tensor],
+    min_tokens: int,
+) -> list[int]:
+    """Top up the Hessians of rare experts, in place; returns which experts those were.
+
+    middle(e, x) gives the inputs [B, I] of expert e's second matrix. The average weight of a token
+    is taken over the layer, since a rare expert's own average means nothing.
+    """
+    rare = [e for e, n in enumerate(stats.tokens.tolist()) if n < min_tokens]
+    routed = max(int(stats.tokens.sum()), 1)
+    average = float(stats.weight.sum()) / routed
+    for e in rare:
+        total = (min_tokens - int(stats.tokens[e])) * average
+        weight = torch.full((len(sample),), total / len(sample))
+        stats.add_weighted(e, sample, middle(e, sample), weight)
+    return rare

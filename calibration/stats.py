@@ -1,0 +1,129 @@
+"""Routed-token statistics: what each matrix saw, summed so that parts can be merged by adding.
+
+A Hessian here is sum(w x x') over tokens x with weight w (GPTQ's H without the factor 2/n); for
+routed experts w is 1 or the squared gate. float32 throughout.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qmoe.errors import CalibrationError
+
+
+@dataclass
+class ExpertStats:
+    """Per expert: tokens routed to it, sum of gates, sum of weights w, Hessian of the inputs of its
+    first matrix (gate and up share it) and of its second (down)."""
+
+    tokens: Int[Tensor, " E"]
+    gate_mass: Float[Tensor, " E"]
+    weight: Float[Tensor, " E"]
+    first: Float[Tensor, "E H H"]
+    second: Float[Tensor, "E I I"]
+
+    @classmethod
+    def empty(cls, experts: int, hidden: int, intermediate: int) -> "ExpertStats":
+        return cls(
+            torch.zeros(experts, dtype=torch.int64),
+            torch.zeros(experts),
+            torch.zeros(experts),
+            torch.zeros(experts, hidden, hidden),
+            torch.zeros(experts, intermediate, intermediate),
+        )
+
+    def add(self, e: int, x: Tensor, mid: Tensor, gate: Tensor, weight: Tensor) -> None:
+        """Account for tokens x [M, H] of expert e, with second inputs mid [M, I], gate and weight [M]."""
+        self.tokens[e] += len(x)
+        self.gate_mass[e] += gate.float().sum()
+        self.add_weighted(e, x, mid, weight)
+
+    def add_weighted(self, e: int, x: Tensor, mid: Tensor, weight: Tensor) -> None:
+        """Add to the Hessians only (borrowed tokens are not routed tokens)."""
+        weight = weight.float()
+        self.weight[e] += weight.sum()
+        root = weight.sqrt()[:, None]
+        x, mid = x.float() * root, mid.float() * root
+        self.first[e].addmm_(x.T, x)
+        self.second[e].addmm_(mid.T, mid)
+
+
+@dataclass
+class LinearStats:
+    """Of a dense linear's inputs: how many tokens, and their Hessian."""
+
+    tokens: Int[Tensor, ""]
+    hessian: Float[Tensor, "K K"]
+
+    @classmethod
+    def empty(cls, in_features: int) -> "LinearStats":
+        return cls(torch.tensor(0), torch.zeros(in_features, in_features))
+
+    def add(self, x: Float[Tensor, "M K"]) -> None:
+        self.tokens += len(x)
+        self.hessian.addmm_(x.float().T, x.float())
+
+
+@dataclass
+class LayerStats:
+    """Statistics of one decoder layer. Linears fed by the same tensor share one LinearStats."""
+
+    experts: dict[str, ExpertStats] = field(default_factory=dict)
+    linears: dict[str, LinearStats] = field(default_factory=dict)
+
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Flat tensors by `name|field`, and the shared linears as alias -> name."""
+        flat = {f"{n}|{k}": v for n, s in self.experts.items() for k, v in vars(s).items()}
+        first: dict[int, str] = {}
+        aliases = {}
+        for name, stats in self.linears.items():
+            owner = first.setdefault(id(stats), name)
+            aliases[name] = owner
+            if owner == name:
+                flat |= {f"{name}|{k}": v for k, v in vars(stats).items()}
+        return flat, aliases
+
+
+def save(stats: LayerStats, path: Path, model: str) -> None:
+    """Write one layer's statistics; `model` identifies what they were gathered on."""
+    flat, aliases = stats.tensors()
+    metadata = {"qmoe_statistics": "1", "model": model, "aliases": json.dumps(aliases)}
+    save_file({k: v.contiguous() for k, v in flat.items()}, path, metadata=metadata)
+
+
+def load(path: Path, model: str) -> LayerStats:
+    """Read `save`'s file; CalibrationError if it is missing, damaged or of another model."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CalibrationError(f"{path}: no readable statistics file ({error})") from error
+    if metadata.get("model") != model:
+        raise CalibrationError(
+            f"{path}: statistics of another model (its config.json differs), expected {model}"
+        )
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in flat.items():
+        name, _, part = key.rpartition("|")
+        parts.setdefault(name, {})[part] = tensor
+    experts = {n: ExpertStats(**p) for n, p in parts.items() if "first" in p}
+    owners = {n: LinearStats(**p) for n, p in parts.items() if "hessian" in p}
+    return LayerStats(experts, {n: owners[o] for n, o in json.loads(metadata["aliases"]).items()})
+
+
+def merge(parts: list[LayerStats]) -> LayerStats:
+    """Sum of statistics of the same layer gathered on different text."""
+    flats = [part.tensors() for part in parts]
+    if any(set(flat) != set(flats[0][0]) for flat, _ in flats):
+        raise CalibrationError("statistics to merge cover different modules of the layer")
+    for key, total in flats[0][0].items():
+        for flat, _ in flats[1:]:
+            total += flat[key]
+    return parts[0]

@@ -1,0 +1,43 @@
+"""The routed experts of one layer, computed on packed weights. CPU, or any device in torch ops.
+
+    token (T*A)   flattened assignments sorted by expert: the token each one belongs to
+    counts (E)    assignments per expert; ids >= E are sentinels ("no expert") and are skipped
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from qmoe.kernels.stack import PackedStack
+
+
+def moe_forward(
+    x: Float[Tensor, "T H"],
+    expert_ids: Int[Tensor, "T A"],
+    gates: Float[Tensor, "T A"],
+    first: PackedStack,
+    second: PackedStack,
+    activation: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "T H"]:
+    """y[t] = sum over a of gates[t, a] * second[e] @ activation(first[e] @ x[t]), e = expert_ids[t, a].
+
+    `activation` maps the first product [M, N] to the second's input [M, I] (gating included).
+    Contributions are summed in float32, expert by expert, and returned in the dtype of x.
+    """
+    E = first.shape[0]
+    ids = expert_ids.flatten()
+    order = torch.argsort(ids, stable=True)
+    counts = torch.bincount(ids, minlength=E)[:E].tolist()
+    token = order // expert_ids.shape[1]
+    weight = gates.flatten()[order].float()
+    out = torch.zeros(x.shape[0], second.shape[1], dtype=torch.float32, device=x.device)
+    start = 0
+    for e, count in enumerate(counts):
+        if count:
+            rows = token[start : start + count]
+            y = second.matmul(activation(first.matmul(x[rows], e)), e)
+            out.index_add_(0, rows, y.float() * weight[start : start + count, None])
+            start += count
+    return out.to(x.dtype)

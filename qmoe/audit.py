@@ -1,0 +1,128 @@
+"""Proof of what is in a quantized folder or a loaded model: every byte has a kind, and anything
+that is not as promised is a finding. No finding is ever a warning: `AuditError` lists them all.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qmoe.checkpoint import Checkpoint
+from qmoe.errors import AuditError
+from qmoe.format import SUFFIXES
+from qmoe.modules import PackedLinear, packed_experts
+from qmoe.packed_skeleton import PackedSource, open_packed
+from qmoe.structure import is_experts
+
+KINDS = (
+    "experts packed", "experts scales", "experts 16-bit",
+    "dense packed", "dense scales", "dense 16-bit",
+    "router", "embeddings", "norms and other",
+)  # fmt: skip
+
+
+@dataclass
+class Audit:
+    """bytes by kind, and what is wrong (empty in a good audit)."""
+
+    bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    findings: list[str] = field(default_factory=list)
+
+    def require_clean(self, where: str) -> None:
+        if self.findings:
+            shown = "\n  ".join(self.findings[:20])
+            more = f"\n  and {len(self.findings) - 20} more" if len(self.findings) > 20 else ""
+            raise AuditError(f"{where}: audit failed, {len(self.findings)} findings:\n  {shown}{more}")
+
+
+def audit_folder(path: Path) -> Audit:
+    """Read a quantized folder as a loader would, tensor by tensor. Raises AuditError on findings."""
+    audit = Audit()
+    source = open_packed(path)
+    names = source.weights
+    audit.findings += [f"missing: {n}" for n in names.missing()]
+    audit.findings += [f"belongs to no parameter: {n}" for n in names.unexpected]
+    for target, stored in names.targets.items():
+        owner, _, parameter = target.rpartition(".")
+        kind = _kind(source, owner, parameter)
+        for name in stored:
+            tensor = source.checkpoint.tensor(name)
+            audit.bytes[kind] += tensor.nbytes
+            if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+                audit.findings.append(f"holds NaN or Inf: {name}")
+            if name.endswith("_scale") and not (tensor.float() > 0).all():
+                audit.findings.append(f"has a scale that is not positive: {name}")
+        if kind == "experts 16-bit":
+            audit.findings.append(f"routed experts left unquantized: {stored[0]} ({target})")
+    audit.require_clean(str(path))
+    return audit
+
+
+def _kind(source: PackedSource, owner: str, parameter: str) -> str:
+    module = source.model.get_submodule(owner)
+    suffix = next((s for s in SUFFIXES if parameter.endswith(s)), None)
+    experts = is_experts(module)
+    if experts or isinstance(module, PackedLinear):
+        tier = "experts" if experts else "dense"
+        if suffix is not None:
+            return f"{tier} packed" if suffix == "_packed" else f"{tier} scales"
+        return "norms and other" if parameter == "bias" else f"{tier} 16-bit"
+    if isinstance(module, nn.Embedding) or owner == source.structure.lm_head:
+        return "embeddings"
+    if any(owner in layer.kept for layer in source.structure.layers) or _is_router(source, owner):
+        return "router"
+    return "dense 16-bit" if isinstance(module, nn.Linear) else "norms and other"
+
+
+def _is_router(source: PackedSource, owner: str) -> bool:
+    """Whatever has parameters beside the experts, is not a linear, and scores them is a router."""
+    module: Any = source.model.get_submodule(owner)
+    block = owner.rpartition(".")[0]
+    beside = any(e.rpartition(".")[0] == block for layer in source.structure.layers for e in layer.experts)
+    return beside and not isinstance(module, nn.Linear)
+
+
+def audit_model(model: nn.Module, where: str) -> Audit:
+    """Check a loaded model: nothing on the meta device, every expert packed, every scale finite.
+
+    Bytes are those resident in memory, in the runtime's own layout.
+    """
+    audit = Audit()
+    for name, module in model.named_modules():
+        if is_experts(module):
+            stacks = packed_experts(module)
+            if not stacks:
+                audit.findings.append(f"routed experts not packed: {name}")
+            for stack in stacks:
+                audit.bytes["experts packed"] += stack.packed.nbytes
+                audit.bytes["experts scales"] += stack.nbytes() - stack.packed.nbytes
+        elif isinstance(module, PackedLinear):
+            audit.bytes["dense packed"] += module.stack.packed.nbytes
+            audit.bytes["dense scales"] += module.stack.nbytes() - module.stack.packed.nbytes
+        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.device.type == "meta":
+                audit.findings.append(f"has no data: {name}.{key}")
+            elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                audit.findings.append(f"holds NaN or Inf: {name}.{key}")
+    packed = {id(b) for m in model.modules() if hasattr(m, "form") for b in m.buffers()}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in seen | packed:
+                seen.add(id(parameter))
+                audit.bytes[_resident_kind(name, module)] += parameter.nbytes
+    audit.require_clean(where)
+    return audit
+
+
+def _resident_kind(name: str, module: nn.Module) -> str:
+    if is_experts(module):
+        return "experts 16-bit"
+    if isinstance(module, nn.Embedding) or name == "lm_head":
+        return "embeddings"
+    return "dense 16-bit" if isinstance(module, nn.Linear) else "norms and other"
+
+
+__all__ = ["Audit", "Checkpoint", "audit_folder", "audit_model"]

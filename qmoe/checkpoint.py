@@ -1,0 +1,132 @@
+"""Reading a Hugging Face folder of safetensors lazily, and refusing a bad one before any work.
+
+Left out: what the tensors mean (structure.py) and how they get into a model (skeleton.py).
+"""
+
+import json
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from qmoe.errors import CheckpointError
+from qmoe.progress import Track
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+
+def resolve(source: str | Path) -> Path:
+    """A local folder as it is; anything else is downloaded from the Hugging Face Hub."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{source}: expected a model folder, found a file")
+    name = str(source)
+    if name.count("/") > 1 or name.startswith((".", "~", "/")):
+        raise CheckpointError(f"{source}: no such folder (and not a hub name like 'org/model')")
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{source}: no such local folder, and the Hub did not give it: {error}"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the model folder; CheckpointError names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent}: not a model folder, it has no {path.name}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+class Checkpoint:
+    """The tensors of a model folder by name. Opening checks every shard's header; data is read
+    only when asked for, from memory-mapped files."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = read_json(path / "config.json")
+        self._files: dict[str, Any] = {}
+        self._where: dict[str, str] = {}
+        for file in self._shards():
+            handle = self._open(file)
+            self._files[file] = handle
+            self._where |= dict.fromkeys(handle.keys(), file)
+        self._check_index()
+
+    def _shards(self) -> list[str]:
+        if (self.path / INDEX).is_file():
+            return sorted(set(self._index().values()))
+        if (self.path / SINGLE).is_file():
+            return [SINGLE]
+        pickled = sorted(p.name for p in self.path.glob("*.bin"))
+        hint = (
+            f"it has {pickled[0]}; convert it with transformers' save_pretrained(safe_serialization=True)"
+            if pickled
+            else f"it has neither {SINGLE} nor {INDEX}"
+        )
+        raise CheckpointError(f"{self.path}: no safetensors weights, {hint}")
+
+    def _index(self) -> dict[str, str]:
+        weight_map = read_json(self.path / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{self.path / INDEX}: expected a non-empty 'weight_map' object")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise CheckpointError(
+                    f"{self.path / INDEX}: {name!r} points outside the folder: {file!r}"
+                )
+        return weight_map
+
+    def _open(self, file: str) -> Any:
+        path = self.path / file
+        if not path.is_file():
+            raise CheckpointError(f"{self.path}: shard {file} is named in {INDEX} but missing")
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path}: truncated or corrupt safetensors file ({error}); download it again"
+            ) from error
+
+    def _check_index(self) -> None:
+        if not (self.path / INDEX).is_file():
+            return
+        for name, file in self._index().items():
+            if self._where.get(name) != file:
+                raise CheckpointError(f"{self.path}: {INDEX} places {name!r} in {file}, it is not there")
+
+    def names(self) -> list[str]:
+        return list(self._where)
+
+    def lazy(self, name: str) -> Any:
+        """A safetensors slice: shape and dtype now, data when indexed."""
+        return self._files[self._where[name]].get_slice(name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._files[self._where[name]].get_tensor(name)
+        return tensor
+
+    def nbytes(self) -> int:
+        """Bytes of the shard files."""
+        return sum((self.path / file).stat().st_size for file in self._files)
+
+    def check_finite(self, track: Track) -> None:
+        """Read every tensor once; raises CheckpointError naming the first with NaN or Inf."""
+        for name in track(self.names(), "checking weights"):
+            tensor = self.tensor(name)
+            if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+                raise CheckpointError(f"{self.path}: tensor {name!r} holds NaN or Inf")

@@ -1,0 +1,124 @@
+"""What to do to a model: frozen dataclasses, checked when they are made, strict when read back."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from qmoe.errors import ConfigError
+
+Method = Literal["rtn", "gptq", "awq"]
+BITS = (2, 3, 4, 8)
+GROUPS = (32, 64, 128)
+CHANNEL = -1
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one weight matrix is stored.
+
+    bits: 2, 3, 4 or 8. group_size: input features that share a scale, 32, 64 or 128, or -1 for one
+    scale per output channel. symmetric: without zero points. Only symmetric experts can be loaded
+    by plain transformers and by vLLM's Marlin kernels; asymmetric ones lose less and run in qmoe.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ConfigError(f"bits: expected one of {BITS}, got {self.bits}")
+        if self.group_size not in (*GROUPS, CHANNEL):
+            raise ConfigError(
+                f"group size: expected one of {GROUPS} or {CHANNEL} (one scale per output channel), "
+                f"got {self.group_size}"
+            )
+
+    def groups(self, in_features: int) -> int:
+        """Number of groups G along an input dimension of `in_features`, which must divide."""
+        return 1 if self.group_size == CHANNEL else in_features // self.group_size
+
+    def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
+        """Stored bits per weight, scale and zero point included."""
+        per_group = scale_bits + (0 if self.symmetric else self.bits)
+        return self.bits + per_group * self.groups(in_features) / in_features
+
+    def __str__(self) -> str:
+        group = "channel" if self.group_size == CHANNEL else f"g{self.group_size}"
+        return f"int{self.bits} {group} {'sym' if self.symmetric else 'asym'}"
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Which text the statistics are gathered on.
+
+    text: "bundled" (all domains that ship with qmoe), "bundled:austen+factbook", a local file or
+    folder, or "hf:NAME[:SPLIT[:COLUMN]]" for any `datasets` name (calibration/text.py). windows x window tokens are used,
+    spread evenly over the domains. batch: windows per forward pass.
+    """
+
+    text: str = "bundled"
+    windows: int = 128
+    window: int = 256
+    batch: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("windows", "window", "batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"calibration {name}: expected at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Everything `qmoe.quantize` can be told.
+
+    method: how experts and dense linears are rounded. experts: the routed experts' scheme.
+    dense: attention, shared experts and dense MLPs (None leaves them in 16 bits). lm_head: the
+    output projection (None leaves it). act_order: GPTQ visits columns by falling Hessian diagonal,
+    with group scales fixed from the original weights, so nothing extra is stored. damp: share of
+    the mean Hessian diagonal added to it. gate_weighted: weigh each routed token's contribution to
+    its expert's Hessian by the squared gate. min_tokens: an expert with fewer calibration tokens
+    borrows tokens of its layer (see calibration/coverage.py).
+    """
+
+    method: Method = "gptq"
+    experts: Scheme = field(default_factory=Scheme)
+    dense: Scheme | None = field(default_factory=lambda: Scheme(8, CHANNEL, True))
+    lm_head: Scheme | None = None
+    act_order: bool = True
+    damp: float = 0.01
+    gate_weighted: bool = True
+    min_tokens: int = 256
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise ConfigError(f"method: expected one of {get_args(Method)}, got {self.method!r}")
+        if not 0 < self.damp < 1:
+            raise ConfigError(f"damp: expected a share between 0 and 1, got {self.damp}")
+        if self.min_tokens < 0:
+            raise ConfigError(f"min_tokens: expected 0 or more, got {self.min_tokens}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "QuantConfig":
+        """The inverse of `to_dict`; raises ConfigError on a key it does not know."""
+        values = dict(values)
+        for name in ("experts", "dense", "lm_head"):
+            if isinstance(values.get(name), dict):
+                values[name] = _strict(Scheme, values[name])
+        if isinstance(values.get("calibration"), dict):
+            values["calibration"] = _strict(CalibrationConfig, values["calibration"])
+        config = _strict(cls, values)
+        assert isinstance(config, cls)
+        return config
+
+
+def _strict(cls: type, values: dict[str, Any]) -> Any:
+    known = [f.name for f in fields(cls)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ConfigError(f"{cls.__name__}: unknown key {unknown[0]!r}; known keys are {known}")
+    return cls(**values)

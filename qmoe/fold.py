@@ -1,0 +1,143 @@
+"""AWQ's scales folded into a decoder layer: into the norm before a group of readers, and between
+an expert's up and down projections. Nothing is left to do at run time.
+
+Who reads a norm's output is observed while the layer runs, not known per model: every module with
+weights whose input is the norm's output. In an MoE that is the router, all experts and the shared
+expert together, which must share one scale. A fold that changes the layer's output (a norm that
+computes 1 + w, a gate that clamps, a reader that was not seen) is undone and reported.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qmoe.calibration.stats import ExpertStats, LayerStats
+from qmoe.config import Scheme
+from qmoe.solvers.awq import Reader, awq_scales
+from qmoe.structure import expert_weights, is_experts
+
+TOLERANCE = 1e-3  # relative RMS change of the layer's output that float32 rounding may explain
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A norm and every module that reads its output, by name."""
+
+    norm: str
+    readers: list[str]
+
+
+def find_folds(layer: nn.Module, prefix: str, run: Callable[[], Any]) -> list[Fold]:
+    """Norms of the layer whose readers all take a scale per input feature."""
+    modules = {
+        f"{prefix}.{n}": m for n, m in layer.named_modules() if next(m.parameters(recurse=False), None) is not None
+    }
+    wrote: dict[tuple[int, int], str] = {}
+    read: dict[str, list[str]] = {}
+    alive: list[Tensor] = []  # so that no address is used twice
+
+    def before(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                writer = wrote.get((args[0].data_ptr(), args[0].numel()))
+                if writer is not None:
+                    read.setdefault(writer, []).append(name)
+
+        return hook
+
+    def after(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                alive.append(output)
+                wrote[(output.data_ptr(), output.numel())] = name
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(before(n)) for n, m in modules.items()]
+    handles += [m.register_forward_hook(after(n)) for n, m in modules.items()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [
+        Fold(norm, readers)
+        for norm, readers in read.items()
+        if _is_norm(modules[norm]) and all(_columns(modules[r]) is not None for r in readers)
+    ]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return all(p.dim() == 1 for p in module.parameters(recurse=False)) and hasattr(module, "weight")
+
+
+def _columns(module: nn.Module) -> Tensor | None:
+    """The weight [.., K] of a module whose input features can be scaled."""
+    if is_experts(module):
+        return getattr(module, expert_weights(module)[0])  # type: ignore[no-any-return]
+    matrices = [p for p in module.parameters(recurse=False) if p.dim() == 2]
+    return matrices[0] if len(matrices) == 1 else None
+
+
+def fold_norm(
+    model: nn.Module,
+    fold: Fold,
+    stats: LayerStats,
+    schemes: dict[str, Scheme],
+    scale_dtype: torch.dtype,
+) -> Callable[[], None]:
+    """Scale the readers' columns up and the norm down, the Hessians with them; returns the undo."""
+    readers = []
+    hessians: dict[int, Tensor] = {}
+    for name in fold.readers:
+        if name not in schemes:
+            continue  # a router takes the scale but is not quantized
+        weight = _columns(model.get_submodule(name))
+        hessian = _input_hessian(stats, name)
+        hessians[id(hessian)] = hessian
+        assert weight is not None
+        readers.append(Reader(_stacked(weight), _stacked(hessian), schemes[name]))
+    s = awq_scales(readers, scale_dtype=scale_dtype, shared=True)[0]
+    norm = model.get_submodule(fold.norm)
+    weights = [w for n in fold.readers if (w := _columns(model.get_submodule(n))) is not None]
+    return _apply(
+        [(w, s) for w in weights]
+        + [(p, 1 / s) for p in norm.parameters(recurse=False)]
+        + [(h, 1 / (s[:, None] * s)) for h in hessians.values()]
+    )
+
+
+def fold_experts(
+    experts: Any, stats: ExpertStats, scheme: Scheme, scale_dtype: torch.dtype
+) -> Callable[[], None]:
+    """Per expert: scale the columns of down up and the rows of up down; returns the undo."""
+    first, down = (getattr(experts, name) for name in expert_weights(experts))
+    s = awq_scales([Reader(down, stats.second, scheme)], scale_dtype=scale_dtype, shared=False)
+    up = first[:, first.shape[1] // 2 :]
+    return _apply(
+        [(down, s[:, None]), (up, 1 / s[:, :, None]), (stats.second, 1 / (s[:, :, None] * s[:, None]))]
+    )
+
+
+def _apply(changes: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+    kept = [(tensor, tensor.detach().clone()) for tensor, _ in changes]
+    for tensor, factor in changes:
+        tensor.data.mul_(factor)
+
+    def undo() -> None:
+        for tensor, before in kept:
+            tensor.data.copy_(before)
+
+    return undo
+
+
+def _stacked(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() == 3 else tensor[None]
+
+
+def _input_hessian(stats: LayerStats, name: str) -> Tensor:
+    experts = stats.experts.get(name)
+    return experts.first if experts is not None else stats.linears[name].hessian

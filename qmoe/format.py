@@ -1,0 +1,118 @@
+"""The checkpoint on disk: compressed-tensors pack-quantized, in the family's own tensor names.
+
+    <module>.weight_packed      int32 [N, ceil(K*bits/32)]
+    <module>.weight_scale       [N, G], in the dtype of the original weights
+    <module>.weight_zero_point  int32 [ceil(N*bits/32), G], asymmetric only
+    <module>.weight_shape       int64 [2]
+"""
+
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from compressed_tensors.utils import is_match
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from qmoe.config import BITS, CHANNEL, GROUPS, Scheme
+from qmoe.errors import CheckpointError
+from qmoe.packing import pack_rows, pack_zeros
+
+SUFFIXES = ("_packed", "_scale", "_zero_point", "_shape")
+# A routed expert's module in a checkpoint: `...experts.7.up_proj`, but not `shared_experts.up_proj`.
+EXPERTS_TARGET = r"re:.*\.experts\.\d+\..*"
+
+
+def packed_tensors(
+    name: str, q: Tensor, scale: Tensor, zero: Tensor | None, bits: int
+) -> dict[str, Tensor]:
+    """The stored tensors of one matrix q [N, K], scale and zero [N, G], under its weight's name."""
+    out = {
+        f"{name}_packed": pack_rows(q[None], bits)[0],
+        f"{name}_scale": scale.contiguous(),
+        f"{name}_shape": torch.tensor(q.shape, dtype=torch.int64),
+    }
+    if zero is not None:
+        out[f"{name}_zero_point"] = pack_zeros(zero[None].contiguous(), bits)[0].contiguous()
+    return out
+
+
+def quantization_config(
+    experts: Scheme, dense: Scheme | None, lm_head: Scheme | None, ignore: list[str]
+) -> dict[str, Any]:
+    """The `quantization_config` entry of config.json. ignore: linears that stay as they are."""
+    linear = ["Linear"]
+    if experts == dense == (lm_head or dense):
+        groups = [(experts, linear)]
+    else:
+        groups = [(experts, [EXPERTS_TARGET])]
+        if lm_head is not None:
+            groups.append((lm_head, ["re:.*lm_head$"]))
+        if dense is not None:
+            groups.append((dense, linear))
+    config = QuantizationConfig(
+        config_groups={
+            f"group_{i}": QuantizationScheme(
+                targets=targets, weights=_weights(scheme), format="pack-quantized"
+            )
+            for i, (scheme, targets) in enumerate(groups)
+        },
+        format="pack-quantized",
+        quantization_status="compressed",
+        ignore=sorted(ignore),
+    )
+    out: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
+    return out
+
+
+def _weights(scheme: Scheme) -> QuantizationArgs:
+    channel = scheme.group_size == CHANNEL
+    return QuantizationArgs(
+        num_bits=scheme.bits,
+        type="int",
+        symmetric=scheme.symmetric,
+        strategy="channel" if channel else "group",
+        group_size=None if channel else scheme.group_size,
+    )
+
+
+class Schemes:
+    """Which scheme a checkpoint stores each module in, read from its config.json."""
+
+    def __init__(self, config: dict[str, Any], where: str):
+        entry = config.get("quantization_config")
+        if not isinstance(entry, dict) or entry.get("quant_method") != "compressed-tensors":
+            raise CheckpointError(
+                f"{where}: not quantized in compressed-tensors format; make it with `qmoe quantize`"
+            )
+        if entry.get("format") not in ("pack-quantized", "mixed-precision"):
+            raise CheckpointError(
+                f"{where}: expected format 'pack-quantized', found {entry.get('format')!r}"
+            )
+        known = {k: v for k, v in entry.items() if k in QuantizationConfig.model_fields}
+        try:
+            self._config = QuantizationConfig.model_validate(known)
+        except ValidationError as error:
+            raise CheckpointError(f"{where}: bad quantization_config: {error}") from error
+        self._schemes = [
+            (group.targets, _scheme(group, where)) for group in self._config.config_groups.values()
+        ]
+        self._dummy = nn.Linear(1, 1, device="meta")
+
+    def of(self, module: str) -> Scheme | None:
+        """The scheme of a linear by its checkpoint name; None if it is not quantized."""
+        ignore = self._config.ignore or []
+        for targets, scheme in self._schemes:
+            if is_match(module, self._dummy, targets, ignore):
+                return scheme
+        return None
+
+
+def _scheme(group: QuantizationScheme, where: str) -> Scheme:
+    args = group.weights
+    group_size = CHANNEL if args is not None and args.strategy == "channel" else getattr(args, "group_size", None)
+    if args is None or args.type != "int" or args.num_bits not in BITS or group_size not in (*GROUPS, CHANNEL):
+        raise CheckpointError(f"{where}: qmoe cannot run this scheme: {args}")
+    if group.input_activations is not None:
+        raise CheckpointError(f"{where}: quantized activations are not supported")
+    return Scheme(args.num_bits, group_size, bool(args.symmetric))

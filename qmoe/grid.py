@@ -1,0 +1,80 @@
+"""Scales and zero points of a group, rounding to them and back: the numeric truth of the format.
+
+The same grid as compressed-tensors (`calculate_qparams`): zero is always representable; a
+symmetric range is split into 2^bits - 1 steps, so the step is absmax / (2^bits - 1) * 2.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qmoe.config import Scheme
+from qmoe.types import Quantized
+
+
+def limits(bits: int) -> tuple[int, int]:
+    """Smallest and largest stored integer."""
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+def grid_of(
+    weight: Float[Tensor, "E N K"], scheme: Scheme, scale_dtype: torch.dtype
+) -> tuple[Float[Tensor, "E N G"], Float[Tensor, "E N G"]]:
+    """Min-max scale and zero point of every group, both float32.
+
+    The scale is rounded to `scale_dtype` first, because that is what will be stored and what the
+    integers must be chosen for. A group of zeros gets the smallest normal scale, so no division
+    by zero is possible later. Zero points are whole numbers in float; 0 if symmetric.
+    """
+    groups = weight.float().unflatten(-1, (scheme.groups(weight.shape[-1]), -1))
+    low = groups.amin(-1).clamp(max=0)
+    high = groups.amax(-1).clamp(min=0)
+    qmin, qmax = limits(scheme.bits)
+    if scheme.symmetric:
+        scale = torch.maximum(-low, high) * 2 / (qmax - qmin)
+    else:
+        scale = (high - low) / (qmax - qmin)
+    info = torch.finfo(scale_dtype)
+    scale = scale.clamp(info.tiny, info.max).to(scale_dtype).float()
+    if scheme.symmetric:
+        return scale, torch.zeros_like(scale)
+    return scale, (qmin - low / scale).round().clamp(qmin, qmax)
+
+
+def round_to_grid(
+    weight: Float[Tensor, "*any"],
+    scale: Float[Tensor, "*any"],
+    zero: Float[Tensor, "*any"],
+    bits: int,
+) -> Float[Tensor, "*any"]:
+    """Nearest integers on the grid, as float32; scale and zero broadcast against weight."""
+    qmin, qmax = limits(bits)
+    return (weight / scale + zero).round().clamp(qmin, qmax)
+
+
+def make_quantized(
+    q: Float[Tensor, "E N K"],
+    scale: Float[Tensor, "E N G"],
+    zero: Float[Tensor, "E N G"],
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+) -> Quantized:
+    """Collect solver output in its stored dtypes."""
+    stored_zero = None if scheme.symmetric else zero.to(torch.int8).contiguous()
+    return Quantized(q.to(torch.int8).contiguous(), scale.to(scale_dtype).contiguous(), stored_zero, scheme)
+
+
+def dequantize(quantized: Quantized) -> Float[Tensor, "E N K"]:
+    """The float32 weights that the stored integers stand for."""
+    scale = quantized.scale.float()[..., None]
+    q = quantized.q.float().unflatten(-1, (scale.shape[-2], -1))
+    if quantized.zero is not None:
+        q = q - quantized.zero.float()[..., None]
+    return (q * scale).flatten(-2)
+
+
+def expand_groups(values: Float[Tensor, "E N G"], in_features: int) -> Float[Tensor, "E N K"]:
+    """One value per input feature from one per group."""
+    return values.repeat_interleave(in_features // values.shape[-1], dim=-1)
+
+

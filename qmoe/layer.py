@@ -1,0 +1,238 @@
+"""Quantizing one decoder layer that is in memory: gather, fold, solve, put the result back.
+
+After `quantize_layer` the layer holds the dequantized weights, so that the layers behind it see
+what they will see at run time.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qmoe.calibration.collect import (
+    ExpertSink,
+    apply_activation,
+    collecting_experts,
+    collecting_linears,
+)
+from qmoe.calibration.coverage import borrow
+from qmoe.calibration.stats import ExpertStats, LayerStats
+from qmoe.config import QuantConfig, Scheme
+from qmoe.errors import UnsupportedModelError
+from qmoe.fold import TOLERANCE, find_folds, fold_experts, fold_norm
+from qmoe.grid import dequantize
+from qmoe.solvers.solve import Solved, solve
+from qmoe.structure import Layer, expert_weights
+from qmoe.suspend import Call
+from qmoe.types import Quantized
+
+Forward = Callable[..., Any]
+SAMPLE = 256  # tokens of the layer kept for experts that saw too few of their own
+
+
+@dataclass
+class Result:
+    """Of one layer. weights: quantized stacks by parameter name. changed: other parameters that
+    AWQ rescaled. record: what goes into the report."""
+
+    stats: LayerStats = field(default_factory=LayerStats)
+    weights: dict[str, Quantized] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is the same for every part of a layer."""
+
+    model: nn.Module
+    layer: Layer
+    config: QuantConfig
+    schemes: dict[str, Scheme]
+    scale_dtype: torch.dtype
+
+
+def quantize_layer(
+    job: Job, forward: Forward, calls: list[Call], given: LayerStats | None
+) -> tuple[Result, list[Any]]:
+    """Quantize everything in the layer; returns the result and its outputs with quantized weights.
+
+    Attention first, then the rest on inputs that come from quantized attention. With `given`
+    statistics nothing is run and no outputs come back.
+    """
+    layer, result = job.layer, Result()
+    result.record = {"name": layer.name, "experts": {}, "dense": {}, "kept": layer.kept}
+    if given is not None:
+        result.stats = given
+        _check_given(job, given)
+    before: list[Any] | None = None
+    outside = [n for n in layer.dense if n not in layer.in_block]
+    for names in (outside, [*layer.experts, *layer.in_block]):
+        names = [n for n in names if n in job.schemes]
+        if not names:
+            continue
+        if given is None:
+            outputs = _gather(job, names, forward, calls, result)
+            before = before if before is not None else outputs
+        if job.config.method == "awq":
+            _fold(job, names, forward, calls, result)
+        _solve(job, names, result)
+    if given is not None:
+        result.record["error"] = None
+        return result, []
+    after = [forward(*c.args, **c.kwargs) for c in calls]
+    result.record["error"] = _relative_rms(after, before or after)
+    return result, after
+
+
+def _gather(
+    job: Job, names: list[str], forward: Forward, calls: list[Call], result: Result
+) -> list[Any]:
+    """Run the layer on all batches and add the statistics of `names` to the result."""
+    experts = [n for n in names if n in job.layer.experts]
+    modules = {n: job.model.get_submodule(n) for n in names}
+    total = sum(_hidden(c.args[0] if c.args else c.kwargs["hidden_states"]).numel() for c in calls)
+    for name in experts:
+        module: Any = modules[name]
+        first, second = (getattr(module, w) for w in expert_weights(module))
+        stats = ExpertStats.empty(len(first), first.shape[2], second.shape[2])
+        stride = max(1, total // first.shape[2] // SAMPLE)
+        result.stats.experts[name] = stats
+        module._qmoe_sink = ExpertSink(stats, job.config.gate_weighted, stride)
+    linears = {n: m for n, m in modules.items() if n not in experts}
+    every = [job.model.get_submodule(n) for n in job.layer.experts]
+    with collecting_experts(every), collecting_linears(linears, result.stats):
+        outputs = [forward(*c.args, **c.kwargs) for c in calls]
+    for name in experts:
+        _borrow(job, name, result)
+    return outputs
+
+
+def _borrow(job: Job, name: str, result: Result) -> None:
+    module: Any = job.model.get_submodule(name)
+    sink: ExpertSink = module._qmoe_sink
+    del module._qmoe_sink
+    if not int(sink.stats.tokens.sum()):
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}): no calibration token reached its experts function"
+        )
+    first = getattr(module, expert_weights(module)[0])
+    rare = borrow(
+        sink.stats,
+        sink.sample(),
+        lambda e, x: apply_activation(module, x @ first[e].T),
+        job.config.min_tokens,
+    )
+    result.record["experts"][name] = {"borrowed": rare}
+
+
+def _fold(
+    job: Job, names: list[str], forward: Forward, calls: list[Call], result: Result
+) -> None:
+    """Fold AWQ's scales wherever that leaves the layer's output as it is."""
+    if not calls:
+        raise UnsupportedModelError("AWQ needs calibration text, it cannot work from saved statistics")
+
+    def run() -> list[Any]:
+        with collecting_experts([job.model.get_submodule(n) for n in job.layer.experts]):
+            return [forward(*calls[0].args, **calls[0].kwargs)]
+
+    plain = run()
+    not_folded = result.record.setdefault("not_folded", [])
+
+    def keep_if_equal(undo: Callable[[], None], what: str, changed: list[str]) -> None:
+        if _relative_rms(run(), plain) > TOLERANCE:
+            undo()
+            not_folded.append(what)
+        else:
+            result.changed.update(changed)
+
+    layer = job.model.get_submodule(job.layer.name)
+    for fold in find_folds(layer, job.layer.name, run):
+        if any(r in names for r in fold.readers):
+            undo = fold_norm(job.model, fold, result.stats, job.schemes, job.scale_dtype)
+            parts = [fold.norm, *(r for r in fold.readers if r not in job.schemes)]
+            owned = [
+                f"{part}.{n}"
+                for part in parts
+                for n, p in job.model.get_submodule(part).named_parameters(recurse=False)
+                if p.dim() in (1, 2)
+            ]
+            keep_if_equal(undo, fold.norm, owned)
+    for name in (n for n in names if n in job.layer.experts):
+        module: Any = job.model.get_submodule(name)
+        if module.has_gate:
+            stats = result.stats.experts[name]
+            undo = fold_experts(module, stats, job.schemes[name], job.scale_dtype)
+            keep_if_equal(undo, f"{name} (up to down)", [])
+    for name in result.changed:
+        # What is stored is rounded to the checkpoint's dtype: go on with that.
+        parameter = job.model.get_parameter(name)
+        parameter.data.copy_(parameter.to(job.scale_dtype))
+
+
+def _solve(job: Job, names: list[str], result: Result) -> None:
+    for name in names:
+        module: Any = job.model.get_submodule(name)
+        if name not in job.layer.experts:
+            hessian = result.stats.linears[name].hessian[None]
+            solved = _solve_one(job, f"{name}.weight", module.weight[None], hessian, result)
+            module.weight.data.copy_(dequantize(solved.quantized)[0])
+            result.record["dense"][name] = _entry(solved, single=True)
+            continue
+        stats = result.stats.experts[name]
+        entry = result.record["experts"].setdefault(name, {})
+        entry |= {"tokens": stats.tokens.tolist(), "gate_mass": stats.gate_mass.tolist()}
+        for weight, hessian in zip(expert_weights(module), (stats.first, stats.second), strict=True):
+            parameter = getattr(module, weight)
+            solved = _solve_one(job, f"{name}.{weight}", parameter, hessian, result)
+            parameter.data.copy_(dequantize(solved.quantized))
+            entry[weight] = _entry(solved, single=False)
+
+
+def _solve_one(job: Job, target: str, weight: Tensor, hessian: Tensor, result: Result) -> Solved:
+    config = job.config
+    solved = solve(
+        weight,
+        hessian,
+        job.schemes[target.rpartition(".")[0]],
+        config.method,
+        scale_dtype=job.scale_dtype,
+        act_order=config.act_order,
+        damp=config.damp,
+    )
+    result.weights[target] = solved.quantized
+    return solved
+
+
+def _entry(solved: Solved, single: bool) -> dict[str, Any]:
+    error = [round(e, 6) for e in solved.error]
+    entry: dict[str, Any] = {"error": error[0] if single else error}
+    if solved.damped:
+        entry["damped"] = {str(e): amount for e, amount in solved.damped.items()}
+    if solved.rounded:
+        entry["rounded"] = solved.rounded
+    return entry
+
+
+def _check_given(job: Job, given: LayerStats) -> None:
+    missing = [n for n in job.schemes if n not in given.experts and n not in given.linears]
+    if missing:
+        raise UnsupportedModelError(f"the saved statistics lack {missing[0]}; gather them again")
+
+
+def _hidden(output: Any) -> Tensor:
+    """The hidden states of a layer's output, which some families wrap in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _relative_rms(outputs: list[Any], reference: list[Any]) -> float:
+    """RMS of the difference over RMS of the reference, all batches together."""
+    pairs = [(_hidden(a).float(), _hidden(b).float()) for a, b in zip(outputs, reference, strict=True)]
+    lost = sum(float((a - b).square().sum()) for a, b in pairs)
+    total = sum(float(b.square().sum()) for _, b in pairs)
+    return (lost / total) ** 0.5 if total else 0.0
+
+

@@ -1,0 +1,52 @@
+"""`load`: a quantized folder as a transformers model that runs packed."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qmoe.audit import audit_model
+from qmoe.checkpoint import resolve
+from qmoe.modules import PackedLinear, finish_experts
+from qmoe.packed_skeleton import PackedSource, open_packed
+from qmoe.plan import check_complete, open_tokenizer
+from qmoe.progress import Track, silent
+
+
+@torch.no_grad()
+def load(
+    path: str | Path, dtype: torch.dtype | None = None, *, track: Track = silent
+) -> tuple[Any, Any]:
+    """Load a quantized model (folder or hub name) and its tokenizer, on the CPU.
+
+    dtype: of activations and unquantized weights; None is the checkpoint's own. bfloat16 is the
+    fast one on CPUs (kernels/stack.py). Layers are loaded and repacked one at a time, so memory
+    stays near the checkpoint's size. Raises CheckpointError for a folder that is not a complete
+    quantized model, and AuditError if anything is left unpacked or without data.
+    """
+    folder = resolve(path)
+    source = open_packed(folder, dtype)
+    check_complete(source.weights)
+    tokenizer = open_tokenizer(folder)
+    in_layers: set[str] = set()
+    for layer in track(source.structure.layers, "loading layers"):
+        names = source.weights.sources(layer.name)
+        in_layers.update(names)
+        source.weights.load(names, dtype)
+        _finish(source, layer.name)
+    source.weights.load([n for n in source.checkpoint.names() if n not in in_layers], dtype)
+    source.weights.tie()
+    _finish(source, "")
+    audit_model(source.model, str(path))
+    return source.model, tokenizer
+
+
+def _finish(source: PackedSource, prefix: str) -> None:
+    experts = {n for layer in source.structure.layers for n in layer.experts}
+    for name, module in source.model.named_modules():
+        if not name.startswith(prefix):
+            continue
+        if name in experts and hasattr(module, "down_proj_packed"):
+            finish_experts(module, name)
+        elif isinstance(module, PackedLinear) and hasattr(module, "weight_packed"):
+            module.finish(name)

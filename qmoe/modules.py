@@ -1,0 +1,132 @@
+"""Packed weights inside a transformers model: linears are replaced, experts modules are kept.
+
+An experts module keeps its class (its gate, its attributes); its weight stacks become stored
+tensors on the meta device (`declare_*`), are filled by the loader, and turned into the runtime's
+form (`finish`). From then on transformers' experts interface sends its forward to
+`experts_forward` below, so every decorated family runs packed without code of its own.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from qmoe.calibration.collect import apply_activation
+from qmoe.config import Scheme
+from qmoe.errors import CheckpointError
+from qmoe.kernels.moe import moe_forward
+from qmoe.kernels.stack import PackedStack
+from qmoe.packing import packed_words, unpack_rows, unpack_zeros
+from qmoe.structure import expert_weights
+from qmoe.types import Quantized
+
+NAME = "qmoe_packed"
+
+
+def experts_forward(
+    self: Any,
+    hidden_states: Float[Tensor, "T H"],
+    top_k_index: Int[Tensor, "T A"],
+    top_k_weights: Float[Tensor, "T A"],
+) -> Float[Tensor, "T H"]:
+    """The experts function registered with transformers for packed experts."""
+    return moe_forward(
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        self.qmoe_first,
+        self.qmoe_second,
+        lambda product: apply_activation(self, product),
+    )
+
+
+class PackedLinear(nn.Module):
+    """A linear whose weight is a packed stack with E = 1."""
+
+    def __init__(self, linear: nn.Linear, scheme: Scheme):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        _declare(self, "weight", (linear.out_features, linear.in_features), scheme, 1, linear.weight.dtype)
+
+    def forward(self, x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
+        y = self.stack.matmul(x.reshape(-1, self.in_features), 0).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+    def finish(self, where: str) -> None:
+        """Turn the loaded tensors into the runtime's form. Raises CheckpointError if they disagree."""
+        quantized, dtype = _take(self, "weight", (1, self.out_features, self.in_features), where)
+        self.stack = PackedStack(quantized, dtype)
+
+
+def declare_experts(experts: Any, scheme: Scheme) -> None:
+    """Replace the weight stacks of an experts module by empty stored tensors on the meta device."""
+    for name in expert_weights(experts):
+        weight = getattr(experts, name)
+        delattr(experts, name)
+        parts = 2 if name == "gate_up_proj" else 1
+        _declare(experts, name, tuple(weight.shape), scheme, parts, weight.dtype)
+
+
+def finish_experts(experts: Any, where: str) -> None:
+    """Turn the loaded tensors into the runtime's form and route the forward to it."""
+    first, second = expert_weights(experts)
+    for name, attribute in ((first, "qmoe_first"), (second, "qmoe_second")):
+        shape = experts._qmoe_stored[name][0]
+        quantized, dtype = _take(experts, name, shape, f"{where}.{name}")
+        setattr(experts, attribute, PackedStack(quantized, dtype))
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    experts.config._experts_implementation = NAME
+
+
+def packed_experts(experts: nn.Module) -> list[PackedStack]:
+    """The stacks of a finished experts module; empty if it is not packed."""
+    names = ("qmoe_first", "qmoe_second")
+    return [s for name in names if isinstance(s := getattr(experts, name, None), PackedStack)]
+
+
+def _declare(
+    module: Any, name: str, shape: tuple[int, ...], scheme: Scheme, parts: int, dtype: torch.dtype
+) -> None:
+    """Stored tensors of a weight [*, N, K] made of `parts` matrices that were packed on their own."""
+    *stack, n, k = shape
+    groups = scheme.groups(k)
+    stored = {
+        "_packed": torch.empty(*stack, n, packed_words(k, scheme.bits), dtype=torch.int32, device="meta"),
+        "_scale": torch.empty(*stack, n, groups, dtype=dtype, device="meta"),
+        "_shape": torch.empty(*stack, 2 * parts, dtype=torch.int64, device="meta"),
+    }
+    if not scheme.symmetric:
+        words = parts * packed_words(n // parts, scheme.bits)
+        stored["_zero_point"] = torch.empty(*stack, words, groups, dtype=torch.int32, device="meta")
+    for suffix, tensor in stored.items():
+        module.register_parameter(name + suffix, nn.Parameter(tensor, requires_grad=False))
+    if not hasattr(module, "_qmoe_stored"):
+        module._qmoe_stored = {}
+    module._qmoe_stored[name] = (shape, scheme, parts)
+
+
+def _take(
+    module: Any, name: str, shape: tuple[int, ...], where: str
+) -> tuple[Quantized, torch.dtype]:
+    """Remove a weight's stored tensors from the module and read them as a stack [E, N, K]."""
+    _, scheme, parts = module._qmoe_stored[name]
+    stored = {s: getattr(module, name + s, None) for s in ("_packed", "_scale", "_shape", "_zero_point")}
+    for suffix, tensor in stored.items():
+        if tensor is not None:
+            delattr(module, name + suffix)
+    e, n, k = shape
+    wanted = torch.tensor([n // parts, k]).repeat(parts)
+    if not (stored["_shape"].view(e, -1) == wanted).all():
+        raise CheckpointError(
+            f"{where}: weight_shape says {stored['_shape'].tolist()}, the model needs {wanted.tolist()}"
+        )
+    zero = stored["_zero_point"]
+    if zero is not None:
+        halves = zero.data.view(e, -1, zero.shape[-1]).chunk(parts, dim=1)
+        zero = torch.cat([unpack_zeros(z, scheme.bits, n // parts) for z in halves], dim=1)
+    scale = stored["_scale"].data.view(e, n, -1)
+    q = unpack_rows(stored["_packed"].data.view(e, n, -1), scheme.bits, k).contiguous()
+    return Quantized(q, scale, zero, scheme), scale.dtype

@@ -1,0 +1,72 @@
+"""A quantized folder as a model skeleton with places for its packed tensors."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qmoe.checkpoint import Checkpoint
+from qmoe.config import Scheme
+from qmoe.errors import CheckpointError
+from qmoe.format import SUFFIXES, Schemes
+from qmoe.modules import PackedLinear, declare_experts
+from qmoe.skeleton import WeightMap, build, original_names, read_config
+from qmoe.structure import Structure, expert_weights, find
+
+
+@dataclass
+class PackedSource:
+    """A quantized checkpoint, its skeleton on the meta device, and which tensor goes where."""
+
+    checkpoint: Checkpoint
+    model: Any
+    weights: WeightMap
+    structure: Structure
+
+
+def open_packed(path: Path, dtype: torch.dtype | None = None) -> PackedSource:
+    """Open a quantized folder; loads no weights. dtype None is the checkpoint's own.
+
+    Raises CheckpointError if it is not pack-quantized, or in a scheme qmoe cannot run.
+    """
+    checkpoint = Checkpoint(path)
+    schemes = Schemes(checkpoint.config, str(path))
+    config = read_config(path)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the skeleton is built plain; qmoe puts the packed parts in
+    model: Any = build(config, dtype or config.dtype or torch.bfloat16)
+    structure = find(model)
+    for layer in structure.layers:
+        for name in layer.experts:
+            scheme = _stack_scheme(model, name, schemes, str(path))
+            declare_experts(model.get_submodule(name), scheme)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            linear_scheme = schemes.of(_module_names(model, f"{name}.weight", module.weight)[0])
+            if linear_scheme is not None:
+                model.set_submodule(name, PackedLinear(module, linear_scheme))
+    return PackedSource(checkpoint, model, WeightMap(model, checkpoint, SUFFIXES), structure)
+
+
+def _module_names(model: nn.Module, target: str, weight: torch.Tensor) -> list[str]:
+    return [n.removesuffix(".weight") for n in original_names(model, target, weight)]
+
+
+def _stack_scheme(model: Any, experts: str, schemes: Schemes, where: str) -> Scheme:
+    """The one scheme of all matrices of an experts module."""
+    module = model.get_submodule(experts)
+    found = {
+        schemes.of(name)
+        for weight in expert_weights(module)
+        for name in _module_names(model, f"{experts}.{weight}", getattr(module, weight))
+    }
+    if None in found:
+        raise CheckpointError(f"{where}: the experts of {experts} are not quantized")
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{where}: the experts of {experts} use several schemes ({', '.join(map(str, found))}); "
+            "qmoe runs one per layer"
+        )
+    return found.pop()  # type: ignore[return-value]

@@ -1,0 +1,50 @@
+"""Stored integers <-> int32 words of compressed-tensors' pack-quantized format.
+
+    weight_packed      [N, ceil(K * bits / 32)]   rows packed along K, no padding between values
+    weight_zero_point  [ceil(N * bits / 32), G]   packed along N (only if asymmetric)
+
+Value i of a row starts at bit i * bits of the row's little-endian bit string and is stored with
+an offset of 2^(bits-1). The bit arithmetic is compressed-tensors' own.
+"""
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from jaxtyping import Int8, Int32
+from torch import Tensor
+
+
+def pack_rows(q: Int8[Tensor, "E N K"], bits: int) -> Int32[Tensor, "E N W"]:
+    """Pack along K."""
+    packed: Tensor = pack_to_int32(q, bits)
+    return packed
+
+
+def unpack_rows(
+    words: Int32[Tensor, "E N W"], bits: int, in_features: int
+) -> Int8[Tensor, "E N K"]:
+    """Inverse of pack_rows."""
+    e, n, _ = words.shape
+    flat = words.reshape(e * n, -1)
+    q: Tensor = unpack_from_int32(flat, bits, torch.Size((e * n, in_features)))
+    return q.view(e, n, in_features)
+
+
+def pack_zeros(zero: Int8[Tensor, "E N G"], bits: int) -> Int32[Tensor, "E Wn G"]:
+    """Pack zero points along N."""
+    packed: Tensor = pack_to_int32(zero, bits, packed_dim=0)
+    return packed
+
+
+def unpack_zeros(
+    words: Int32[Tensor, "E Wn G"], bits: int, out_features: int
+) -> Int8[Tensor, "E N G"]:
+    """Inverse of pack_zeros."""
+    groups = words.shape[-1]
+    shape = torch.Size((out_features, groups))
+    zeros = [unpack_from_int32(w, bits, shape, packed_dim=0) for w in words]
+    return torch.stack(zeros).contiguous()
+
+
+def packed_words(values: int, bits: int) -> int:
+    """int32 words that hold `values` densely packed integers."""
+    return -(-values * bits // 32)

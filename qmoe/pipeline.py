@@ -1,0 +1,211 @@
+"""`quantize`: the whole way from a model folder to a quantized one."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import qmoe.calibration.stats as statistics
+from qmoe._version import __version__
+from qmoe.audit import audit_folder
+from qmoe.calibration.batches import fingerprint
+from qmoe.calibration.stats import LayerStats, LinearStats
+from qmoe.config import QuantConfig
+from qmoe.format import packed_tensors, quantization_config
+from qmoe.layer import Job, Result, quantize_layer
+from qmoe.output import OutputFolder
+from qmoe.plan import Source, prepare, schemes_of
+from qmoe.progress import Track, silent
+from qmoe.report import build_report
+from qmoe.skeleton import free
+from qmoe.solvers.solve import solve
+from qmoe.structure import Layer
+from qmoe.suspend import Call, suspended
+from qmoe.types import Quantized
+
+Write = Callable[[int, dict[str, Tensor]], None]
+
+
+@torch.no_grad()
+def quantize(
+    src: str | Path,
+    dst: str | Path,
+    config: QuantConfig,
+    *,
+    statistics_from: Sequence[str | Path] = (),
+    save_statistics: str | Path | None = None,
+    track: Track = silent,
+) -> dict[str, Any]:
+    """Quantize the MoE model in `src` (folder or hub name) into the new folder `dst`.
+
+    statistics_from: folders written by `save_statistics` on the same model; they are summed and
+    used instead of running text through the model. Returns the report, also written to
+    `dst/qmoe_report.json`. Raises a QmoeError before any long work if something cannot work, and
+    AuditError if the result is not what was promised; `dst` then does not exist.
+    """
+    dst = Path(dst).expanduser()
+    given = [Path(p) for p in statistics_from]
+    source, windows = prepare(src, dst, config, text=not given, track=track)
+    saved = None if save_statistics is None else Path(save_statistics)
+    if saved is not None:
+        saved.mkdir(parents=True, exist_ok=True)
+    run = _Run(source, config, given, saved)
+    with OutputFolder(dst, shards=len(source.structure.layers) + 1) as out:
+        run.all_shards(windows, track, out.write_shard)
+        out.write_index()
+        out.copy_companions(source.checkpoint.path)
+        out.write_json("config.json", run.new_config())
+        audit = audit_folder(out.path)
+        report = build_report(config, source, run.records, audit, __version__)
+        report["calibration"] = {
+            "windows": list(windows.shape),
+            "sha256": fingerprint(windows),
+            "statistics_from": [str(p) for p in given],
+        }
+        out.write_json("qmoe_report.json", report)
+    return report
+
+
+class _Run:
+    """State of one pass over the layers."""
+
+    def __init__(
+        self, source: Source, config: QuantConfig, given: list[Path], saved: Path | None
+    ) -> None:
+        self.source, self.config, self.given, self.saved = source, config, given, saved
+        self.model_id = hashlib.sha256(
+            json.dumps(source.checkpoint.config, sort_keys=True).encode()
+        ).hexdigest()
+        self.records: list[dict[str, Any]] = []
+        self.head: tuple[str, Quantized] | None = None
+
+    def all_shards(self, windows: Tensor, track: Track, write: Write) -> None:
+        """Run everything; hands each shard's tensors to `write` as soon as they are final."""
+        source = self.source
+        source.weights.load(source.resident(), torch.float32)
+        source.weights.tie()
+        layers = iter(track(source.structure.layers, "quantizing layers"))
+        modules = source.stages()
+        head = self._watch_head()
+
+        def visit(i: int, forward: Any, calls: list[Call]) -> list[Any] | None:
+            tensors, outputs = self._layer(i, next(layers), forward, calls)
+            free(modules[i])
+            write(i, tensors)
+            # Nothing behind the last layer is of interest, unless lm_head is to be quantized.
+            return outputs if head is not None or i + 1 < len(modules) else None
+
+        if self.given:
+            for i, module in enumerate(modules):
+                visit(i, module.forward, [])
+        else:
+            batches = windows.split(self.config.calibration.batch)
+            inputs = [{"input_ids": ids, "use_cache": False} for ids in batches]
+            for _ in suspended(source.model, modules, inputs, visit):
+                pass
+        next(layers, None)  # lets the progress bar close
+        self._solve_head(head)
+        write(len(modules), self._resident_tensors())
+
+    def _layer(
+        self, i: int, layer: Layer, forward: Any, calls: list[Call]
+    ) -> tuple[dict[str, Tensor], list[Any]]:
+        """Load, quantize and pack one layer; returns its shard and outputs."""
+        source = self.source
+        names = source.weights.sources(layer.name)
+        source.weights.load(names, torch.float32)
+        schemes = schemes_of(source, layer, self.config)
+        job = Job(source.model, layer, self.config, schemes, self._scale_dtype())
+        given = [statistics.load(p / _stats_file(i), self.model_id) for p in self.given]
+        result, outputs = quantize_layer(
+            job, forward, calls, statistics.merge(given) if given else None
+        )
+        if self.saved is not None:
+            statistics.save(result.stats, self.saved / _stats_file(i), self.model_id)
+        self.records.append(result.record)
+        return self._tensors(names, result), outputs
+
+    def _tensors(self, names: list[str], result: Result) -> dict[str, Tensor]:
+        """Packed weights in the family's names; everything else byte for byte from the source."""
+        weights = self.source.weights
+        replaced = {n for target in result.weights for n in weights.targets[target]}
+        out = {n: weights.checkpoint.tensor(n) for n in names if n not in replaced}
+        for target in sorted(result.changed):
+            for name, tensor in weights.revert(target, self.source.model.get_parameter(target)).items():
+                out[name] = tensor.to(weights.checkpoint.tensor(name).dtype)
+        for target, quantized in result.weights.items():
+            out |= self._packed(target, quantized)
+        return out
+
+    def _packed(self, target: str, quantized: Quantized) -> dict[str, Tensor]:
+        single = target.endswith(".weight")  # a linear's parameter is 2-D, an experts stack 3-D
+
+        def named(tensor: Tensor) -> dict[str, Tensor]:
+            return self.source.weights.revert(target, tensor[0] if single else tensor)
+
+        scales = named(quantized.scale)
+        zeros = named(quantized.zero) if quantized.zero is not None else {}
+        out: dict[str, Tensor] = {}
+        for name, q in named(quantized.q).items():
+            out |= packed_tensors(name, q, scales[name], zeros.get(name), quantized.scheme.bits)
+        return out
+
+    def _scale_dtype(self) -> torch.dtype:
+        """Scales are stored in the dtype of the checkpoint's weights, as engines expect them."""
+        layer = self.source.structure.layers[0]
+        return self.source.checkpoint.tensor(self.source.weights.sources(layer.name)[0]).dtype
+
+    def _watch_head(self) -> LinearStats | None:
+        """Statistics of the output projection's inputs, filled while batches finish."""
+        name = self.source.structure.lm_head
+        if self.config.lm_head is None or name is None:
+            return None
+        module = self.source.model.get_submodule(name)
+        stats = LinearStats.empty(module.in_features)
+        module.register_forward_pre_hook(
+            lambda m, args: stats.add(args[0].reshape(-1, args[0].shape[-1]))
+        )
+        return stats
+
+    def _solve_head(self, stats: LinearStats | None) -> None:
+        if stats is None or self.config.lm_head is None:
+            return
+        name = str(self.source.structure.lm_head)
+        weight = self.source.model.get_submodule(name).weight
+        method = "rtn" if self.config.method == "awq" else self.config.method
+        solved = solve(
+            weight[None],
+            stats.hessian[None],
+            self.config.lm_head,
+            method,
+            scale_dtype=self._scale_dtype(),
+            act_order=self.config.act_order,
+            damp=self.config.damp,
+        )
+        self.records.append({"name": name, "error": solved.error[0]})
+        self.head = (f"{name}.weight", solved.quantized)
+
+    def _resident_tensors(self) -> dict[str, Tensor]:
+        result = Result(weights=dict([self.head]) if self.head else {})
+        return self._tensors(self.source.resident(), result)
+
+    def new_config(self) -> dict[str, Any]:
+        """The source's config.json with `quantization_config` added."""
+        config = dict(self.source.checkpoint.config)
+        c = self.config
+        kept = {n for layer in self.source.structure.layers for n in layer.kept}
+        if c.dense is None:
+            kept |= {n for layer in self.source.structure.layers for n in layer.dense}
+        if c.lm_head is None and self.source.structure.lm_head is not None:
+            kept.add(self.source.structure.lm_head)
+        config["quantization_config"] = quantization_config(c.experts, c.dense, c.lm_head, list(kept))
+        return config
+
+
+def _stats_file(i: int) -> str:
+    return f"layer-{i:05d}.safetensors"
+

@@ -1,0 +1,154 @@
+"""Everything that can go wrong before the long work, checked before it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from qmoe.calibration.batches import sample_windows
+from qmoe.calibration.text import load_texts
+from qmoe.checkpoint import Checkpoint, resolve
+from qmoe.config import CHANNEL, GROUPS, QuantConfig, Scheme
+from qmoe.errors import CheckpointError, ConfigError
+from qmoe.output import check_destination
+from qmoe.progress import Track
+from qmoe.skeleton import WeightMap, build, read_config
+from qmoe.structure import Layer, Structure, expert_weights, find
+
+
+@dataclass
+class Source:
+    """An unquantized model: its checkpoint, a skeleton of it on the meta device, and the map."""
+
+    checkpoint: Checkpoint
+    model: Any
+    weights: WeightMap
+    structure: Structure
+
+    def stages(self) -> list[nn.Module]:
+        """The modules whose weights are loaded one at a time, in running order."""
+        return [self.model.get_submodule(layer.name) for layer in self.structure.layers]
+
+    def resident(self) -> list[str]:
+        """Checkpoint tensors outside the decoder layers."""
+        layered = {n for layer in self.structure.layers for n in self.weights.sources(layer.name)}
+        return [n for names in self.weights.targets.values() for n in names if n not in layered]
+
+
+def open_source(path: str | Path, dtype: torch.dtype) -> Source:
+    """Open an unquantized MoE model folder (or hub name) and find its parts; loads no weights."""
+    checkpoint = Checkpoint(resolve(path))
+    if "quantization_config" in checkpoint.config:
+        method = checkpoint.config["quantization_config"].get("quant_method")
+        raise CheckpointError(f"{path}: already quantized ({method}); give the original model")
+    config = read_config(checkpoint.path)
+    model = build(config, dtype)
+    # Router logits kept for a training loss cost memory, and no layer reports them while suspended.
+    model.config.output_router_logits = False
+    structure = find(model)
+    weights = WeightMap(model, checkpoint)
+    check_complete(weights)
+    return Source(checkpoint, model, weights, structure)
+
+
+def check_complete(weights: WeightMap) -> None:
+    """Raises CheckpointError unless checkpoint and model have exactly the same parameters."""
+    where = weights.checkpoint.path
+    if missing := weights.missing():
+        raise CheckpointError(f"{where}: {len(missing)} tensors are missing, first {missing[0]!r}")
+    if weights.unexpected:
+        raise CheckpointError(
+            f"{where}: {len(weights.unexpected)} tensors belong to no parameter of the model, "
+            f"first {weights.unexpected[0]!r}"
+        )
+
+
+def open_tokenizer(path: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"{path}: cannot load its tokenizer: {error}") from error
+
+
+def prepare(
+    src: str | Path, dst: Path, config: QuantConfig, *, text: bool, track: Track
+) -> tuple[Source, Tensor]:
+    """Check source, settings, text and destination; returns the source and calibration windows.
+
+    Raises a QmoeError that names the problem. Nothing is written.
+    """
+    source = open_source(src, torch.float32)
+    check_schemes(source, config)
+    check_destination(dst, estimate_bytes(source, config))
+    windows = torch.empty(0, 0, dtype=torch.long)
+    if text:
+        c = config.calibration
+        tokenizer = open_tokenizer(source.checkpoint.path)
+        windows = sample_windows(tokenizer, load_texts(c.text), c.windows, c.window, c.seed)
+    source.checkpoint.check_finite(track)
+    return source, windows
+
+
+def schemes_of(source: Source, layer: Layer, config: QuantConfig) -> dict[str, Scheme]:
+    """Scheme of every weight to quantize in a layer: experts modules and dense linears by name."""
+    found = dict.fromkeys(layer.experts, config.experts)
+    if config.dense is not None:
+        found |= dict.fromkeys(layer.dense, config.dense)
+    return found
+
+
+def check_schemes(source: Source, config: QuantConfig) -> None:
+    """Every group size divides every input dimension it is used on; lm_head can be quantized."""
+    model = source.model
+    for layer in source.structure.layers:
+        for name, scheme in schemes_of(source, layer, config).items():
+            for weight, shape in _shapes(model, name):
+                _check_divides(weight, shape[-1], scheme)
+    if config.lm_head is not None:
+        head = source.structure.lm_head
+        if head is None:
+            raise ConfigError("lm_head: this model has no output projection of that name")
+        if f"{head}.weight" in model.all_tied_weights_keys:
+            raise ConfigError(
+                "lm_head: it is tied to the input embedding in this model and cannot be quantized "
+                "alone; leave lm_head out"
+            )
+        _check_divides(f"{head}.weight", model.get_submodule(head).in_features, config.lm_head)
+
+
+def _shapes(model: nn.Module, name: str) -> list[tuple[str, tuple[int, ...]]]:
+    module = model.get_submodule(name)
+    weights = ["weight"] if isinstance(module, nn.Linear) else list(expert_weights(module))
+    return [(f"{name}.{w}", tuple(getattr(module, w).shape)) for w in weights]
+
+
+def _check_divides(name: str, in_features: int, scheme: Scheme) -> None:
+    group = scheme.group_size
+    if group == CHANNEL or in_features % group == 0:
+        return
+    others = [str(g) for g in GROUPS if in_features % g == 0] + [f"{CHANNEL} (channel)"]
+    raise ConfigError(
+        f"{name}: group size {group} does not divide its {in_features} input features; "
+        f"{' or '.join(others)} would"
+    )
+
+
+def estimate_bytes(source: Source, config: QuantConfig) -> int:
+    """Bytes the quantized weights will take on disk, within a percent."""
+    total = source.checkpoint.nbytes()
+    for layer in source.structure.layers:
+        for name, scheme in schemes_of(source, layer, config).items():
+            for target, shape in _shapes(source.model, name):
+                size = sum(tensor_bytes(source.checkpoint, n) for n in source.weights.targets[target])
+                numel = torch.Size(shape).numel()
+                total += int(numel * scheme.bits_per_weight(shape[-1]) / 8) - size
+    return max(total, 0)
+
+
+def tensor_bytes(checkpoint: Checkpoint, name: str) -> int:
+    piece = checkpoint.lazy(name)
+    sizes = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+    return int(torch.Size(piece.get_shape()).numel() * sizes.get(piece.get_dtype(), 1))

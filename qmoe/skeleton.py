@@ -1,0 +1,166 @@
+"""A model on the meta device whose weights come and go one part at a time.
+
+Everything here leans on transformers' weight conversion, which is not a stable API: this is the
+only file that touches it (tested with the range pinned in pyproject.toml). It buys us every
+family's renames and merges, in both directions, without code per model.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from qmoe.checkpoint import Checkpoint
+from qmoe.errors import CheckpointError, UnsupportedModelError
+
+
+def read_config(path: Path) -> Any:
+    """The transformers config of a model folder; UnsupportedModelError if transformers has none."""
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (ValueError, KeyError, OSError) as error:
+        raise UnsupportedModelError(
+            f"{path}: transformers cannot read this architecture: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def build(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model with every parameter on the meta device and its computed buffers (rotary
+    frequencies and the like) real."""
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"{config.model_type}: transformers has no causal language model for it: {error}"
+        ) from error
+    # As from_pretrained does after loading: buffers that no checkpoint holds are computed by the
+    # model's own initialization, which leaves alone whatever is marked as initialized.
+    model._move_missing_keys_from_meta_to_device(set(), None, None, None)
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True
+    model.initialize_weights()
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+class WeightMap:
+    """Which checkpoint tensors make up which parameters of a model.
+
+    `suffixes` are added for packed checkpoints: for a converter that merges `...gate_proj.weight`
+    of all experts into `...gate_up_proj`, a copy merges `weight_packed` into `gate_up_proj_packed`.
+    """
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, suffixes: Iterable[str] = ()):
+        self.model = model
+        self.checkpoint = checkpoint
+        self.rules = get_model_conversion_mapping(model)
+        self.rules += _suffixed(self.rules, list(suffixes))
+        expected = model.state_dict()
+        self.targets: dict[str, list[str]] = {}
+        self.unexpected: list[str] = []
+        for name in checkpoint.names():
+            target = self._target(name, expected)
+            if target in expected:
+                self.targets.setdefault(target, []).append(name)
+            else:
+                self.unexpected.append(name)
+
+    def _target(self, name: str, expected: dict[str, torch.Tensor]) -> str:
+        if name in expected:
+            return name
+        renamings = [r for r in self.rules if isinstance(r, WeightRenaming)]
+        converters = [r for r in self.rules if isinstance(r, WeightConverter)]
+        prefix = self.model.base_model_prefix
+        target: str = rename_source_key(name, renamings, converters, prefix, expected)[0]
+        return target
+
+    def missing(self) -> list[str]:
+        """Parameters no checkpoint tensor feeds; tied ones count as fed by their partner."""
+        found = set(self.targets)
+        for target, source in self.model.all_tied_weights_keys.items():
+            if target in found or source in found:
+                found |= {target, source}
+        return sorted(set(self.model.state_dict()) - found)
+
+    def sources(self, prefix: str) -> list[str]:
+        """Checkpoint tensors that feed the parameters below `prefix` (or that parameter)."""
+        below = prefix + "."
+        hits = (n for t, n in self.targets.items() if t == prefix or t.startswith(below))
+        return [name for names in hits for name in names]
+
+    def load(self, names: list[str], dtype: torch.dtype | None) -> None:
+        """Fill the parameters that the checkpoint tensors `names` feed, cast to `dtype` if floating
+        (None: the parameter's own). Raises CheckpointError on a shape or conversion problem."""
+        tensors = {name: self.checkpoint.lazy(name) for name in names}
+        config = LoadStateDictConfig(weight_mapping=self.rules, dtype=dtype)
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
+        finally:
+            if shown:
+                logging.enable_progress_bar()
+        problems = [*map(str, info.mismatched_keys), *info.conversion_errors.values()]
+        problems += [f"unexpected {key}" for key in sorted(info.unexpected_keys)]
+        if problems:
+            raise CheckpointError(f"{self.checkpoint.path}: {problems[0]}")
+
+    def revert(self, target: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A tensor laid out like parameter `target`, split and named as in the family's checkpoint.
+
+        Only dimensions 0 and 1 may be split, so packed words, scales and zero points of a stack of
+        matrices [E, N, *] go the same way as the weights.
+        """
+        return original_names(self.model, target, tensor)
+
+    def tie(self) -> None:
+        self.model.tie_weights(missing_keys=set(self.missing_keys()), recompute_mapping=False)
+
+    def missing_keys(self) -> list[str]:
+        return sorted(set(self.model.state_dict()) - set(self.targets))
+
+
+def original_names(model: Any, target: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`WeightMap.revert` without a checkpoint."""
+    out: dict[str, torch.Tensor] = revert_weight_conversion(model, {target: tensor})
+    return out
+
+
+def _suffixed(rules: list[Any], suffixes: list[str]) -> list[Any]:
+    extra = []
+    for rule in rules:
+        if not isinstance(rule, WeightConverter):
+            continue
+        sources, targets = rule._original_source_patterns, rule._original_target_patterns
+        if not all(s.endswith(".weight") for s in sources):
+            continue
+        for suffix in suffixes:
+            extra.append(
+                rule.copy(
+                    [s + suffix for s in sources],
+                    [t + suffix for t in targets],
+                    operations=list(rule.operations),
+                )
+            )
+    return extra
+
+
+def free(module: nn.Module) -> None:
+    """Put every parameter of `module` back on the meta device. Buffers stay: they are computed."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            empty = torch.empty_like(parameter, device="meta")
+            part._parameters[name] = nn.Parameter(empty, requires_grad=False)

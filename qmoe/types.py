@@ -1,0 +1,26 @@
+"""The one alphabet of dimension letters, and the tensors that travel between the parts of qmoe.
+
+E experts, T tokens, A experts per token (top-k), N output features, K input features,
+G groups along K, H hidden size, I intermediate size, V vocabulary, W int32 words of a packed row.
+A dense linear is a stack with E = 1.
+"""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int8
+from torch import Tensor
+
+from qmoe.config import Scheme
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized stack of matrices: weight = (q - zero) * scale, group by group along K.
+
+    q and zero hold signed integers in [-2^(bits-1), 2^(bits-1)-1]; zero is None if symmetric.
+    """
+
+    q: Int8[Tensor, "E N K"]
+    scale: Float[Tensor, "E N G"]
+    zero: Int8[Tensor, "E N G"] | None
+    scheme: Scheme
