@@ -1,0 +1,78 @@
+"""Quantize Mixture-of-Experts language models and run them packed.
+
+    import qmoe
+
+    qmoe.quantize("Qwen/Qwen3-30B-A3B", "qwen3-int4", qmoe.QuantConfig())
+    model, tokenizer = qmoe.load("qwen3-int4")
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qmoe._version import __version__ as __version__
+from qmoe.config import CalibrationConfig as CalibrationConfig
+from qmoe.config import QuantConfig as QuantConfig
+from qmoe.config import Scheme as Scheme
+from qmoe.errors import QmoeError as QmoeError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "CalibrationConfig",
+    "QmoeError",
+    "QuantConfig",
+    "Scheme",
+    "__version__",
+    "load",
+    "quantize",
+]
+
+
+def quantize(
+    src: str | Path,
+    dst: str | Path,
+    config: QuantConfig | None = None,
+    *,
+    statistics_from: Sequence[str | Path] = (),
+    save_statistics: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Quantize the MoE model in `src`, a local folder or a hub name, into the new folder `dst`.
+
+    config: what to do; the default is 4-bit GPTQ experts, 8-bit dense linears. statistics_from:
+    folders that `save_statistics` wrote for the same model; summed, they replace running text
+    through the model. progress: a bar on standard error, if that is a terminal. Returns the report
+    that is also written to `dst/qmoe_report.json`.
+
+    Raises a QmoeError (see qmoe.errors) before any long work if something cannot work, and
+    AuditError if the result is not what was promised. `dst` then does not exist.
+    """
+    # Imported here so that `import qmoe` does not wait for transformers.
+    from qmoe.pipeline import quantize as run
+    from qmoe.progress import on_terminal, silent
+
+    return run(
+        src,
+        dst,
+        config or QuantConfig(),
+        statistics_from=statistics_from,
+        save_statistics=save_statistics,
+        track=on_terminal if progress else silent,
+    )
+
+
+def load(
+    path: str | Path, dtype: "torch.dtype | None" = None, *, progress: bool = True
+) -> tuple[Any, Any]:
+    """Load a quantized folder or hub name: a transformers model that runs packed, and its tokenizer.
+
+    dtype: of activations and unquantized weights; None is the checkpoint's own. Raises
+    CheckpointError if the folder is not a whole quantized model, AuditError if any expert would not
+    run packed.
+    """
+    from qmoe.loading import load as run
+    from qmoe.progress import on_terminal, silent
+
+    return run(path, dtype, track=on_terminal if progress else silent)

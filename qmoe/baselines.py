@@ -1,0 +1,91 @@
+"""What qmoe is compared with: the original in 16 bits, and bitsandbytes NF4.
+
+Round-to-nearest is not here: it is `quantize` with method "rtn". bitsandbytes itself does not
+quantize fused experts; here it is applied to each expert's matrices, so that the comparison is
+with NF4 and not with 16-bit experts.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.utils import logging
+
+from qmoe.calibration.collect import apply_activation
+from qmoe.checkpoint import resolve
+from qmoe.kernels.moe import moe_forward
+from qmoe.structure import expert_weights, find
+
+NAME = "qmoe_nf4"
+
+
+def original(path: str | Path, dtype: torch.dtype | None = None) -> Any:
+    """The unquantized model as transformers loads it."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(resolve(path), dtype=dtype or "auto")
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    return model.eval().requires_grad_(False)
+
+
+class Nf4Stack(nn.Module):
+    """Matrices [E, N, K] in bitsandbytes NF4 with blocks of 64, one quantization state each."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.shape = tuple(weight.shape)
+        made = [bnb.functional.quantize_4bit(w, blocksize=64, quant_type="nf4") for w in weight]
+        self.packed = [packed for packed, _ in made]
+        self.states = [state for _, state in made]
+
+    def matmul(self, x: Tensor, e: int) -> Tensor:
+        y: Tensor = bnb.matmul_4bit(x, self.packed[e].t(), quant_state=self.states[e])
+        return y
+
+    def nbytes(self) -> int:
+        return sum(p.nbytes + s.absmax.nbytes for p, s in zip(self.packed, self.states, strict=True))
+
+
+def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def activation(product: Tensor) -> Tensor:
+        return apply_activation(self, product)
+
+    first, second = self.nf4_first, self.nf4_second
+    return moe_forward(hidden_states, top_k_index, top_k_weights, first, second, activation)
+
+
+class Nf4Linear(nn.Module):
+    """A dense linear in NF4."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.stack, self.bias = Nf4Stack(linear.weight[None]), linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stack.matmul(x.reshape(-1, x.shape[-1]), 0).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def nf4(path: str | Path, dtype: torch.dtype | None = None) -> Any:
+    """The original with experts and the dense linears that qmoe quantizes in NF4."""
+    model = original(path, dtype)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
+    for layer in find(model).layers:
+        for name in layer.experts:
+            experts = model.get_submodule(name)
+            first, second = expert_weights(experts)
+            experts.nf4_first = Nf4Stack(getattr(experts, first))
+            experts.nf4_second = Nf4Stack(getattr(experts, second))
+            delattr(experts, first)
+            delattr(experts, second)
+            experts.config._experts_implementation = NAME
+        for name in layer.dense:
+            model.set_submodule(name, Nf4Linear(model.get_submodule(name)))
+    return model

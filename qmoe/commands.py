@@ -1,0 +1,184 @@
+"""What each subcommand of the CLI does, and how its result is shown to a person."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qmoe import tables
+from qmoe.audit import audit_folder
+from qmoe.checkpoint import read_json, resolve
+from qmoe.cli import config_from
+from qmoe.compare import benchmark, evaluate
+from qmoe.pipeline import quantize as run_quantize
+from qmoe.plan import open_source
+from qmoe.progress import on_terminal
+from qmoe.structure import expert_weights
+
+
+def quantize(args: argparse.Namespace) -> dict[str, Any]:
+    """`qmoe quantize`: returns the report."""
+    return run_quantize(
+        args.src,
+        args.dst,
+        config_from(args),
+        statistics_from=args.statistics,
+        save_statistics=args.save_statistics,
+        track=on_terminal,
+    )
+
+
+def show_quantize(report: dict[str, Any]) -> None:
+    total = sum(report["bytes"].values())
+    title = f"{tables.size(report['source_bytes'])} became {tables.size(total)}, audit passed"
+    tables.show(title, ["bytes", "", "share"], tables.bytes_rows(report["bytes"]))
+    rows = [[r["name"], _share(r["error"])] for r in report["layers"]]
+    tables.show("relative RMS error of each layer's output", ["layer", "error"], rows)
+    fallbacks = report["fallbacks"]
+    print(f"{len(fallbacks)} fallbacks{':' if fallbacks else ''}")
+    for line in fallbacks:
+        print(f"  {line}")
+    if not report["loads_in_plain_transformers"]:
+        print("asymmetric experts: this checkpoint loads in qmoe, not in plain transformers")
+
+
+def _share(error: float | None) -> str:
+    return "not measured" if error is None else f"{100 * error:.2f} %"
+
+
+def inspect(args: argparse.Namespace) -> dict[str, Any]:
+    """`qmoe inspect`: an audit of a quantized folder, or the parts of an unquantized one."""
+    path = resolve(args.path)
+    if "quantization_config" not in read_json(path / "config.json"):
+        return {"parts": _parts(path)}
+    result: dict[str, Any] = {"bytes": audit_folder(path).bytes}
+    if (path / "qmoe_report.json").is_file():
+        report = read_json(path / "qmoe_report.json")
+        result |= {"config": report["config"], "fallbacks": report["fallbacks"]}
+        if args.experts:
+            result["experts"] = _expert_table(report)
+    elif args.experts:
+        raise_no_report(path)
+    return result
+
+
+def raise_no_report(path: Path) -> None:
+    from qmoe.errors import CheckpointError
+
+    raise CheckpointError(f"{path}: has no qmoe_report.json, so nothing is known of single experts")
+
+
+def _parts(path: Path) -> list[dict[str, Any]]:
+    source = open_source(path, torch.float32)
+    parts = []
+    for layer in source.structure.layers:
+        for name in layer.experts:
+            module = source.model.get_submodule(name)
+            shapes = [list(getattr(module, w).shape) for w in expert_weights(module)]
+            parts.append({"name": name, "shapes": shapes})
+        for name in layer.dense:
+            parts.append({"name": name, "shapes": [list(source.model.get_submodule(name).weight.shape)]})
+    return parts
+
+
+def _expert_table(report: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for layer in report["layers"]:
+        for name, entry in layer.get("experts", {}).items():
+            errors = [part["error"] for part in entry.values() if isinstance(part, dict)]
+            for e in range(len(errors[0])):
+                row = {"experts": name, "expert": e, "errors": [error[e] for error in errors]}
+                if "tokens" in entry:
+                    row |= {"tokens": entry["tokens"][e], "gate_mass": entry["gate_mass"][e]}
+                rows.append(row | {"borrowed": e in entry.get("borrowed", [])})
+    return rows
+
+
+def show_inspect(result: dict[str, Any]) -> None:
+    if "parts" in result:
+        rows = [[p["name"], ", ".join(map(str, p["shapes"]))] for p in result["parts"]]
+        tables.show("not quantized; what qmoe would quantize", ["module", "shapes"], rows)
+        return
+    tables.show("audit passed", ["bytes", "", "share"], tables.bytes_rows(result["bytes"]))
+    for line in result.get("fallbacks", []):
+        print(f"  {line}")
+    if "experts" in result:
+        rows = [
+            [
+                f"{r['experts']}[{r['expert']}]",
+                str(r.get("tokens", "-")),
+                f"{r.get('gate_mass', 0):.1f}",
+                " ".join(f"{100 * e:.2f}" for e in r["errors"]),
+                "yes" if r["borrowed"] else "",
+            ]
+            for r in result["experts"]
+        ]
+        header = ["expert", "tokens", "gate mass", "output errors (%)", "borrowed"]
+        tables.show("experts", header, rows)
+
+
+def eval(args: argparse.Namespace) -> dict[str, Any]:
+    """`qmoe eval`."""
+    return evaluate(
+        args.path,
+        against=args.against,
+        baselines=args.baseline,
+        text=args.text,
+        windows=args.windows,
+        window=args.window,
+        batch=args.batch,
+        dtype=getattr(torch, args.dtype),
+        track=on_terminal,
+    )
+
+
+def show_eval(result: dict[str, Any]) -> None:
+    scores, overall = result["scores"], result["overall"]
+    titles = {
+        "perplexity": ("perplexity (mean: geometric)", 3),
+        "kl": ("KL to the original, nats per token", 5),
+        "agreement": ("share of tokens with the same top-1", 4),
+    }
+    for key, (title, digits) in titles.items():
+        if key not in next(iter(overall.values())):
+            continue
+        rows = tables.scores_rows(scores, key, digits)
+        rows.append(["mean", *(f"{m[key]:.{digits}f}" for m in overall.values())])
+        tables.show(title, ["domain", *scores], rows)
+    rows = [[name, tables.size(n)] for name, n in result["bytes_on_disk"].items()]
+    tables.show("weights on disk", ["model", "bytes"], rows)
+
+
+def bench(args: argparse.Namespace) -> dict[str, Any]:
+    """`qmoe bench`."""
+    return benchmark(
+        args.path,
+        against=args.against,
+        baselines=args.baseline,
+        prompt=args.prompt,
+        tokens=args.tokens,
+        repeats=args.repeats,
+        track=on_terminal,
+    )
+
+
+def show_bench(result: dict[str, Any]) -> None:
+    header = ["model", "prefill tok/s", "first token ms", "decode tok/s", "bytes/token",
+              "weights", "resident", "peak"]  # fmt: skip
+    rows = [
+        [
+            name,
+            f"{r['prefill_tokens_per_s']:.0f}",
+            f"{r['first_token_ms']:.1f}",
+            f"{r['decode_tokens_per_s']:.1f}",
+            tables.size(r["bytes_per_token"]),
+            tables.size(r["weights_in_memory"]),
+            tables.size(r["resident_over_bare_process"]),
+            tables.size(r["peak_over_bare_process"]),
+        ]
+        for name, r in result.items()
+    ]
+    threads = torch.get_num_threads()
+    tables.show(f"medians, models taking turns, {threads} CPU threads", header, rows)
+    print("resident and peak: a process of its own, less the same process without a model")

@@ -1,0 +1,140 @@
+"""Several forms of one model side by side: its quantized folder, the original, RTN, NF4.
+
+`evaluate` and `benchmark` are what `qmoe eval` and `qmoe bench` and the scripts call.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qmoe.baselines import Nf4Stack, nf4, original
+from qmoe.bench import memory, speed
+from qmoe.calibration.text import load_texts
+from qmoe.checkpoint import read_json, resolve
+from qmoe.config import QuantConfig
+from qmoe.errors import ConfigError
+from qmoe.evaluate import Logits, make_batches, overall, resident, score, streamed
+from qmoe.kernels.stack import PackedStack
+from qmoe.loading import load
+from qmoe.pipeline import quantize
+from qmoe.plan import open_source, open_tokenizer
+from qmoe.progress import Track, silent
+
+BASELINES = ("rtn", "nf4")
+
+
+@contextmanager
+def rtn_twin(path: Path, against: str | Path, track: Track) -> Iterator[Path]:
+    """A temporary folder with the original rounded to nearest, in the schemes `path` was made with."""
+    report = read_json(path / "qmoe_report.json")
+    config = replace(QuantConfig.from_dict(report["config"]), method="rtn")
+    with tempfile.TemporaryDirectory(prefix="qmoe-rtn-") as folder:
+        quantize(against, Path(folder) / "rtn", config, track=track)
+        yield Path(folder) / "rtn"
+
+
+def _check(baselines: Sequence[str], against: str | Path | None) -> None:
+    unknown = [b for b in baselines if b not in BASELINES]
+    if unknown:
+        raise ConfigError(f"baseline: expected some of {BASELINES}, got {unknown[0]!r}")
+    if baselines and against is None:
+        raise ConfigError("baselines are made from the original model; give it with --against")
+
+
+def evaluate(
+    path: str | Path,
+    *,
+    against: str | Path | None = None,
+    baselines: Sequence[str] = (),
+    text: str = "heldout",
+    windows: int = 16,
+    window: int = 256,
+    batch: int = 8,
+    dtype: torch.dtype = torch.float32,
+    track: Track = silent,
+) -> dict[str, Any]:
+    """Perplexity by domain of a quantized folder; with `against`, also KL and top-1 agreement.
+
+    text: see qmoe.calibration.text.load_texts. The first `windows` windows of every domain are
+    scored. dtype: of activations, for all models alike; float32 shows what the weights lost and
+    nothing else. The original is streamed, so it may be larger than memory.
+    Returns {"scores": {model: {domain: ...}}, "overall": {model: ...}, "bytes": {model: ...}}.
+    """
+    _check(baselines, against)
+    folder = resolve(path)
+    tokenizer = open_tokenizer(folder)
+    batches = make_batches(
+        tokenizer, load_texts(text), windows=windows, window=window, batch=batch
+    )
+    models: dict[str, Any] = {}
+    disk = {"qmoe": _disk(folder)}
+    if "rtn" in baselines:
+        assert against is not None
+        with rtn_twin(folder, against, track) as twin:
+            models["rtn"], disk["rtn"] = load(twin, dtype, track=track)[0], _disk(twin)
+    if "nf4" in baselines:
+        models["nf4"] = nf4(str(against), dtype)
+    models["qmoe"] = load(folder, dtype, track=track)[0]
+    reference: Logits | None = None
+    if against is not None:
+        source = open_source(against, dtype)
+        disk["original"] = source.checkpoint.nbytes()
+        reference = streamed(source, batches, dtype, track)
+    scores = score(batches, reference, {n: resident(m, batches) for n, m in models.items()}, track)
+    return {
+        "scores": scores,
+        "overall": {name: overall(domains) for name, domains in scores.items()},
+        "bytes_on_disk": disk,
+    }
+
+
+def benchmark(
+    path: str | Path,
+    *,
+    against: str | Path | None = None,
+    baselines: Sequence[str] = (),
+    prompt: int = 256,
+    tokens: int = 32,
+    repeats: int = 5,
+    track: Track = silent,
+) -> dict[str, dict[str, float]]:
+    """Speed and memory of a quantized folder beside the original and baselines, by model name.
+
+    See qmoe.bench.speed and qmoe.bench.memory for the figures and their units.
+    """
+    _check(baselines, against)
+    folder = resolve(path)
+    used = {"qmoe": memory("qmoe", folder)}
+    models = {"qmoe": load(folder, track=track)[0]}
+    if against is not None:
+        source = resolve(against)
+        used["original"], models["original"] = memory("original", source), original(source)
+        if "nf4" in baselines:
+            used["nf4"], models["nf4"] = memory("nf4", source), nf4(source)
+        if "rtn" in baselines:
+            with rtn_twin(folder, source, track) as twin:
+                used["rtn"], models["rtn"] = memory("qmoe", twin), load(twin)[0]
+    timed = speed(models, prompt=prompt, tokens=tokens, repeats=repeats, track=track)
+    for name, figures in timed.items():
+        m = used[name]
+        figures["weights_in_memory"] = weights_in_memory(models[name])
+        figures["resident_over_bare_process"] = m["loaded"] - m["without_model"]
+        figures["peak_over_bare_process"] = m["peak"] - m["without_model"]
+    timed["qmoe"]["bytes_on_disk"] = _disk(folder)
+    return timed
+
+
+def weights_in_memory(model: Any) -> int:
+    """Bytes of all weights of a loaded model, packed or not; shared ones once."""
+    total = {id(p): p.nbytes for p in model.parameters()}
+    stacks = [m for m in model.modules() if isinstance(m, PackedStack | Nf4Stack)]
+    return sum(total.values()) + sum(stack.nbytes() for stack in stacks)
+
+
+def _disk(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))

@@ -1,0 +1,137 @@
+"""Perplexity per domain, and distance to the original: KL divergence and top-1 agreement.
+
+Every model is an iterator over the logits of the same batches, so a model that fits in memory and
+one that is streamed layer by layer are compared alike. Metrics are computed in float32 from
+logits in whatever dtype the model gives.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from qmoe.calibration.batches import tokenize
+from qmoe.errors import CalibrationError
+from qmoe.plan import Source
+from qmoe.progress import Track
+from qmoe.skeleton import free
+from qmoe.suspend import Call, suspended
+
+Batches = list[tuple[str, Int[Tensor, "B L"]]]
+Logits = Iterator[Float[Tensor, "B L V"]]
+
+
+@dataclass
+class Score:
+    """Sums over the predicted tokens of one domain; nan where there is no reference."""
+
+    tokens: int = 0
+    loss: float = 0.0
+    kl: float = 0.0
+    agree: float = 0.0
+
+    def summary(self) -> dict[str, float]:
+        """Perplexity, KL to the original in nats per token, share of equal top-1 tokens."""
+        n = max(self.tokens, 1)
+        return {
+            "perplexity": math.exp(self.loss / n),
+            "kl": self.kl / n,
+            "agreement": self.agree / n,
+        }
+
+
+def make_batches(
+    tokenizer: Any, texts: dict[str, str], *, windows: int, window: int, batch: int
+) -> Batches:
+    """The first `windows` windows of every domain. Raises CalibrationError if one has none."""
+    batches: Batches = []
+    for domain, text in texts.items():
+        rows = tokenize(tokenizer, text, window)[:windows]
+        if not len(rows):
+            raise CalibrationError(
+                f"{domain}: its text is shorter than one window of {window} tokens"
+            )
+        batches += [(domain, part) for part in rows.split(batch)]
+    return batches
+
+
+def resident(model: Any, batches: Batches) -> Logits:
+    """Logits of a model that is in memory."""
+    for _, ids in batches:
+        with torch.no_grad():
+            yield model(input_ids=ids, use_cache=False).logits
+
+
+def streamed(source: Source, batches: Batches, dtype: torch.dtype, track: Track) -> Logits:
+    """Logits of an original model with one of its layers in memory at a time."""
+    weights, modules = source.weights, source.stages()
+    layers = iter(track(source.structure.layers, "running the original"))
+
+    def visit(i: int, forward: Any, calls: list[Call]) -> list[Any]:
+        weights.load(weights.sources(next(layers).name), dtype)
+        with torch.no_grad():
+            outputs = [forward(*c.args, **c.kwargs) for c in calls]
+        free(modules[i])
+        return outputs
+
+    with torch.no_grad():
+        weights.load(source.resident(), dtype)
+        weights.tie()
+        inputs = [{"input_ids": ids, "use_cache": False} for _, ids in batches]
+        for output in suspended(source.model, modules, inputs, visit):
+            yield output.logits
+        next(layers, None)
+
+
+def score(
+    batches: Batches, reference: Logits | None, models: dict[str, Logits], track: Track
+) -> dict[str, dict[str, dict[str, float]]]:
+    """{model: {domain: {perplexity, kl, agreement}}}; the reference is scored as "original".
+
+    Without a reference only perplexity is given.
+    """
+    named = ({"original": reference} if reference is not None else {}) | models
+    scores: dict[str, dict[str, Score]] = {
+        name: {domain: Score() for domain, _ in batches} for name in named
+    }
+    for domain, ids in track(batches, "evaluating"):
+        base: Tensor | None = None
+        for name, logits in named.items():
+            log_p = next(logits)[:, :-1].float().log_softmax(-1)
+            if name == "original" and reference is not None:
+                base = log_p
+            _add(scores[name][domain], log_p, ids[:, 1:], base)
+    with_reference = reference is not None
+    return {
+        name: {d: _summary(s, with_reference) for d, s in domains.items()}
+        for name, domains in scores.items()
+    }
+
+
+def _add(total: Score, log_p: Tensor, target: Tensor, base: Tensor | None) -> None:
+    total.tokens += target.numel()
+    total.loss -= float(log_p.gather(-1, target[..., None]).double().sum())
+    if base is not None:
+        total.kl += float((base.exp() * (base - log_p)).sum(-1).double().sum())
+        total.agree += float((base.argmax(-1) == log_p.argmax(-1)).sum())
+
+
+def _summary(total: Score, with_reference: bool) -> dict[str, float]:
+    summary = total.summary()
+    return summary if with_reference else {"perplexity": summary["perplexity"]}
+
+
+def overall(domains: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Over domains: geometric mean of perplexities, plain mean of the rest."""
+    out = {}
+    for key in next(iter(domains.values())):
+        values = [d[key] for d in domains.values()]
+        if key == "perplexity":
+            out[key] = math.exp(sum(map(math.log, values)) / len(values))
+        else:
+            out[key] = sum(values) / len(values)
+    return out
