@@ -37,8 +37,8 @@ def sample_windows(
     windows = torch.cat(chosen)
     if not len(windows):
         raise CalibrationError(
-            f"the text is shorter than one window of {window} tokens (domains: {', '.join(texts)}); "
-            "give more text or a smaller window"
+            f"the text is shorter than one window of {window} tokens (domains: "
+            f"{', '.join(texts)}); give more text or a smaller window"
         )
     return windows
 

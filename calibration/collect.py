@@ -52,29 +52,24 @@ def apply_activation(experts: Any, product: Tensor) -> Tensor:
 
 
 class ExpertSink:
-    """Receives routed tokens of one experts module, and keeps an even sample of all its tokens."""
+    """Receives routed tokens of one experts module, and every stride-th token for its sample."""
 
     def __init__(self, stats: ExpertStats, gate_weighted: bool, stride: int):
         self.stats, self.gate_weighted, self.stride = stats, gate_weighted, stride
         self._seen = 0
-        self._sample: list[Tensor] = []
 
     def saw(self, x: Tensor) -> None:
         first = -self._seen % self.stride
-        self._sample.append(x[first :: self.stride].clone())
+        self.stats.sample = torch.cat([self.stats.sample, x[first :: self.stride].float()])
         self._seen += len(x)
 
     def add(self, e: int, x: Tensor, mid: Tensor, gate: Tensor) -> None:
         weight = gate.float().square() if self.gate_weighted else torch.ones_like(gate)
         self.stats.add(e, x, mid, gate, weight)
 
-    def sample(self) -> Tensor:
-        """[B, H] tokens of the layer, routed anywhere."""
-        return torch.cat(self._sample)
-
 
 @contextmanager
-def collecting_experts(experts: list[nn.Module]) -> Iterator[None]:
+def collecting_experts(experts: list[Any]) -> Iterator[None]:
     """Route these experts modules through `experts_forward`; restored on exit.
 
     The switch is a field of the config each instance holds, so set there it cannot be ignored, as

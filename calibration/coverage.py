@@ -10,17 +10,13 @@ sees, never a switch to another method. Every expert treated so is reported.
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from qmoe.calibration.stats import ExpertStats
 
 
 def borrow(
-    stats: ExpertStats,
-    sample: Float[Tensor, "B H"],
-    middle: Callable[[int, Tensor], Tensor],
-    min_tokens: int,
+    stats: ExpertStats, middle: Callable[[int, Tensor], Tensor], min_tokens: int
 ) -> list[int]:
     """Top up the Hessians of rare experts, in place; returns which experts those were.
 
@@ -30,6 +26,7 @@ def borrow(
     rare = [e for e, n in enumerate(stats.tokens.tolist()) if n < min_tokens]
     routed = max(int(stats.tokens.sum()), 1)
     average = float(stats.weight.sum()) / routed
+    sample = stats.sample
     for e in rare:
         total = (min_tokens - int(stats.tokens[e])) * average
         weight = torch.full((len(sample),), total / len(sample))

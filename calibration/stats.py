@@ -7,6 +7,7 @@ routed experts w is 1 or the squared gate. float32 throughout.
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,13 +21,15 @@ from qmoe.errors import CalibrationError
 @dataclass
 class ExpertStats:
     """Per expert: tokens routed to it, sum of gates, sum of weights w, Hessian of the inputs of its
-    first matrix (gate and up share it) and of its second (down)."""
+    first matrix (gate and up share it) and of its second (down). sample: an even sample of the
+    layer's tokens, routed anywhere, for experts that saw too few of their own."""
 
     tokens: Int[Tensor, " E"]
     gate_mass: Float[Tensor, " E"]
     weight: Float[Tensor, " E"]
     first: Float[Tensor, "E H H"]
     second: Float[Tensor, "E I I"]
+    sample: Float[Tensor, "B H"]
 
     @classmethod
     def empty(cls, experts: int, hidden: int, intermediate: int) -> "ExpertStats":
@@ -36,10 +39,11 @@ class ExpertStats:
             torch.zeros(experts),
             torch.zeros(experts, hidden, hidden),
             torch.zeros(experts, intermediate, intermediate),
+            torch.zeros(0, hidden),
         )
 
     def add(self, e: int, x: Tensor, mid: Tensor, gate: Tensor, weight: Tensor) -> None:
-        """Account for tokens x [M, H] of expert e, with second inputs mid [M, I], gate and weight [M]."""
+        """Account for tokens x [M, H] of expert e, second inputs mid [M, I], gate and weight [M]."""
         self.tokens[e] += len(x)
         self.gate_mass[e] += gate.float().sum()
         self.add_weighted(e, x, mid, weight)
@@ -97,18 +101,30 @@ def save(stats: LayerStats, path: Path, model: str) -> None:
     save_file({k: v.contiguous() for k, v in flat.items()}, path, metadata=metadata)
 
 
-def load(path: Path, model: str) -> LayerStats:
-    """Read `save`'s file; CalibrationError if it is missing, damaged or of another model."""
+def _open(path: Path, model: str) -> Any:
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        file = safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise CalibrationError(f"{path}: no readable statistics file ({error})") from error
-    if metadata.get("model") != model:
+    found = (file.metadata() or {}).get("model")
+    if found != model:
         raise CalibrationError(
-            f"{path}: statistics of another model (its config.json differs), expected {model}"
+            f"{path}: statistics of another model (its config.json hashes to {found}, "
+            f"this one's to {model})"
         )
+    return file
+
+
+def check(path: Path, model: str) -> None:
+    """Raises CalibrationError if `load` would, reading the header only."""
+    _open(path, model)
+
+
+def load(path: Path, model: str) -> LayerStats:
+    """Read `save`'s file; CalibrationError if it is missing, damaged or of another model."""
+    file = _open(path, model)
+    metadata = file.metadata()
+    flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in flat.items():
         name, _, part = key.rpartition("|")
@@ -125,5 +141,8 @@ def merge(parts: list[LayerStats]) -> LayerStats:
         raise CalibrationError("statistics to merge cover different modules of the layer")
     for key, total in flats[0][0].items():
         for flat, _ in flats[1:]:
-            total += flat[key]
+            if not key.endswith("|sample"):
+                total += flat[key]
+    for name, stats in parts[0].experts.items():
+        stats.sample = torch.cat([part.experts[name].sample for part in parts])
     return parts[0]

@@ -1,7 +1,7 @@
 """The routed experts of one layer, computed on packed weights. CPU, or any device in torch ops.
 
-    token (T*A)   flattened assignments sorted by expert: the token each one belongs to
-    counts (E)    assignments per expert; ids >= E are sentinels ("no expert") and are skipped
+token (T*A)   flattened assignments sorted by expert: the token each one belongs to
+counts (E)    assignments per expert; ids >= E are sentinels ("no expert") and are skipped
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def moe_forward(
     second: PackedStack,
     activation: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "T H"]:
-    """y[t] = sum over a of gates[t, a] * second[e] @ activation(first[e] @ x[t]), e = expert_ids[t, a].
+    """y[t] = sum over a of gates[t, a] * second[e] @ activation(first[e] @ x[t]), e = ids[t, a].
 
     `activation` maps the first product [M, N] to the second's input [M, I] (gating included).
     Contributions are summed in float32, expert by expert, and returned in the dtype of x.

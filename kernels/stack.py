@@ -47,6 +47,10 @@ def _int4_group(k: int, groups: int) -> int:
 class PackedStack(nn.Module):
     """Packed matrices [E, N, K]. Buffers only; nothing here is ever trained or saved."""
 
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
     def __init__(self, quantized: Quantized, dtype: torch.dtype):
         super().__init__()
         self.scheme = quantized.scheme
@@ -86,7 +90,8 @@ class PackedStack(nn.Module):
         q = q.unflatten(-1, (self.scale.shape[-1], -1))
         if self.zero is not None:
             q = q - self.zero[e][..., None]
-        return (q * self.scale[e][..., None]).flatten(-2)
+        weight: Tensor = (q * self.scale[e][..., None]).flatten(-2)
+        return weight
 
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers())
@@ -102,7 +107,7 @@ def _int4pack(q: Tensor) -> Tensor:
 
 
 def _scale_and_offset(quantized: Quantized, group: int, dtype: torch.dtype) -> Tensor:
-    """[E, K/group, N, 2]: the kernel computes (q + 8 - 8) * scale + offset, offset = -zero * scale."""
+    """[E, K/group, N, 2]: the kernel computes q * scale + offset, so offset = -zero * scale."""
     scale = quantized.scale.float()
     zero = quantized.zero.float() if quantized.zero is not None else torch.zeros_like(scale)
     pair = torch.stack((scale, -zero * scale), dim=-1)  # [E, N, G, 2]

@@ -1,9 +1,9 @@
 """Quantize Mixture-of-Experts language models and run them packed.
 
-    import qmoe
+import qmoe
 
-    qmoe.quantize("Qwen/Qwen3-30B-A3B", "qwen3-int4", qmoe.QuantConfig())
-    model, tokenizer = qmoe.load("qwen3-int4")
+qmoe.quantize("Qwen/Qwen3-30B-A3B", "qwen3-int4", qmoe.QuantConfig())
+model, tokenizer = qmoe.load("qwen3-int4")
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def quantize(
 def load(
     path: str | Path, dtype: "torch.dtype | None" = None, *, progress: bool = True
 ) -> tuple[Any, Any]:
-    """Load a quantized folder or hub name: a transformers model that runs packed, and its tokenizer.
+    """Load a quantized folder or hub name: a transformers model that runs packed, its tokenizer.
 
     dtype: of activations and unquantized weights; None is the checkpoint's own. Raises
     CheckpointError if the folder is not a whole quantized model, AuditError if any expert would not

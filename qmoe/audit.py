@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from qmoe.checkpoint import Checkpoint
 from qmoe.errors import AuditError
 from qmoe.format import SUFFIXES
+from qmoe.kernels.stack import PackedStack
 from qmoe.modules import PackedLinear, packed_experts
 from qmoe.packed_skeleton import PackedSource, open_packed
 from qmoe.structure import is_experts
@@ -34,11 +34,13 @@ class Audit:
         if self.findings:
             shown = "\n  ".join(self.findings[:20])
             more = f"\n  and {len(self.findings) - 20} more" if len(self.findings) > 20 else ""
-            raise AuditError(f"{where}: audit failed, {len(self.findings)} findings:\n  {shown}{more}")
+            raise AuditError(
+                f"{where}: audit failed, {len(self.findings)} findings:\n  {shown}{more}"
+            )
 
 
 def audit_folder(path: Path) -> Audit:
-    """Read a quantized folder as a loader would, tensor by tensor. Raises AuditError on findings."""
+    """Read a quantized folder as a loader would, tensor by tensor; AuditError on any finding."""
     audit = Audit()
     source = open_packed(path)
     names = source.weights
@@ -80,7 +82,9 @@ def _is_router(source: PackedSource, owner: str) -> bool:
     """Whatever has parameters beside the experts, is not a linear, and scores them is a router."""
     module: Any = source.model.get_submodule(owner)
     block = owner.rpartition(".")[0]
-    beside = any(e.rpartition(".")[0] == block for layer in source.structure.layers for e in layer.experts)
+    beside = any(
+        e.rpartition(".")[0] == block for layer in source.structure.layers for e in layer.experts
+    )
     return beside and not isinstance(module, nn.Linear)
 
 
@@ -99,9 +103,13 @@ def audit_model(model: nn.Module, where: str) -> Audit:
                 audit.bytes["experts packed"] += stack.packed.nbytes
                 audit.bytes["experts scales"] += stack.nbytes() - stack.packed.nbytes
         elif isinstance(module, PackedLinear):
-            audit.bytes["dense packed"] += module.stack.packed.nbytes
-            audit.bytes["dense scales"] += module.stack.nbytes() - module.stack.packed.nbytes
-        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            dense: PackedStack = module.stack
+            audit.bytes["dense packed"] += dense.packed.nbytes
+            audit.bytes["dense scales"] += dense.nbytes() - dense.packed.nbytes
+        for key, tensor in [
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ]:
             if tensor.device.type == "meta":
                 audit.findings.append(f"has no data: {name}.{key}")
             elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -123,6 +131,3 @@ def _resident_kind(name: str, module: nn.Module) -> str:
     if isinstance(module, nn.Embedding) or name == "lm_head":
         return "embeddings"
     return "dense 16-bit" if isinstance(module, nn.Linear) else "norms and other"
-
-
-__all__ = ["Audit", "Checkpoint", "audit_folder", "audit_model"]

@@ -8,7 +8,6 @@ with NF4 and not with 16-bit experts.
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -40,20 +39,28 @@ class Nf4Stack(nn.Module):
 
     def __init__(self, weight: Tensor):
         super().__init__()
+        from bitsandbytes import functional  # here, because importing it prints warnings on CPUs
+
         self.shape = tuple(weight.shape)
-        made = [bnb.functional.quantize_4bit(w, blocksize=64, quant_type="nf4") for w in weight]
+        made = [functional.quantize_4bit(w, blocksize=64, quant_type="nf4") for w in weight]
         self.packed = [packed for packed, _ in made]
         self.states = [state for _, state in made]
 
     def matmul(self, x: Tensor, e: int) -> Tensor:
-        y: Tensor = bnb.matmul_4bit(x, self.packed[e].t(), quant_state=self.states[e])
+        from bitsandbytes import matmul_4bit
+
+        y: Tensor = matmul_4bit(x, self.packed[e].t(), quant_state=self.states[e])
         return y
 
     def nbytes(self) -> int:
-        return sum(p.nbytes + s.absmax.nbytes for p, s in zip(self.packed, self.states, strict=True))
+        return sum(
+            p.nbytes + s.absmax.nbytes for p, s in zip(self.packed, self.states, strict=True)
+        )
 
 
-def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _forward(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     def activation(product: Tensor) -> Tensor:
         return apply_activation(self, product)
 

@@ -1,4 +1,4 @@
-"""Speed and memory of models on this machine: prefill, first token, decode, resident and peak bytes.
+"""Speed and memory of models here: prefill, first token, decode, resident and peak bytes.
 
 Models take turns inside every repeat and medians are reported, because clocks drift. Memory is
 measured in a process of its own per model, against the same process before the model was loaded.
@@ -22,6 +22,7 @@ from qmoe.errors import QmoeError
 from qmoe.kernels.stack import PackedStack
 from qmoe.loading import load
 from qmoe.progress import Track
+from qmoe.skeleton import build, read_config
 from qmoe.structure import is_experts
 
 KINDS: dict[str, Callable[[Path], Any]] = {
@@ -85,7 +86,9 @@ def bytes_per_token(model: Any) -> int:
     for handle in handles:
         handle.remove()
     table = model.get_input_embeddings().weight
-    tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is table
+    tied = (
+        model.get_output_embeddings() is not None and model.get_output_embeddings().weight is table
+    )
     total = 0.0
     for name, module in model.named_modules():
         share = 1.0
@@ -116,8 +119,10 @@ def memory(kind: str, path: Path) -> dict[str, int]:
 def report_memory(kind: str, path: str) -> None:
     """Runs in the process that `memory` starts; prints JSON."""
     process = psutil.Process()
-    # One tiny product first: thread pools and libraries are part of the process without a model.
+    # Thread pools, the model's code and its skeleton without data are part of a process without a
+    # model: have them before the first reading.
     torch.ones(64, 64).bfloat16() @ torch.ones(64, 64).bfloat16()
+    build(read_config(Path(path)), torch.bfloat16)
     gc.collect()
     before = process.memory_info().rss
     model = KINDS[kind](Path(path))

@@ -4,7 +4,6 @@ Left out: what the tensors mean (structure.py) and how they get into a model (sk
 """
 
 import json
-
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from qmoe.errors import CheckpointError
 from qmoe.progress import Track
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
 
 
 def resolve(source: str | Path) -> Path:
@@ -44,12 +42,20 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent}: not a model folder, it has no {path.name}") from error
+        raise CheckpointError(
+            f"{path.parent}: not a model folder, it has no {path.name}"
+        ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+DTYPES = {
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 class Checkpoint:
@@ -74,7 +80,7 @@ class Checkpoint:
             return [SINGLE]
         pickled = sorted(p.name for p in self.path.glob("*.bin"))
         hint = (
-            f"it has {pickled[0]}; convert it with transformers' save_pretrained(safe_serialization=True)"
+            f"it has {pickled[0]}; load it with transformers and save_pretrained it to safetensors"
             if pickled
             else f"it has neither {SINGLE} nor {INDEX}"
         )
@@ -107,7 +113,9 @@ class Checkpoint:
             return
         for name, file in self._index().items():
             if self._where.get(name) != file:
-                raise CheckpointError(f"{self.path}: {INDEX} places {name!r} in {file}, it is not there")
+                raise CheckpointError(
+                    f"{self.path}: {INDEX} places {name!r} in {file}, it is not there"
+                )
 
     def names(self) -> list[str]:
         return list(self._where)
@@ -119,6 +127,19 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._files[self._where[name]].get_tensor(name)
         return tensor
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype; CheckpointError for one that qmoe does not read."""
+        stored = self.lazy(name).get_dtype()
+        if stored not in DTYPES:
+            raise CheckpointError(
+                f"{self.path}: {name!r} is stored as {stored}; expected one of {', '.join(DTYPES)}"
+            )
+        return DTYPES[stored]
+
+    def tensor_bytes(self, name: str) -> int:
+        """Bytes of one tensor's data, from the header alone."""
+        return int(torch.Size(self.lazy(name).get_shape()).numel() * self.dtype(name).itemsize)
 
     def nbytes(self) -> int:
         """Bytes of the shard files."""

@@ -12,9 +12,9 @@ from qmoe._version import __version__
 from qmoe.config import BITS, CHANNEL, GROUPS, CalibrationConfig, QuantConfig, Scheme
 from qmoe.errors import QmoeError
 
-METHODS = """methods, with KL to the original in thousandths of a nat per token, measured on a 21 M parameter
-Qwen3-MoE (32 experts, top-4), everything at 4 bits g128 asymmetric, calibrated on 32k tokens of seven
-domains / of one domain only, reported on test text of all seven:
+METHODS = """methods, with KL to the original in thousandths of a nat per token, measured on a
+21 M parameter Qwen3-MoE (32 experts, top-4), everything at 4 bits g128 asymmetric, calibrated on
+32k tokens of seven domains / of one domain only, reported on test text of all seven:
   rtn   2.73 / 2.73   round to nearest, needs no text
   awq   2.53 / 2.65   activation-aware scales folded into norms and experts, then round to nearest
   gptq  0.77 / 1.16   Hessian-based error feedback per expert (default)
@@ -38,7 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
-    inspect = commands.add_parser("inspect", help="audit a quantized folder, or show a model's parts")
+    inspect = commands.add_parser(
+        "inspect", help="audit a quantized folder, or show a model's parts"
+    )
     inspect.add_argument("path")
     inspect.add_argument("--experts", action="store_true", help="one row per layer and expert")
     evaluate = commands.add_parser("eval", help="perplexity by domain, KL and agreement")
@@ -129,9 +131,11 @@ def _compare_options(p: argparse.ArgumentParser) -> None:
 
 def config_from(args: argparse.Namespace) -> QuantConfig:
     """The QuantConfig that `quantize`'s options describe."""
-    dense = Scheme(args.dense_bits, args.dense_group_size, not args.dense_asymmetric) if (
-        args.dense_bits != 16
-    ) else None
+    dense = (
+        Scheme(args.dense_bits, args.dense_group_size, not args.dense_asymmetric)
+        if (args.dense_bits != 16)
+        else None
+    )
     head = Scheme(args.lm_head_bits, args.dense_group_size) if args.lm_head_bits != 16 else None
     return QuantConfig(
         method=args.method,
@@ -160,7 +164,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 1 on an error, 2 on wrong usage, 130 if interrupted."""
+    """Entry point; returns the exit status: 0, 1 on an error, 2 on bad usage, 130 interrupted."""
     args = build_parser().parse_args(argv)
     # A polite kill cleans up like Ctrl-C.
     signal.signal(signal.SIGTERM, _interrupt)

@@ -11,6 +11,7 @@ from qmoe.audit import audit_folder
 from qmoe.checkpoint import read_json, resolve
 from qmoe.cli import config_from
 from qmoe.compare import benchmark, evaluate
+from qmoe.errors import CheckpointError
 from qmoe.pipeline import quantize as run_quantize
 from qmoe.plan import open_source
 from qmoe.progress import on_terminal
@@ -37,10 +38,16 @@ def show_quantize(report: dict[str, Any]) -> None:
     tables.show("relative RMS error of each layer's output", ["layer", "error"], rows)
     fallbacks = report["fallbacks"]
     print(f"{len(fallbacks)} fallbacks{':' if fallbacks else ''}")
-    for line in fallbacks:
-        print(f"  {line}")
+    _show_lines(fallbacks)
     if not report["loads_in_plain_transformers"]:
         print("asymmetric experts: this checkpoint loads in qmoe, not in plain transformers")
+
+
+def _show_lines(lines: list[str], most: int = 20) -> None:
+    for line in lines[:most]:
+        print(f"  {line}")
+    if len(lines) > most:
+        print(f"  and {len(lines) - most} more: see qmoe_report.json, or --json")
 
 
 def _share(error: float | None) -> str:
@@ -59,14 +66,10 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
         if args.experts:
             result["experts"] = _expert_table(report)
     elif args.experts:
-        raise_no_report(path)
+        raise CheckpointError(
+            f"{path}: it has no qmoe_report.json, so nothing is known of single experts"
+        )
     return result
-
-
-def raise_no_report(path: Path) -> None:
-    from qmoe.errors import CheckpointError
-
-    raise CheckpointError(f"{path}: has no qmoe_report.json, so nothing is known of single experts")
 
 
 def _parts(path: Path) -> list[dict[str, Any]]:
@@ -78,7 +81,9 @@ def _parts(path: Path) -> list[dict[str, Any]]:
             shapes = [list(getattr(module, w).shape) for w in expert_weights(module)]
             parts.append({"name": name, "shapes": shapes})
         for name in layer.dense:
-            parts.append({"name": name, "shapes": [list(source.model.get_submodule(name).weight.shape)]})
+            parts.append(
+                {"name": name, "shapes": [list(source.model.get_submodule(name).weight.shape)]}
+            )
     return parts
 
 
@@ -86,7 +91,10 @@ def _expert_table(report: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for layer in report["layers"]:
         for name, entry in layer.get("experts", {}).items():
-            errors = [part["error"] for part in entry.values() if isinstance(part, dict)]
+            parts = [part for part in entry.values() if isinstance(part, dict)]
+            errors = [part["error"] for part in parts if "error" in part]
+            if not errors:
+                continue  # plain rounding measured nothing
             for e in range(len(errors[0])):
                 row = {"experts": name, "expert": e, "errors": [error[e] for error in errors]}
                 if "tokens" in entry:
@@ -101,8 +109,7 @@ def show_inspect(result: dict[str, Any]) -> None:
         tables.show("not quantized; what qmoe would quantize", ["module", "shapes"], rows)
         return
     tables.show("audit passed", ["bytes", "", "share"], tables.bytes_rows(result["bytes"]))
-    for line in result.get("fallbacks", []):
-        print(f"  {line}")
+    _show_lines(result.get("fallbacks", []))
     if "experts" in result:
         rows = [
             [

@@ -30,7 +30,7 @@ BASELINES = ("rtn", "nf4")
 
 @contextmanager
 def rtn_twin(path: Path, against: str | Path, track: Track) -> Iterator[Path]:
-    """A temporary folder with the original rounded to nearest, in the schemes `path` was made with."""
+    """A temporary folder with the original rounded to nearest, in the schemes of `path`."""
     report = read_json(path / "qmoe_report.json")
     config = replace(QuantConfig.from_dict(report["config"]), method="rtn")
     with tempfile.TemporaryDirectory(prefix="qmoe-rtn-") as folder:
@@ -68,9 +68,7 @@ def evaluate(
     _check(baselines, against)
     folder = resolve(path)
     tokenizer = open_tokenizer(folder)
-    batches = make_batches(
-        tokenizer, load_texts(text), windows=windows, window=window, batch=batch
-    )
+    batches = make_batches(tokenizer, load_texts(text), windows=windows, window=window, batch=batch)
     models: dict[str, Any] = {}
     disk = {"qmoe": _disk(folder)}
     if "rtn" in baselines:
@@ -131,9 +129,9 @@ def benchmark(
 
 def weights_in_memory(model: Any) -> int:
     """Bytes of all weights of a loaded model, packed or not; shared ones once."""
-    total = {id(p): p.nbytes for p in model.parameters()}
+    total: dict[int, int] = {id(p): p.nbytes for p in model.parameters()}
     stacks = [m for m in model.modules() if isinstance(m, PackedStack | Nf4Stack)]
-    return sum(total.values()) + sum(stack.nbytes() for stack in stacks)
+    return sum(total.values()) + sum(int(stack.nbytes()) for stack in stacks)
 
 
 def _disk(folder: Path) -> int:

@@ -29,8 +29,8 @@ class Scheme:
             raise ConfigError(f"bits: expected one of {BITS}, got {self.bits}")
         if self.group_size not in (*GROUPS, CHANNEL):
             raise ConfigError(
-                f"group size: expected one of {GROUPS} or {CHANNEL} (one scale per output channel), "
-                f"got {self.group_size}"
+                f"group size: expected one of {GROUPS} or {CHANNEL} (one scale per output "
+                f"channel), got {self.group_size}"
             )
 
     def groups(self, in_features: int) -> int:
@@ -52,8 +52,9 @@ class CalibrationConfig:
     """Which text the statistics are gathered on.
 
     text: "bundled" (all domains that ship with qmoe), "bundled:austen+factbook", a local file or
-    folder, or "hf:NAME[:SPLIT[:COLUMN]]" for any `datasets` name (calibration/text.py). windows x window tokens are used,
-    spread evenly over the domains. batch: windows per forward pass.
+    folder, or "hf:NAME[:SPLIT[:COLUMN]]" for any `datasets` name (calibration/text.py).
+    windows x window tokens are used, spread evenly over the domains. batch: windows per forward
+    pass.
     """
 
     text: str = "bundled"
@@ -65,7 +66,9 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         for name in ("windows", "window", "batch"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"calibration {name}: expected at least 1, got {getattr(self, name)}")
+                raise ConfigError(
+                    f"calibration {name}: expected at least 1, got {getattr(self, name)}"
+                )
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,9 @@ class Fold:
 def find_folds(layer: nn.Module, prefix: str, run: Callable[[], Any]) -> list[Fold]:
     """Norms of the layer whose readers all take a scale per input feature."""
     modules = {
-        f"{prefix}.{n}": m for n, m in layer.named_modules() if next(m.parameters(recurse=False), None) is not None
+        f"{prefix}.{n}": m
+        for n, m in layer.named_modules()
+        if next(m.parameters(recurse=False), None) is not None
     }
     wrote: dict[tuple[int, int], str] = {}
     read: dict[str, list[str]] = {}
@@ -118,7 +120,11 @@ def fold_experts(
     s = awq_scales([Reader(down, stats.second, scheme)], scale_dtype=scale_dtype, shared=False)
     up = first[:, first.shape[1] // 2 :]
     return _apply(
-        [(down, s[:, None]), (up, 1 / s[:, :, None]), (stats.second, 1 / (s[:, :, None] * s[:, None]))]
+        [
+            (down, s[:, None]),
+            (up, 1 / s[:, :, None]),
+            (stats.second, 1 / (s[:, :, None] * s[:, None])),
+        ]
     )
 
 

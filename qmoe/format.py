@@ -1,9 +1,9 @@
 """The checkpoint on disk: compressed-tensors pack-quantized, in the family's own tensor names.
 
-    <module>.weight_packed      int32 [N, ceil(K*bits/32)]
-    <module>.weight_scale       [N, G], in the dtype of the original weights
-    <module>.weight_zero_point  int32 [ceil(N*bits/32), G], asymmetric only
-    <module>.weight_shape       int64 [2]
+<module>.weight_packed      int32 [N, ceil(K*bits/32)]
+<module>.weight_scale       [N, G], in the dtype of the original weights
+<module>.weight_zero_point  int32 [ceil(N*bits/32), G], asymmetric only
+<module>.weight_shape       int64 [2]
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from qmoe.errors import CheckpointError
 from qmoe.packing import pack_rows, pack_zeros
 
 SUFFIXES = ("_packed", "_scale", "_zero_point", "_shape")
-# A routed expert's module in a checkpoint: `...experts.7.up_proj`, but not `shared_experts.up_proj`.
+# A routed expert's module in a checkpoint: `experts.7.up_proj`, but not `shared_experts.up_proj`.
 EXPERTS_TARGET = r"re:.*\.experts\.\d+\..*"
 
 
@@ -110,8 +110,17 @@ class Schemes:
 
 def _scheme(group: QuantizationScheme, where: str) -> Scheme:
     args = group.weights
-    group_size = CHANNEL if args is not None and args.strategy == "channel" else getattr(args, "group_size", None)
-    if args is None or args.type != "int" or args.num_bits not in BITS or group_size not in (*GROUPS, CHANNEL):
+    group_size = (
+        CHANNEL
+        if args is not None and args.strategy == "channel"
+        else getattr(args, "group_size", None)
+    )
+    if (
+        args is None
+        or args.type != "int"
+        or args.num_bits not in BITS
+        or group_size not in (*GROUPS, CHANNEL)
+    ):
         raise CheckpointError(f"{where}: qmoe cannot run this scheme: {args}")
     if group.input_activations is not None:
         raise CheckpointError(f"{where}: quantized activations are not supported")

@@ -61,7 +61,9 @@ def make_quantized(
 ) -> Quantized:
     """Collect solver output in its stored dtypes."""
     stored_zero = None if scheme.symmetric else zero.to(torch.int8).contiguous()
-    return Quantized(q.to(torch.int8).contiguous(), scale.to(scale_dtype).contiguous(), stored_zero, scheme)
+    return Quantized(
+        q.to(torch.int8).contiguous(), scale.to(scale_dtype).contiguous(), stored_zero, scheme
+    )
 
 
 def dequantize(quantized: Quantized) -> Float[Tensor, "E N K"]:
@@ -70,11 +72,10 @@ def dequantize(quantized: Quantized) -> Float[Tensor, "E N K"]:
     q = quantized.q.float().unflatten(-1, (scale.shape[-2], -1))
     if quantized.zero is not None:
         q = q - quantized.zero.float()[..., None]
-    return (q * scale).flatten(-2)
+    weight: Tensor = (q * scale).flatten(-2)
+    return weight
 
 
 def expand_groups(values: Float[Tensor, "E N G"], in_features: int) -> Float[Tensor, "E N K"]:
     """One value per input feature from one per group."""
     return values.repeat_interleave(in_features // values.shape[-1], dim=-1)
-
-

@@ -20,7 +20,7 @@ from qmoe.calibration.collect import (
 from qmoe.calibration.coverage import borrow
 from qmoe.calibration.stats import ExpertStats, LayerStats
 from qmoe.config import QuantConfig, Scheme
-from qmoe.errors import UnsupportedModelError
+from qmoe.errors import CalibrationError, UnsupportedModelError
 from qmoe.fold import TOLERANCE, find_folds, fold_experts, fold_norm
 from qmoe.grid import dequantize
 from qmoe.solvers.solve import Solved, solve
@@ -52,6 +52,7 @@ class Job:
     config: QuantConfig
     schemes: dict[str, Scheme]
     scale_dtype: torch.dtype
+    save: Callable[[LayerStats], None] | None = None
 
 
 def quantize_layer(
@@ -60,22 +61,29 @@ def quantize_layer(
     """Quantize everything in the layer; returns the result and its outputs with quantized weights.
 
     Attention first, then the rest on inputs that come from quantized attention. With `given`
-    statistics nothing is run and no outputs come back.
+    statistics (empty ones for plain rounding) nothing is run and no outputs come back.
     """
     layer, result = job.layer, Result()
     result.record = {"name": layer.name, "experts": {}, "dense": {}, "kept": layer.kept}
     if given is not None:
         result.stats = given
-        _check_given(job, given)
+        if job.config.method != "rtn":
+            _check_given(job, given)
     before: list[Any] | None = None
     outside = [n for n in layer.dense if n not in layer.in_block]
-    for names in (outside, [*layer.experts, *layer.in_block]):
-        names = [n for n in names if n in job.schemes]
+    parts = [outside, [*layer.experts, *layer.in_block]]
+    parts = [[n for n in part if n in job.schemes] for part in parts]
+    for i, names in enumerate(parts):
         if not names:
             continue
         if given is None:
             outputs = _gather(job, names, forward, calls, result)
             before = before if before is not None else outputs
+            if job.save is not None and not any(parts[i + 1 :]):
+                job.save(result.stats)
+        for name in names:
+            if name in result.stats.experts:
+                _borrow(job, name, result)
         if job.config.method == "awq":
             _fold(job, names, forward, calls, result)
         _solve(job, names, result)
@@ -106,34 +114,28 @@ def _gather(
     with collecting_experts(every), collecting_linears(linears, result.stats):
         outputs = [forward(*c.args, **c.kwargs) for c in calls]
     for name in experts:
-        _borrow(job, name, result)
+        del modules[name]._qmoe_sink
+        if not int(result.stats.experts[name].tokens.sum()):
+            kind = type(modules[name]).__name__
+            raise UnsupportedModelError(
+                f"{name} ({kind}): no calibration token reached its experts"
+            )
     return outputs
 
 
 def _borrow(job: Job, name: str, result: Result) -> None:
     module: Any = job.model.get_submodule(name)
-    sink: ExpertSink = module._qmoe_sink
-    del module._qmoe_sink
-    if not int(sink.stats.tokens.sum()):
-        raise UnsupportedModelError(
-            f"{name} ({type(module).__name__}): no calibration token reached its experts function"
-        )
     first = getattr(module, expert_weights(module)[0])
     rare = borrow(
-        sink.stats,
-        sink.sample(),
+        result.stats.experts[name],
         lambda e, x: apply_activation(module, x @ first[e].T),
         job.config.min_tokens,
     )
     result.record["experts"][name] = {"borrowed": rare}
 
 
-def _fold(
-    job: Job, names: list[str], forward: Forward, calls: list[Call], result: Result
-) -> None:
+def _fold(job: Job, names: list[str], forward: Forward, calls: list[Call], result: Result) -> None:
     """Fold AWQ's scales wherever that leaves the layer's output as it is."""
-    if not calls:
-        raise UnsupportedModelError("AWQ needs calibration text, it cannot work from saved statistics")
 
     def run() -> list[Any]:
         with collecting_experts([job.model.get_submodule(n) for n in job.layer.experts]):
@@ -177,22 +179,27 @@ def _solve(job: Job, names: list[str], result: Result) -> None:
     for name in names:
         module: Any = job.model.get_submodule(name)
         if name not in job.layer.experts:
-            hessian = result.stats.linears[name].hessian[None]
+            linear = result.stats.linears.get(name)
+            hessian = linear.hessian[None] if linear is not None else None
             solved = _solve_one(job, f"{name}.weight", module.weight[None], hessian, result)
             module.weight.data.copy_(dequantize(solved.quantized)[0])
             result.record["dense"][name] = _entry(solved, single=True)
             continue
-        stats = result.stats.experts[name]
+        stats = result.stats.experts.get(name)
         entry = result.record["experts"].setdefault(name, {})
-        entry |= {"tokens": stats.tokens.tolist(), "gate_mass": stats.gate_mass.tolist()}
-        for weight, hessian in zip(expert_weights(module), (stats.first, stats.second), strict=True):
+        if stats is not None:
+            entry |= {"tokens": stats.tokens.tolist(), "gate_mass": stats.gate_mass.tolist()}
+        hessians = (None, None) if stats is None else (stats.first, stats.second)
+        for weight, hessian in zip(expert_weights(module), hessians, strict=True):
             parameter = getattr(module, weight)
             solved = _solve_one(job, f"{name}.{weight}", parameter, hessian, result)
             parameter.data.copy_(dequantize(solved.quantized))
             entry[weight] = _entry(solved, single=False)
 
 
-def _solve_one(job: Job, target: str, weight: Tensor, hessian: Tensor, result: Result) -> Solved:
+def _solve_one(
+    job: Job, target: str, weight: Tensor, hessian: Tensor | None, result: Result
+) -> Solved:
     config = job.config
     solved = solve(
         weight,
@@ -209,7 +216,9 @@ def _solve_one(job: Job, target: str, weight: Tensor, hessian: Tensor, result: R
 
 def _entry(solved: Solved, single: bool) -> dict[str, Any]:
     error = [round(e, 6) for e in solved.error]
-    entry: dict[str, Any] = {"error": error[0] if single else error}
+    entry: dict[str, Any] = {}
+    if error:
+        entry["error"] = error[0] if single else error
     if solved.damped:
         entry["damped"] = {str(e): amount for e, amount in solved.damped.items()}
     if solved.rounded:
@@ -220,19 +229,20 @@ def _entry(solved: Solved, single: bool) -> dict[str, Any]:
 def _check_given(job: Job, given: LayerStats) -> None:
     missing = [n for n in job.schemes if n not in given.experts and n not in given.linears]
     if missing:
-        raise UnsupportedModelError(f"the saved statistics lack {missing[0]}; gather them again")
+        raise CalibrationError(f"the saved statistics lack {missing[0]}; gather them again")
 
 
 def _hidden(output: Any) -> Tensor:
     """The hidden states of a layer's output, which some families wrap in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def _relative_rms(outputs: list[Any], reference: list[Any]) -> float:
     """RMS of the difference over RMS of the reference, all batches together."""
-    pairs = [(_hidden(a).float(), _hidden(b).float()) for a, b in zip(outputs, reference, strict=True)]
+    pairs = [
+        (_hidden(a).float(), _hidden(b).float()) for a, b in zip(outputs, reference, strict=True)
+    ]
     lost = sum(float((a - b).square().sum()) for a, b in pairs)
     total = sum(float(b.square().sum()) for _, b in pairs)
     return (lost / total) ** 0.5 if total else 0.0
-
-

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from qmoe.audit import audit_model
 from qmoe.checkpoint import resolve
@@ -37,6 +38,8 @@ def load(
     source.weights.load([n for n in source.checkpoint.names() if n not in in_layers], dtype)
     source.weights.tie()
     _finish(source, "")
+    if (folder / "generation_config.json").is_file():
+        source.model.generation_config = GenerationConfig.from_pretrained(folder)
     audit_model(source.model, str(path))
     return source.model, tokenizer
 

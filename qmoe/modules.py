@@ -16,6 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from qmoe.calibration.collect import apply_activation
 from qmoe.config import Scheme
 from qmoe.errors import CheckpointError
+from qmoe.format import SUFFIXES
 from qmoe.kernels.moe import moe_forward
 from qmoe.kernels.stack import PackedStack
 from qmoe.packing import packed_words, unpack_rows, unpack_zeros
@@ -49,14 +50,21 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
-        _declare(self, "weight", (linear.out_features, linear.in_features), scheme, 1, linear.weight.dtype)
+        _declare(
+            self,
+            "weight",
+            (linear.out_features, linear.in_features),
+            scheme,
+            1,
+            linear.weight.dtype,
+        )
 
     def forward(self, x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
         y = self.stack.matmul(x.reshape(-1, self.in_features), 0).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
     def finish(self, where: str) -> None:
-        """Turn the loaded tensors into the runtime's form. Raises CheckpointError if they disagree."""
+        """Turn the loaded tensors into the runtime's form; CheckpointError if they disagree."""
         quantized, dtype = _take(self, "weight", (1, self.out_features, self.in_features), where)
         self.stack = PackedStack(quantized, dtype)
 
@@ -90,11 +98,13 @@ def packed_experts(experts: nn.Module) -> list[PackedStack]:
 def _declare(
     module: Any, name: str, shape: tuple[int, ...], scheme: Scheme, parts: int, dtype: torch.dtype
 ) -> None:
-    """Stored tensors of a weight [*, N, K] made of `parts` matrices that were packed on their own."""
+    """Stored tensors of a weight [*, N, K] made of `parts` matrices, each packed on its own."""
     *stack, n, k = shape
     groups = scheme.groups(k)
     stored = {
-        "_packed": torch.empty(*stack, n, packed_words(k, scheme.bits), dtype=torch.int32, device="meta"),
+        "_packed": torch.empty(
+            *stack, n, packed_words(k, scheme.bits), dtype=torch.int32, device="meta"
+        ),
         "_scale": torch.empty(*stack, n, groups, dtype=dtype, device="meta"),
         "_shape": torch.empty(*stack, 2 * parts, dtype=torch.int64, device="meta"),
     }
@@ -113,15 +123,16 @@ def _take(
 ) -> tuple[Quantized, torch.dtype]:
     """Remove a weight's stored tensors from the module and read them as a stack [E, N, K]."""
     _, scheme, parts = module._qmoe_stored[name]
-    stored = {s: getattr(module, name + s, None) for s in ("_packed", "_scale", "_shape", "_zero_point")}
+    stored: dict[str, Any] = {s: getattr(module, name + s, None) for s in SUFFIXES}
     for suffix, tensor in stored.items():
         if tensor is not None:
             delattr(module, name + suffix)
     e, n, k = shape
     wanted = torch.tensor([n // parts, k]).repeat(parts)
-    if not (stored["_shape"].view(e, -1) == wanted).all():
+    found = stored["_shape"].view(e, -1)
+    if not (found == wanted).all():
         raise CheckpointError(
-            f"{where}: weight_shape says {stored['_shape'].tolist()}, the model needs {wanted.tolist()}"
+            f"{where}: weight_shape says {found.tolist()}, the model needs {wanted.tolist()}"
         )
     zero = stored["_zero_point"]
     if zero is not None:

@@ -51,7 +51,10 @@ class OutputFolder:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         if kind is None:
             self.path.rename(self.dst)
@@ -82,10 +85,12 @@ class OutputFolder:
     def write_index(self) -> None:
         if self.shards > 1:
             size = {"total_size": self._bytes}
-            self.write_json(INDEX, {"metadata": size, "weight_map": dict(sorted(self._weight_map.items()))})
+            self.write_json(
+                INDEX, {"metadata": size, "weight_map": dict(sorted(self._weight_map.items()))}
+            )
 
     def copy_companions(self, source: Path) -> None:
-        """Tokenizer, generation config, chat template, model code: every file that is not weights."""
+        """Tokenizer, generation config, chat template, model code: every file without weights."""
         for file in sorted(source.iterdir()):
             skip = file.name in ("config.json", INDEX) or file.suffix in WEIGHTS
             if file.is_file() and not skip and not file.name.startswith("."):

@@ -66,7 +66,7 @@ def _stack_scheme(model: Any, experts: str, schemes: Schemes, where: str) -> Sch
         raise CheckpointError(f"{where}: the experts of {experts} are not quantized")
     if len(found) > 1:
         raise CheckpointError(
-            f"{where}: the experts of {experts} use several schemes ({', '.join(map(str, found))}); "
-            "qmoe runs one per layer"
+            f"{where}: the experts of {experts} use several schemes, qmoe runs one per layer: "
+            + ", ".join(map(str, found))
         )
     return found.pop()  # type: ignore[return-value]

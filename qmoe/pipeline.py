@@ -15,6 +15,7 @@ from qmoe.audit import audit_folder
 from qmoe.calibration.batches import fingerprint
 from qmoe.calibration.stats import LayerStats, LinearStats
 from qmoe.config import QuantConfig
+from qmoe.errors import ConfigError
 from qmoe.format import packed_tensors, quantization_config
 from qmoe.layer import Job, Result, quantize_layer
 from qmoe.output import OutputFolder
@@ -49,11 +50,13 @@ def quantize(
     """
     dst = Path(dst).expanduser()
     given = [Path(p) for p in statistics_from]
-    source, windows = prepare(src, dst, config, text=not given, track=track)
+    _check_combination(config, given, save_statistics)
+    text = not given and config.method != "rtn"
+    source, windows = prepare(src, dst, config, text=text, track=track)
     saved = None if save_statistics is None else Path(save_statistics)
+    run = _Run(source, config, given, saved)
     if saved is not None:
         saved.mkdir(parents=True, exist_ok=True)
-    run = _Run(source, config, given, saved)
     with OutputFolder(dst, shards=len(source.structure.layers) + 1) as out:
         run.all_shards(windows, track, out.write_shard)
         out.write_index()
@@ -61,13 +64,18 @@ def quantize(
         out.write_json("config.json", run.new_config())
         audit = audit_folder(out.path)
         report = build_report(config, source, run.records, audit, __version__)
-        report["calibration"] = {
-            "windows": list(windows.shape),
-            "sha256": fingerprint(windows),
-            "statistics_from": [str(p) for p in given],
-        }
+        report["calibration"] = {"windows": list(windows.shape), "sha256": fingerprint(windows)}
         out.write_json("qmoe_report.json", report)
     return report
+
+
+def _check_combination(config: QuantConfig, given: list[Path], saved: str | Path | None) -> None:
+    if config.method == "rtn" and (given or saved is not None):
+        raise ConfigError("rtn uses no statistics; leave them out or choose gptq")
+    if config.method == "awq" and (given or saved is not None):
+        raise ConfigError("awq rescales statistics as it goes; save and reuse them with gptq only")
+    if given and config.lm_head is not None:
+        raise ConfigError("saved statistics do not cover lm_head; leave it out or use text")
 
 
 class _Run:
@@ -82,6 +90,9 @@ class _Run:
         ).hexdigest()
         self.records: list[dict[str, Any]] = []
         self.head: tuple[str, Quantized] | None = None
+        for folder in given:
+            for i in range(len(source.structure.layers)):
+                statistics.check(folder / _stats_file(i), self.model_id)
 
     def all_shards(self, windows: Tensor, track: Track, write: Write) -> None:
         """Run everything; hands each shard's tensors to `write` as soon as they are final."""
@@ -99,7 +110,7 @@ class _Run:
             # Nothing behind the last layer is of interest, unless lm_head is to be quantized.
             return outputs if head is not None or i + 1 < len(modules) else None
 
-        if self.given:
+        if not len(windows):
             for i, module in enumerate(modules):
                 visit(i, module.forward, [])
         else:
@@ -119,13 +130,18 @@ class _Run:
         names = source.weights.sources(layer.name)
         source.weights.load(names, torch.float32)
         schemes = schemes_of(source, layer, self.config)
-        job = Job(source.model, layer, self.config, schemes, self._scale_dtype())
-        given = [statistics.load(p / _stats_file(i), self.model_id) for p in self.given]
-        result, outputs = quantize_layer(
-            job, forward, calls, statistics.merge(given) if given else None
+        saved = self.saved
+        save = (
+            None
+            if saved is None
+            else (lambda stats: statistics.save(stats, saved / _stats_file(i), self.model_id))
         )
-        if self.saved is not None:
-            statistics.save(result.stats, self.saved / _stats_file(i), self.model_id)
+        job = Job(source.model, layer, self.config, schemes, source.weight_dtype(), save)
+        given = None if calls else LayerStats()
+        if self.given:
+            parts = [statistics.load(p / _stats_file(i), self.model_id) for p in self.given]
+            given = statistics.merge(parts)
+        result, outputs = quantize_layer(job, forward, calls, given)
         self.records.append(result.record)
         return self._tensors(names, result), outputs
 
@@ -135,7 +151,9 @@ class _Run:
         replaced = {n for target in result.weights for n in weights.targets[target]}
         out = {n: weights.checkpoint.tensor(n) for n in names if n not in replaced}
         for target in sorted(result.changed):
-            for name, tensor in weights.revert(target, self.source.model.get_parameter(target)).items():
+            for name, tensor in weights.revert(
+                target, self.source.model.get_parameter(target)
+            ).items():
                 out[name] = tensor.to(weights.checkpoint.tensor(name).dtype)
         for target, quantized in result.weights.items():
             out |= self._packed(target, quantized)
@@ -153,11 +171,6 @@ class _Run:
         for name, q in named(quantized.q).items():
             out |= packed_tensors(name, q, scales[name], zeros.get(name), quantized.scheme.bits)
         return out
-
-    def _scale_dtype(self) -> torch.dtype:
-        """Scales are stored in the dtype of the checkpoint's weights, as engines expect them."""
-        layer = self.source.structure.layers[0]
-        return self.source.checkpoint.tensor(self.source.weights.sources(layer.name)[0]).dtype
 
     def _watch_head(self) -> LinearStats | None:
         """Statistics of the output projection's inputs, filled while batches finish."""
@@ -182,7 +195,7 @@ class _Run:
             stats.hessian[None],
             self.config.lm_head,
             method,
-            scale_dtype=self._scale_dtype(),
+            scale_dtype=self.source.weight_dtype(),
             act_order=self.config.act_order,
             damp=self.config.damp,
         )
@@ -202,10 +215,11 @@ class _Run:
             kept |= {n for layer in self.source.structure.layers for n in layer.dense}
         if c.lm_head is None and self.source.structure.lm_head is not None:
             kept.add(self.source.structure.lm_head)
-        config["quantization_config"] = quantization_config(c.experts, c.dense, c.lm_head, list(kept))
+        config["quantization_config"] = quantization_config(
+            c.experts, c.dense, c.lm_head, list(kept)
+        )
         return config
 
 
 def _stats_file(i: int) -> str:
     return f"layer-{i:05d}.safetensors"
-

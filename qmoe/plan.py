@@ -32,6 +32,11 @@ class Source:
         """The modules whose weights are loaded one at a time, in running order."""
         return [self.model.get_submodule(layer.name) for layer in self.structure.layers]
 
+    def weight_dtype(self) -> torch.dtype:
+        """Of the routed experts as stored; scales are stored in it too, as engines expect."""
+        experts = self.structure.layers[-1].experts or self.structure.layers[0].experts
+        return self.checkpoint.dtype(self.weights.sources(experts[0])[0])
+
     def resident(self) -> list[str]:
         """Checkpoint tensors outside the decoder layers."""
         layered = {n for layer in self.structure.layers for n in self.weights.sources(layer.name)}
@@ -51,6 +56,8 @@ def open_source(path: str | Path, dtype: torch.dtype) -> Source:
     structure = find(model)
     weights = WeightMap(model, checkpoint)
     check_complete(weights)
+    for name in checkpoint.names():
+        checkpoint.dtype(name)
     return Source(checkpoint, model, weights, structure)
 
 
@@ -142,13 +149,7 @@ def estimate_bytes(source: Source, config: QuantConfig) -> int:
     for layer in source.structure.layers:
         for name, scheme in schemes_of(source, layer, config).items():
             for target, shape in _shapes(source.model, name):
-                size = sum(tensor_bytes(source.checkpoint, n) for n in source.weights.targets[target])
+                size = sum(map(source.checkpoint.tensor_bytes, source.weights.targets[target]))
                 numel = torch.Size(shape).numel()
                 total += int(numel * scheme.bits_per_weight(shape[-1]) / 8) - size
     return max(total, 0)
-
-
-def tensor_bytes(checkpoint: Checkpoint, name: str) -> int:
-    piece = checkpoint.lazy(name)
-    sizes = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
-    return int(torch.Size(piece.get_shape()).numel() * sizes.get(piece.get_dtype(), 1))

@@ -63,8 +63,10 @@ def find(model: nn.Module) -> Structure:
     layers = []
     for holder in modules:  # module order, so encoder before decoder
         if holder in lists:
-            layers += [_layer(f"{holder}.{i}", modules) for i in range(len(modules[holder]))]  # type: ignore[arg-type]
-    head = next((n for n, m in modules.items() if n == "lm_head" and isinstance(m, nn.Linear)), None)
+            layers += [_layer(f"{holder}.{i}", modules) for i in range(len(modules[holder]))]
+    head = next(
+        (n for n, m in modules.items() if n == "lm_head" and isinstance(m, nn.Linear)), None
+    )
     return Structure(layers, head)
 
 

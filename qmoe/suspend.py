@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import greenlet
-import torch
 from torch import nn
 
 
@@ -28,15 +27,15 @@ Visit = Callable[[int, Callable[..., Any], list[Call]], list[Any] | None]
 def suspended(
     model: nn.Module,
     layers: Sequence[nn.Module],
-    inputs: Sequence[dict[str, torch.Tensor]],
+    inputs: Sequence[dict[str, Any]],
     visit: Visit,
 ) -> Iterator[Any]:
     """Run the model on every element of `inputs` and yield its outputs in order.
 
     visit(i, forward, calls) is called once per layer i, with the layer's real forward and one Call
-    per batch, and returns the layer's output for each, or None to end all passes there. Layers must be reached by all batches in the
-    same order; a RuntimeError says where they were not. The layers get their forward back when the
-    iterator ends, is closed or fails.
+    per batch, and returns the layer's output for each, or None to end all passes there. Layers must
+    be reached by all batches in the same order; a RuntimeError says where they were not. The layers
+    get their forward back when the iterator ends, is closed or fails.
     """
     main = greenlet.getcurrent()
     original = [layer.forward for layer in layers]
@@ -45,7 +44,7 @@ def suspended(
         return lambda *args, **kwargs: main.switch((i, Call(args, kwargs)))
 
     for i, layer in enumerate(layers):
-        layer.forward = waiting_at(i)  # type: ignore[method-assign]
+        layer.forward = waiting_at(i)
     try:
         batches = [greenlet.greenlet(lambda x=x: model(**x)) for x in inputs]
         states = [batch.switch() for batch in batches]

@@ -13,9 +13,8 @@ def show(title: str, header: list[str], rows: list[list[str]]) -> None:
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for row in rows:
         table.add_row(*row)
-    console = Console()
     # Piped output has no width of its own; do not cut columns to a guess of 80.
-    console.print(table, width=None if console.is_terminal else 160)
+    Console(width=None if Console().is_terminal else 160).print(table)
 
 
 def size(count: float) -> str:

@@ -57,7 +57,9 @@ def windows(tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tensor:
 @torch.no_grad()
 def perplexity(model: torch.nn.Module, ids: torch.Tensor) -> float:
     model.eval()
-    logits = torch.cat([model(input_ids=x, output_router_logits=False).logits for x in ids.split(8)])
+    logits = torch.cat(
+        [model(input_ids=x, output_router_logits=False).logits for x in ids.split(8)]
+    )
     model.train()
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     return math.exp(loss.item())
@@ -81,7 +83,9 @@ def main() -> None:
     tokenizer = build_tokenizer(files)
     model = build_model()
     train = {f.stem.split(".")[0]: windows(tokenizer, f.read_text(encoding="utf-8")) for f in files}
-    test = {d: windows(tokenizer, (HELDOUT / f"{d}.txt").read_text(encoding="utf-8")) for d in train}
+    test = {
+        d: windows(tokenizer, (HELDOUT / f"{d}.txt").read_text(encoding="utf-8")) for d in train
+    }
     data = torch.cat(list(train.values()))
     print(Counter({d: x.numel() for d, x in train.items()}))
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters,",

@@ -49,7 +49,7 @@ def gptq(
     H = H.gather(1, order[:, :, None].expand_as(H)).gather(2, order[:, None, :].expand_as(H))
     U, damped, rounded = _inverse_factor(H, damp)
 
-    # [E, K, N] from here on: a column is then contiguous along N, which makes the loop twice as fast.
+    # [E, K, N] from here on: a column is then contiguous along N, which makes the loop faster.
     W = weight.float().mT.contiguous()
     W = W.gather(1, order[:, :, None].expand_as(W))
     # With act-order the columns of one group are not neighbors: fix all grids beforehand.
@@ -63,7 +63,9 @@ def gptq(
         error = torch.zeros_like(W[:, start:end])
         for i in range(start, end):
             if not static and i % group == 0:
-                fresh = grid_of(_current_group(W, U, error, i, group, start).mT, scheme, scale_dtype)
+                fresh = grid_of(
+                    _current_group(W, U, error, i, group, start).mT, scheme, scale_dtype
+                )
                 scale[:, i // group], zero[:, i // group] = fresh[0][..., 0], fresh[1][..., 0]
             g = order[:, i] // group
             s, z, w = scale[expert, g], zero[expert, g], W[:, i]
@@ -76,9 +78,7 @@ def gptq(
     return GptqResult(made, damped, rounded)
 
 
-def _current_group(
-    W: Tensor, U: Tensor, error: Tensor, i: int, group: int, start: int
-) -> Tensor:
+def _current_group(W: Tensor, U: Tensor, error: Tensor, i: int, group: int, start: int) -> Tensor:
     """Columns i .. i+group as [E, group, N]; those past the block still lack this block's error."""
     columns = W[:, i : i + group].clone()
     end = start + error.shape[1]

@@ -13,7 +13,5 @@ def rtn(weight: Float[Tensor, "E N K"], scheme: Scheme, scale_dtype: torch.dtype
     """Round every weight to the nearest point of its group's min-max grid."""
     scale, zero = grid_of(weight, scheme, scale_dtype)
     k = weight.shape[-1]
-    q = round_to_grid(
-        weight.float(), expand_groups(scale, k), expand_groups(zero, k), scheme.bits
-    )
+    q = round_to_grid(weight.float(), expand_groups(scale, k), expand_groups(zero, k), scheme.bits)
     return make_quantized(q, scale, zero, scheme, scale_dtype)

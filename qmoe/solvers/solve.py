@@ -17,7 +17,7 @@ from qmoe.types import Quantized
 @dataclass(frozen=True)
 class Solved:
     """error: per expert, RMS output error relative to the RMS output on its calibration tokens
-    (0 for an expert that saw none). damped, rounded: see GptqResult."""
+    (0 for an expert that saw none; empty without statistics). damped, rounded: see GptqResult."""
 
     quantized: Quantized
     error: list[float]
@@ -27,7 +27,7 @@ class Solved:
 
 def solve(
     weight: Float[Tensor, "E N K"],
-    hessian: Float[Tensor, "E K K"],
+    hessian: Float[Tensor, "E K K"] | None,
     scheme: Scheme,
     method: Method,
     *,
@@ -35,14 +35,19 @@ def solve(
     act_order: bool,
     damp: float,
 ) -> Solved:
-    """Quantize a stack. AWQ's scales are already in the weights, so it rounds to nearest here."""
-    if method == "gptq":
+    """Quantize a stack. AWQ's scales are already in the weights, so it rounds to nearest here.
+
+    Only plain rounding can do without a Hessian.
+    """
+    if method == "gptq" and hessian is not None:
         result = gptq(
             weight, hessian, scheme, scale_dtype=scale_dtype, act_order=act_order, damp=damp
         )
         quantized, damped, rounded = result.quantized, result.damped, result.rounded
     else:
         quantized, damped, rounded = rtn(weight, scheme, scale_dtype), {}, []
+    if hessian is None:
+        return Solved(quantized, [], damped, rounded)
     difference = dequantize(quantized) - weight.float()
     lost, total = output_error(difference, hessian), output_error(weight.float(), hessian)
     ratio = torch.where(total > 0, lost.clamp(min=0) / total.clamp(min=1e-30), 0.0)
