@@ -43,7 +43,7 @@ class ExpertStats:
         )
 
     def add(self, e: int, x: Tensor, mid: Tensor, gate: Tensor, weight: Tensor) -> None:
-        """Account for tokens x [M, H] of expert e, second inputs mid [M, I], gate and weight [M]."""
+        """Account for tokens x [M, H] of expert e, second inputs mid [M, I], gate, weight [M]."""
         self.tokens[e] += len(x)
         self.gate_mass[e] += gate.float().sum()
         self.add_weighted(e, x, mid, weight)

@@ -39,10 +39,9 @@ def unpack_zeros(
     words: Int32[Tensor, "E Wn G"], bits: int, out_features: int
 ) -> Int8[Tensor, "E N G"]:
     """Inverse of pack_zeros."""
-    groups = words.shape[-1]
-    shape = torch.Size((out_features, groups))
-    zeros = [unpack_from_int32(w, bits, shape, packed_dim=0) for w in words]
-    return torch.stack(zeros).contiguous()
+    # The transposed copy is made here because compressed-tensors' own fails on a single word.
+    rows = words.mT.clone(memory_format=torch.contiguous_format)
+    return unpack_rows(rows, bits, out_features).mT.contiguous()
 
 
 def packed_words(values: int, bits: int) -> int:

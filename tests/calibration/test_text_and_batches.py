@@ -1,0 +1,98 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from qmoe.calibration.batches import fingerprint, sample_windows, tokenize
+from qmoe.calibration.text import load_texts, shipped_domains
+from qmoe.errors import CalibrationError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo):
+    return AutoTokenizer.from_pretrained(demo)
+
+
+def test_bundled_and_heldout_text_are_disjoint():
+    bundled, heldout = load_texts("bundled"), load_texts("heldout")
+    assert set(bundled) == set(heldout) == set(shipped_domains())
+    assert sum(len(t.encode()) for t in [*bundled.values(), *heldout.values()]) < 2_000_000
+    for domain, text in heldout.items():
+        # Long paragraphs only: a heading or a formula may well occur twice.
+        known = set(bundled[domain].split("\n\n"))
+        assert not [p for p in text.split("\n\n") if len(p) > 200 and p in known]
+
+
+def test_domains_can_be_chosen():
+    assert list(load_texts("bundled:metamath+austen")) == ["metamath", "austen"]
+    with pytest.raises(CalibrationError, match="bundled:mars: no such domain; expected some of"):
+        load_texts("bundled:mars")
+
+
+def test_files_folders_and_globs(tmp_path):
+    (tmp_path / "a.train.txt").write_text("alpha")
+    (tmp_path / "b.txt").write_text("beta")
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in ("x", "y")))
+    assert load_texts(str(tmp_path)) == {"a": "alpha", "b": "beta"}
+    assert load_texts(f"{tmp_path}/*.train.txt,{tmp_path}/c.jsonl") == {"a": "alpha", "c": "x\n\ny"}
+
+
+def test_a_dataset_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(json.dumps({"body": "hello"}) + "\n")
+    assert load_texts(f"hf:{folder}:train:body") == {"corpus": "hello"}
+    with pytest.raises(CalibrationError, match=r"no column 'text'; the dataset has \['body'\]"):
+        load_texts(f"hf:{folder}")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("empty.txt", "  \n", "the text is empty"),
+        ("binary.txt", b"\xff\xfe\x00", "cannot be read as UTF-8"),
+        ("absent.txt", None, "no such text file or folder"),
+    ],
+)
+def test_bad_text_is_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(CalibrationError, match=message):
+        load_texts(str(path))
+
+
+def test_windows_are_whole_and_spread_over_domains(tokenizer):
+    texts = load_texts("bundled")
+    windows = sample_windows(tokenizer, texts, 12, 64, seed=0)
+    assert windows.shape == (12, 64)
+    rows = {d: tokenize(tokenizer, t, 64) for d, t in texts.items()}
+    per_domain = [sum(any(torch.equal(w, r) for r in rows[d]) for w in windows) for d in texts]
+    assert per_domain == [3, 3, 2, 2, 2]
+
+
+def test_same_seed_same_windows_other_seed_others(tokenizer):
+    texts = load_texts("bundled:austen")
+    first, again, other = (
+        fingerprint(sample_windows(tokenizer, texts, 8, 64, seed=s)) for s in (0, 0, 1)
+    )
+    assert first == again != other
+
+
+def test_a_tokenizer_that_starts_texts_with_bos_starts_every_window_with_it(tokenizer):
+    class Starting:
+        def __call__(self, text, **kwargs):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            return {"input_ids": ids if "add_special_tokens" in kwargs else [7, *ids]}
+
+    windows = tokenize(Starting(), "some words " * 200, 32)
+    assert (windows[:, 0] == 7).all() and (windows[:, 1:] != 7).any()
+    plain = tokenize(tokenizer, "some words " * 200, 31)
+    assert torch.equal(windows[:, 1:], plain[: len(windows)])
+
+
+def test_text_shorter_than_a_window(tokenizer):
+    with pytest.raises(CalibrationError, match="shorter than one window of 512 tokens"):
+        sample_windows(tokenizer, {"note": "too short"}, 4, 512, seed=0)

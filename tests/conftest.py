@@ -1,0 +1,47 @@
+"""Shared by all tests: the repository root off sys.path, seeds, a tiny model to quantize."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# A folder named `kernels` on sys.path breaks transformers; `python -m pytest` would put it there.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+
+DEMO = ROOT / "tests" / "data" / "demo-moe"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The trained model that is committed with the tests."""
+    return DEMO
+
+
+@pytest.fixture(scope="session")
+def quantized(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model quantized with the default settings on little text."""
+    import qmoe
+
+    path = tmp_path_factory.mktemp("quantized") / "q4"
+    config = qmoe.QuantConfig(calibration=qmoe.CalibrationConfig(windows=16))
+    qmoe.quantize(demo, path, config, progress=False)
+    return path
+
+
+@pytest.fixture
+def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty gives NaN, so that an output element nobody wrote is seen."""
+    original = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        result = original(*args, **kwargs)
+        return result.fill_(float("nan")) if result.is_floating_point() else result
+
+    monkeypatch.setattr(torch, "empty", poisoned)

@@ -1,0 +1,109 @@
+"""Tiny random models, MoE inputs, and the one tolerance."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+
+BASE = dict(
+    vocab_size=4096,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    tie_word_embeddings=False,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=None,
+)
+FAMILIES: dict[str, Any] = {
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **BASE, head_dim=16, moe_intermediate_size=32, num_experts=6, num_experts_per_tok=2
+    ),
+    "mixtral": lambda: MixtralConfig(
+        **BASE, intermediate_size=96, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **BASE,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=64,
+        num_experts=5,
+        num_experts_per_tok=2,
+    ),
+    "olmoe": lambda: OlmoeConfig(
+        **{**BASE, "num_key_value_heads": 4},
+        intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+    ),
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **{**BASE, "num_key_value_heads": 4},
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        n_group=4,
+        topk_group=2,
+        first_k_dense_replace=1,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+    ),
+}
+
+
+def save_random(family: str, path: Path, tokenizer: Path, dtype: torch.dtype) -> Path:
+    """A random model of a family with the demo's tokenizer, saved as its authors would."""
+    torch.manual_seed(0)
+    config = FAMILIES[family]()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:  # default initialization is so small that routing is a tie
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+            elif "bias" in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tokenizer / name, path / name)
+    return path
+
+
+def assert_close(actual: Tensor, expected: Tensor, most: float = 1e-4, rms: float = 2e-5) -> None:
+    """Errors relative to max(|expected|, its RMS): the largest and their RMS must be small."""
+    assert actual.shape == expected.shape
+    actual, expected = actual.double(), expected.double()
+    floor = expected.square().mean().sqrt() + 1e-12
+    error = (actual - expected).abs() / expected.abs().clamp(min=float(floor))
+    assert error.isfinite().all(), "not finite"
+    worst, mean = float(error.max()), float(error.square().mean().sqrt())
+    assert worst <= most and mean <= rms, f"largest {worst:.2e} (of {most:.0e}), RMS {mean:.2e}"
+
+
+def moe_inputs(T: int, A: int, E: int, H: int, I: int) -> tuple[Tensor, ...]:  # noqa: E741
+    """x [T, H], ids [T, A], gates [T, A], first [E, 2I, H], second [E, H, I]; weight-like scales.
+
+    Expert E-1 gets no token, and where T allows it expert E-2 gets exactly one.
+    """
+    x = torch.randn(T, H)
+    ids = torch.stack([torch.randperm(max(E - 2, A))[:A] for _ in range(T)])
+    if T > 1 and E > A + 1:
+        ids[0, 0] = E - 2
+    gates = torch.rand(T, A)
+    first = torch.randn(E, 2 * I, H) * H**-0.5
+    second = torch.randn(E, H, I) * I**-0.5
+    return x, ids, gates, first, second
