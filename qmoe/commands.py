@@ -40,7 +40,7 @@ def show_quantize(report: dict[str, Any]) -> None:
     print(f"{len(fallbacks)} fallbacks{':' if fallbacks else ''}")
     _show_lines(fallbacks)
     if not report["loads_in_plain_transformers"]:
-        print("asymmetric experts: this checkpoint loads in qmoe, not in plain transformers")
+        print("zero points: this checkpoint loads in qmoe, not in plain transformers")
 
 
 def _show_lines(lines: list[str], most: int = 20) -> None:

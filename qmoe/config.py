@@ -16,7 +16,7 @@ class Scheme:
     """How one weight matrix is stored.
 
     bits: 2, 3, 4 or 8. group_size: input features that share a scale, 32, 64 or 128, or -1 for one
-    scale per output channel. symmetric: without zero points. Only symmetric experts can be loaded
+    scale per output channel. symmetric: without zero points. Only symmetric weights can be loaded
     by plain transformers and by vLLM's Marlin kernels; asymmetric ones lose less and run in qmoe.
     """
 
@@ -101,6 +101,12 @@ class QuantConfig:
             raise ConfigError(f"damp: expected a share between 0 and 1, got {self.damp}")
         if self.min_tokens < 0:
             raise ConfigError(f"min_tokens: expected 0 or more, got {self.min_tokens}")
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether nothing has zero points, so that plain transformers can load the result."""
+        schemes = (self.experts, self.dense, self.lm_head)
+        return all(scheme is None or scheme.symmetric for scheme in schemes)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -21,8 +21,8 @@ from qmoe.progress import Track
 from qmoe.skeleton import free
 from qmoe.suspend import Call, suspended
 
-Batches = list[tuple[str, Int[Tensor, "B L"]]]
-Logits = Iterator[Float[Tensor, "B L V"]]
+Batches = list[tuple[str, Int[Tensor, "_ _"]]]
+Logits = Iterator[Float[Tensor, "_ _ _"]]
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Progress with time left, on a terminal; nothing anywhere else."""
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from rich.console import Console
 from rich.progress import track
@@ -9,6 +9,7 @@ from rich.progress import track
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Track(Protocol):
     """Iterates over items, showing how far it is with `what`."""
 

@@ -17,7 +17,7 @@ def build_report(
         "qmoe_version": version,
         "model_type": source.checkpoint.config.get("model_type"),
         "config": config.to_dict(),
-        "loads_in_plain_transformers": config.experts.symmetric,
+        "loads_in_plain_transformers": config.symmetric,
         "fallbacks": [line for record in records for line in fallbacks(record)],
         "bytes": audit.bytes,
         "source_bytes": source.checkpoint.nbytes(),

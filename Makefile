@@ -1,0 +1,32 @@
+# Every target sets up what it needs: a virtual environment in .venv with pinned versions.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test lint types check clean
+
+quickstart: .venv/ready
+	$(BIN)/python scripts/quickstart.py
+
+test: .venv/ready
+	$(BIN)/pytest -q
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not follow the editable install's mapping of kernels/ and calibration/, so it gets a copy.
+types: .venv/ready
+	rm -rf build
+	$(BIN)/pip install --quiet --no-deps --target build/typecheck .
+	MYPYPATH=build/typecheck $(BIN)/mypy
+
+check: lint types test
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

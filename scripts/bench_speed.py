@@ -1,0 +1,8 @@
+"""`qmoe bench` as a script: the same options, the same functions. See --help."""
+
+import sys
+
+from qmoe.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["bench", *sys.argv[1:]]))

@@ -1,0 +1,8 @@
+"""`qmoe quantize` as a script: the same options, the same functions. See --help."""
+
+import sys
+
+from qmoe.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["quantize", *sys.argv[1:]]))

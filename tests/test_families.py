@@ -1,0 +1,174 @@
+"""Whole models of several families: quantize, reload, and compare with clients nobody here wrote.
+
+Weights are kept in float32 so that every comparison can be tight.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from helpers import FAMILIES, assert_close, save_random
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import qmoe
+from qmoe import CalibrationConfig, QuantConfig, Scheme
+
+CALIBRATION = CalibrationConfig(windows=6, window=64, batch=2)
+IDS = torch.arange(1, 33).view(2, 16) * 37
+
+PLAIN_CLIENT = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+assert not [m for m in sys.modules if m.startswith("qmoe")]
+model, info = AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], dtype=torch.float32, output_loading_info=True
+)
+assert not info["missing_keys"] and not info["mismatched_keys"], info
+assert not [k for k in info["unexpected_keys"] if "expert" in k], info
+with torch.no_grad():
+    torch.save(model(input_ids=torch.load(sys.argv[2])).logits, sys.argv[3])
+"""
+
+
+def quantize(family, tmp_path, demo, **settings):
+    source = save_random(family, tmp_path / "source", demo, torch.float32)
+    config = QuantConfig(**{"calibration": CALIBRATION, **settings})
+    report = qmoe.quantize(source, tmp_path / "quantized", config, progress=False)
+    return source, tmp_path / "quantized", report
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+def dequantized_twin(source, quantized, path):
+    """The source folder with every quantized weight replaced by what compressed-tensors unpacks."""
+    config = json.loads((quantized / "config.json").read_text())["quantization_config"]
+    known = {k: v for k, v in config.items() if k in QuantizationConfig.model_fields}
+    groups = list(QuantizationConfig.model_validate(known).config_groups.values())
+    tensors = {}
+    for file in quantized.glob("*.safetensors"):
+        tensors |= load_file(file)
+    plain = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".weight_packed"):
+            module = name.removesuffix("_packed").removesuffix(".weight")
+            routed = ".experts." in module
+            scheme = groups[0] if routed or len(groups) == 1 else groups[-1]
+            local = {
+                s: tensors[f"{module}.{s}"]
+                for s in ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+                if f"{module}.{s}" in tensors
+            }
+            unpack = BaseCompressor.get_value_from_registry("pack-quantized").decompress
+            plain[f"{module}.weight"] = unpack(local, scheme)["weight"].contiguous()
+        elif not name.endswith(("_scale", "_zero_point", "_shape")):
+            plain[name] = tensor
+    path.mkdir()
+    save_file(plain, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text((source / "config.json").read_text())
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reloaded_equals_the_model_with_dequantized_weights(family, symmetric, tmp_path, demo):
+    source, quantized, report = quantize(
+        family, tmp_path, demo, experts=Scheme(4, 32, symmetric), dense=Scheme(8, -1, symmetric)
+    )
+    model, _ = qmoe.load(quantized, progress=False)
+    assert_close(logits(model), logits(dequantized_twin(source, quantized, tmp_path / "twin")))
+    assert report["bytes"]["experts 16-bit"] == report["bytes"]["dense 16-bit"] == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_transformers_gives_the_same_logits_without_qmoe(family, tmp_path, demo):
+    _, quantized, report = quantize(family, tmp_path, demo, experts=Scheme(4, 32))
+    assert report["loads_in_plain_transformers"]
+    model, _ = qmoe.load(quantized, progress=False)
+    done = run_plain_client(quantized, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_close(logits(model), torch.load(tmp_path / "logits.pt"))
+
+
+def run_plain_client(quantized, tmp_path):
+    torch.save(IDS, tmp_path / "ids.pt")
+    arguments = [str(quantized), str(tmp_path / "ids.pt"), str(tmp_path / "logits.pt")]
+    command = [sys.executable, "-P", "-W", "ignore", "-c", PLAIN_CLIENT, *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_plain_transformers_loads_other_widths(bits, tmp_path, demo):
+    _, quantized, _ = quantize("mixtral", tmp_path, demo, experts=Scheme(bits, 32))
+    model, _ = qmoe.load(quantized, progress=False)
+    assert run_plain_client(quantized, tmp_path).returncode == 0
+    assert_close(logits(model), torch.load(tmp_path / "logits.pt"))
+
+
+@pytest.mark.parametrize(
+    "experts, dense, complaint",
+    [
+        (Scheme(4, 32, False), Scheme(8, -1), "conversion"),  # it drops experts' zero points
+        (Scheme(4, 32), Scheme(4, 64, False), "MISMATCH"),  # it expects unpacked zero points
+    ],
+)
+def test_plain_transformers_refuses_zero_points_loudly(experts, dense, complaint, tmp_path, demo):
+    """transformers 5.23 cannot load them: it must raise, never load something else."""
+    _, quantized, report = quantize("qwen3_moe", tmp_path, demo, experts=experts, dense=dense)
+    assert not report["loads_in_plain_transformers"]
+    done = run_plain_client(quantized, tmp_path)
+    assert done.returncode != 0 and complaint in done.stderr
+
+
+@pytest.mark.parametrize("dense", [Scheme(4, 32), Scheme(8, -1), None], ids=str)
+def test_lm_head_can_be_quantized(dense, tmp_path, demo):
+    source, quantized, report = quantize(
+        "qwen3_moe", tmp_path, demo, experts=Scheme(4, 32), dense=dense, lm_head=Scheme(8, 64)
+    )
+    model, _ = qmoe.load(quantized, progress=False)
+    assert type(model.lm_head).__name__ == "PackedLinear" and model.lm_head.stack.scheme == Scheme(
+        8, 64
+    )
+    assert run_plain_client(quantized, tmp_path).returncode == 0
+    assert_close(logits(model), torch.load(tmp_path / "logits.pt"))
+
+
+def test_dense_linears_can_be_left_alone(tmp_path, demo):
+    source, quantized, report = quantize(
+        "qwen2_moe", tmp_path, demo, experts=Scheme(4, 32), dense=None
+    )
+    before, after = load_file(source / "model.safetensors"), {}
+    for file in quantized.glob("*.safetensors"):
+        after |= load_file(file)
+    same = [n for n in before if n in after]
+    assert "model.layers.0.mlp.shared_expert.up_proj.weight" in same
+    assert all(torch.equal(before[n], after[n]) for n in same)
+    assert report["bytes"]["dense 16-bit"] > 0 and report["bytes"]["dense packed"] == 0
+    assert run_plain_client(quantized, tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_awq_folds_leave_the_unrounded_model_as_it_was(family, tmp_path, demo):
+    """At 8 bits AWQ's folding is all that is left to see: the logits must be the original's."""
+    source, quantized, report = quantize(
+        family, tmp_path, demo, method="awq", experts=Scheme(8, 32), dense=Scheme(8, -1)
+    )
+    model, _ = qmoe.load(quantized, progress=False)
+    got = logits(model)
+    expected = logits(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
+    # The median token: in a random model rounding sends some tokens to another expert.
+    error = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.median() < 0.05
+    changed = load_file(source / "model.safetensors")
+    stored = {}
+    for file in quantized.glob("*.safetensors"):
+        stored |= load_file(file)
+    folded = [n for n in stored if n in changed and not torch.equal(stored[n], changed[n])]
+    assert any("norm" in n for n in folded), "no norm took a scale"
