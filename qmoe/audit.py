@@ -97,7 +97,7 @@ def audit_model(model: nn.Module, where: str) -> Audit:
     for name, module in model.named_modules():
         if is_experts(module):
             stacks = packed_experts(module)
-            if not stacks:
+            if len(stacks) != 2:
                 audit.findings.append(f"routed experts not packed: {name}")
             for stack in stacks:
                 audit.bytes["experts packed"] += stack.packed.nbytes

@@ -139,5 +139,7 @@ def _take(
         halves = zero.data.view(e, -1, zero.shape[-1]).chunk(parts, dim=1)
         zero = torch.cat([unpack_zeros(z, scheme.bits, n // parts) for z in halves], dim=1)
     scale = stored["_scale"].data.view(e, n, -1)
+    if not (scale.isfinite() & (scale > 0)).all():
+        raise CheckpointError(f"{where}: weight_scale has values that are not positive numbers")
     q = unpack_rows(stored["_packed"].data.view(e, n, -1), scheme.bits, k).contiguous()
     return Quantized(q, scale, zero, scheme), scale.dtype

@@ -66,8 +66,9 @@ class WeightMap:
     def __init__(self, model: Any, checkpoint: Checkpoint, suffixes: Iterable[str] = ()):
         self.model = model
         self.checkpoint = checkpoint
+        self.suffixes = tuple(suffixes)
         self.rules = get_model_conversion_mapping(model)
-        self.rules += _suffixed(self.rules, list(suffixes))
+        self.rules += _suffixed(self.rules, self.suffixes)
         expected = model.state_dict()
         self.targets: dict[str, list[str]] = {}
         self.unexpected: list[str] = []
@@ -88,12 +89,24 @@ class WeightMap:
         return target
 
     def missing(self) -> list[str]:
-        """Parameters no checkpoint tensor feeds; tied ones count as fed by their partner."""
+        """Parameters that lack checkpoint tensors; tied ones count as fed by their partner."""
         found = set(self.targets)
         for target, source in self.model.all_tied_weights_keys.items():
             if target in found or source in found:
                 found |= {target, source}
-        return sorted(set(self.model.state_dict()) - found)
+        expected = self.model.state_dict()
+        missing = sorted(set(expected) - found)
+        for target, names in self.targets.items():
+            # A stack of experts is stored whole or expert by expert, never in part.
+            parts = len(original_names(self.model, self._plain(target), expected[target]))
+            if len(names) not in (1, parts):
+                missing.append(f"{target}: has {len(names)} of {parts} tensors")
+        return missing
+
+    def _plain(self, target: str) -> str:
+        """`target` without the suffix of a packed tensor."""
+        suffix = next((s for s in self.suffixes if target.endswith(s)), "")
+        return target.removesuffix(suffix)
 
     def sources(self, prefix: str) -> list[str]:
         """Checkpoint tensors that feed the parameters below `prefix` (or that parameter)."""
@@ -139,7 +152,7 @@ def original_names(model: Any, target: str, tensor: torch.Tensor) -> dict[str, t
     return out
 
 
-def _suffixed(rules: list[Any], suffixes: list[str]) -> list[Any]:
+def _suffixed(rules: list[Any], suffixes: Iterable[str]) -> list[Any]:
     extra = []
     for rule in rules:
         if not isinstance(rule, WeightConverter):

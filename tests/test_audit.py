@@ -1,0 +1,100 @@
+"""The audit finds what was tampered with, after quantizing and after loading."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import qmoe
+from qmoe.audit import audit_folder, audit_model
+from qmoe.errors import AuditError, CheckpointError
+
+
+@pytest.fixture
+def folder(quantized, tmp_path):
+    return shutil.copytree(quantized, tmp_path / "q")
+
+
+def tamper(folder, change, shard="model-00002-of-00005.safetensors"):
+    tensors = load_file(folder / shard)
+    change(tensors)
+    save_file(tensors, folder / shard, metadata={"format": "pt"})
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {n: f for n, f in index["weight_map"].items() if f != shard}
+    index["weight_map"] |= dict.fromkeys(tensors, shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+EXPERT = "model.layers.1.mlp.experts.3.down_proj"
+
+
+def test_every_byte_has_a_kind(quantized):
+    audit = audit_folder(quantized)
+    stored = {}
+    for file in quantized.glob("*.safetensors"):
+        stored |= load_file(file)
+    assert sum(audit.bytes.values()) == sum(t.nbytes for t in stored.values())
+    kinds = audit.bytes
+    weights = 4 * 16 * 3 * 256 * 128  # layers, experts, matrices of an expert
+    assert kinds["experts packed"] == weights // 2
+    assert kinds["experts packed"] + kinds["experts scales"] <= 0.28 * 2 * weights
+    assert kinds["router"] == 4 * 16 * 256 * 2
+    assert kinds["embeddings"] == 4096 * 256 * 2
+    assert kinds["experts 16-bit"] == kinds["dense 16-bit"] == 0
+
+
+@pytest.mark.parametrize(
+    "change, finding",
+    [
+        (
+            lambda t: t.pop(f"{EXPERT}.weight_scale"),
+            r"missing: .*down_proj_scale: has 15 of 16 tensors",
+        ),
+        (
+            lambda t: t[f"{EXPERT}.weight_scale"].fill_(float("nan")),
+            "holds NaN or Inf: .*weight_scale",
+        ),
+        (lambda t: t[f"{EXPERT}.weight_scale"].fill_(0), "a scale that is not positive"),
+        (lambda t: t.update({"model.layers.1.extra": torch.ones(1)}), "belongs to no parameter"),
+        (lambda t: t.pop("model.layers.1.input_layernorm.weight"), "missing: .*input_layernorm"),
+    ],
+)
+def test_tampering_with_the_folder_is_found(folder, change, finding):
+    tamper(folder, change)
+    with pytest.raises((AuditError, CheckpointError), match=finding):
+        audit_folder(folder)
+    with pytest.raises((AuditError, CheckpointError)):
+        qmoe.load(folder, progress=False)
+
+
+def test_a_wrong_weight_shape_is_found(folder):
+    def change(tensors):
+        tensors[f"{EXPERT}.weight_shape"] = torch.tensor([128, 256])
+
+    tamper(folder, change)
+    with pytest.raises(CheckpointError, match=r"layers.1.mlp.experts.down_proj: weight_shape says"):
+        qmoe.load(folder, progress=False)
+
+
+def test_an_unpacked_expert_in_memory_is_found(quantized):
+    model, _ = qmoe.load(quantized, progress=False)
+    audit_model(model, "here")
+    del model.model.layers[2].mlp.experts.qmoe_first
+    with pytest.raises(AuditError, match="routed experts not packed|layers.2.mlp.experts"):
+        audit_model(model, "here")
+
+
+def test_a_parameter_without_data_is_found(quantized):
+    model, _ = qmoe.load(quantized, progress=False)
+    model.model.norm.weight = torch.nn.Parameter(torch.empty(256, device="meta"))
+    with pytest.raises(AuditError, match="has no data: model.norm.weight"):
+        audit_model(model, "here")
+
+
+def test_no_routed_expert_is_left_in_16_bits_in_memory(quantized):
+    model, _ = qmoe.load(quantized, progress=False)
+    kinds = audit_model(model, "here").bytes
+    assert kinds["experts packed"] == 4 * 16 * 3 * 256 * 128 // 2
+    assert kinds["experts 16-bit"] == kinds["dense 16-bit"] == 0

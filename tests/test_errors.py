@@ -1,0 +1,291 @@
+"""Bad input, for real, through the command line: a clear error, and nothing left behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import save_random
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qmoe.cli import main
+
+
+@pytest.fixture
+def model(demo, tmp_path):
+    """A private copy of the demo model, to be spoiled."""
+    return shutil.copytree(demo, tmp_path / "model")
+
+
+def run(capsys, *args):
+    """Exit status and standard error of `qmoe quantize ARGS`, and whether anything was left."""
+    status = main(["quantize", *map(str, args)])
+    return status, capsys.readouterr().err
+
+
+def expect_error(capsys, tmp_path, message, *args):
+    capsys.readouterr()
+    before = sorted(p.name for p in tmp_path.iterdir())
+    status, err = run(capsys, *args)
+    assert status == 1 and err.startswith("error: ") and message in err, err
+    assert "Traceback" not in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def edit_config(model, **changes):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_no_such_folder(capsys, tmp_path):
+    expect_error(capsys, tmp_path, "no such folder", tmp_path / "nothing", tmp_path / "out")
+
+
+def test_a_file_is_not_a_model_folder(capsys, tmp_path, model):
+    expect_error(
+        capsys, tmp_path, "expected a model folder", model / "config.json", tmp_path / "out"
+    )
+
+
+def test_not_a_model_folder(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    expect_error(capsys, tmp_path, "it has no config.json", tmp_path / "empty", tmp_path / "out")
+
+
+def test_a_dense_model(capsys, tmp_path, demo):
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    expect_error(capsys, tmp_path, "it is a dense model", tmp_path / "dense", tmp_path / "out")
+
+
+def test_unknown_architecture(capsys, tmp_path, model):
+    edit_config(model, model_type="warp_drive", architectures=["WarpDrive"])
+    expect_error(capsys, tmp_path, "cannot read this architecture", model, tmp_path / "out")
+
+
+def test_config_that_is_not_json(capsys, tmp_path, model):
+    (model / "config.json").write_text("{")
+    expect_error(capsys, tmp_path, "cannot be read as JSON", model, tmp_path / "out")
+
+
+def test_already_quantized(capsys, tmp_path, quantized):
+    expect_error(capsys, tmp_path, "already quantized", quantized, tmp_path / "out")
+
+
+def test_missing_shard(capsys, tmp_path, model):
+    tensors = load_file(model / "model.safetensors")
+    names = sorted(tensors)
+    files = {
+        "model-00001-of-00002.safetensors": names[::2],
+        "model-00002-of-00002.safetensors": names[1::2],
+    }
+    for file, part in files.items():
+        save_file({n: tensors[n] for n in part}, model / file)
+    (model / "model.safetensors").unlink()
+    index = {"weight_map": {n: f for f, part in files.items() for n in part}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model / "model-00002-of-00002.safetensors").unlink()
+    expect_error(
+        capsys, tmp_path, "shard model-00002-of-00002.safetensors", model, tmp_path / "out"
+    )
+
+
+def test_index_pointing_outside_the_folder(capsys, tmp_path, model):
+    (model / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"lm_head.weight": "../../secret.safetensors"}})
+    )
+    expect_error(capsys, tmp_path, "points outside the folder", model, tmp_path / "out")
+
+
+def test_only_pickled_weights(capsys, tmp_path, model):
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    expect_error(capsys, tmp_path, "it has pytorch_model.bin", model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, 10_000, 16_000_000])  # in the header, in the data
+def test_truncated_safetensors(capsys, tmp_path, model, keep):
+    with (model / "model.safetensors").open("r+b") as file:
+        file.truncate(keep)
+    expect_error(capsys, tmp_path, "truncated or corrupt", model, tmp_path / "out")
+
+
+def test_corrupt_header(capsys, tmp_path, model):
+    with (model / "model.safetensors").open("r+b") as file:
+        file.seek(8)
+        file.write(b"garbage!" * 8)
+    expect_error(capsys, tmp_path, "truncated or corrupt", model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_numbers_in_the_weights_are_named(capsys, tmp_path, model, value):
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.2.mlp.experts.7.up_proj.weight"
+    tensors[name][3, 4] = value
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    expect_error(capsys, tmp_path, f"tensor '{name}' holds NaN or Inf", model, tmp_path / "out")
+
+
+def test_missing_and_foreign_tensors_are_named(capsys, tmp_path, model):
+    tensors = load_file(model / "model.safetensors")
+    gone = tensors.pop("model.layers.1.post_attention_layernorm.weight")
+    save_file(tensors, model / "model.safetensors")
+    expect_error(capsys, tmp_path, "1 tensors are missing, first", model, tmp_path / "out")
+    tensors |= {"model.layers.1.post_attention_layernorm.weight": gone, "model.extra": gone.clone()}
+    save_file(tensors, model / "model.safetensors")
+    expect_error(capsys, tmp_path, "belong to no parameter", model, tmp_path / "out")
+
+
+def test_shape_that_does_not_fit_the_config(capsys, tmp_path, model):
+    edit_config(model, moe_intermediate_size=64)
+    status, err = run(capsys, model, tmp_path / "out", "--group-size", "32")
+    assert status == 1 and "error: " in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_group_size_that_does_not_divide(capsys, tmp_path, demo):
+    source = save_random("mixtral", tmp_path / "source", demo, torch.bfloat16)
+    expect_error(
+        capsys,
+        tmp_path,
+        "mlp.experts.gate_up_proj: group size 128 does not divide its 64 input features; "
+        "32 or 64 or -1 (channel) would",
+        source,
+        tmp_path / "out",
+    )
+
+
+def test_tied_lm_head(capsys, tmp_path, demo):
+    expect_error(
+        capsys,
+        tmp_path,
+        "tied to the input embedding",
+        demo,
+        tmp_path / "out",
+        "--lm-head-bits",
+        "8",
+    )
+
+
+def test_empty_calibration_text(capsys, tmp_path, demo):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    expect_error(
+        capsys, tmp_path, "the text is empty", demo, tmp_path / "out",
+        "--calibration", tmp_path / "empty.txt",
+    )  # fmt: skip
+
+
+def test_text_shorter_than_one_window(capsys, tmp_path, demo):
+    (tmp_path / "short.txt").write_text("only a few words")
+    expect_error(
+        capsys, tmp_path, "shorter than one window of 256 tokens", demo, tmp_path / "out",
+        "--calibration", tmp_path / "short.txt",
+    )  # fmt: skip
+
+
+def test_destination_exists(capsys, tmp_path, demo):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("data")
+    expect_error(capsys, tmp_path, "already exists", demo, tmp_path / "out")
+    assert (tmp_path / "out" / "precious").read_text() == "data"
+
+
+def test_destination_without_a_parent(capsys, tmp_path, demo):
+    expect_error(capsys, tmp_path, "parent folder", demo, tmp_path / "no" / "where")
+
+
+def test_too_little_disk_is_seen_before_the_work(capsys, tmp_path, demo, monkeypatch):
+    full = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    expect_error(capsys, tmp_path, "are free on this disk", demo, tmp_path / "out")
+
+
+def test_settings_that_contradict_each_other(capsys, tmp_path, demo):
+    out = tmp_path / "out"
+    expect_error(
+        capsys, tmp_path, "rtn uses no statistics", demo, out,
+        "--method", "rtn", "--save-statistics", tmp_path / "s",
+    )  # fmt: skip
+    expect_error(
+        capsys, tmp_path, "no readable statistics file", demo, out, "--statistics", tmp_path / "s"
+    )
+
+
+def start(tmp_path, demo, preamble="", *args):
+    """A real `qmoe quantize` in a process of its own."""
+    code = f"{preamble}\nimport sys; from qmoe.cli import main; sys.exit(main())"
+    arguments = ["quantize", str(demo), str(tmp_path / "out"), *args]
+    command = [sys.executable, "-P", "-W", "ignore", "-c", code, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_disk_full_while_writing(tmp_path, demo):
+    """The kernel refuses to let files grow past 300 kB, as a full disk or quota would."""
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
+    process = start(tmp_path, demo, limit, "--windows", "4")
+    err = process.communicate()[1]
+    assert process.returncode == 1 and "the disk is full; nothing was left behind" in err, err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
+def test_a_small_disk_really_full(tmp_path, demo):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)])
+    if mounted.returncode:
+        pytest.skip("this machine does not allow mounting")
+    try:
+        lie = "import shutil; d = shutil.disk_usage; "
+        lie += "shutil.disk_usage = lambda p: d('/')._replace(free=10**12)"
+        process = start(disk, demo, lie, "--windows", "4")
+        err = process.communicate()[1]
+        assert process.returncode == 1 and "the disk is full" in err, err
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
+def test_interrupted_while_quantizing(tmp_path, demo, sign):
+    process = start(tmp_path, demo, "", "--windows", "128", "--batch", "1")
+    partial = tmp_path / "out.partial"
+    deadline = time.time() + 120
+    while not list(partial.glob("*.safetensors")) and time.time() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(sign)
+    err = process.communicate()[1]
+    assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err, err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_leftover_of_a_killed_run_is_replaced(tmp_path, demo):
+    process = start(tmp_path, demo, "", "--windows", "128", "--batch", "1")
+    partial = tmp_path / "out.partial"
+    while not partial.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert partial.exists() and not (tmp_path / "out").exists()
+    process = start(tmp_path, demo, "", "--method", "rtn")
+    process.communicate()
+    assert process.returncode == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_evaluating_what_is_not_quantized(capsys, demo):
+    assert main(["eval", str(demo)]) == 1
+    assert "not quantized in compressed-tensors format" in capsys.readouterr().err
+    assert main(["bench", str(demo), "--baseline", "rtn"]) == 1
+    assert "give it with --against" in capsys.readouterr().err
