@@ -5,20 +5,30 @@ counts (E)    assignments per expert; ids >= E are sentinels ("no expert") and a
 """
 
 from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qmoe.kernels.stack import PackedStack
+
+@runtime_checkable
+class Stack(Protocol):
+    """Matrices [E, N, K] that can be multiplied with, in whatever form they are kept."""
+
+    shape: tuple[Any, ...]
+
+    def matmul(self, x: Tensor, e: int) -> Tensor:
+        """x [M, K] times the transpose of matrix e: [M, N]."""
+        ...
 
 
 def moe_forward(
     x: Float[Tensor, "T H"],
     expert_ids: Int[Tensor, "T A"],
     gates: Float[Tensor, "T A"],
-    first: PackedStack,
-    second: PackedStack,
+    first: Stack,
+    second: Stack,
     activation: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "T H"]:
     """y[t] = sum over a of gates[t, a] * second[e] @ activation(first[e] @ x[t]), e = ids[t, a].

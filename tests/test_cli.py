@@ -1,0 +1,77 @@
+import json
+
+import pytest
+
+from qmoe.cli import build_parser, config_from, main
+
+
+def test_options_become_the_config():
+    command = (
+        "quantize a b --method awq --bits 3 --group-size 64 --asymmetric --dense-bits 4 "
+        "--dense-group-size 32 --dense-asymmetric --lm-head-bits 8 --no-act-order --damp 0.1 "
+        "--no-gate-weight --min-tokens 7 --calibration x.txt --windows 3 --window 5 --batch 2 "
+        "--seed 9"
+    )
+    args = build_parser().parse_args(command.split())
+    config = config_from(args)
+    assert (config.method, config.act_order, config.gate_weighted) == ("awq", False, False)
+    assert (config.damp, config.min_tokens) == (0.1, 7)
+    assert str(config.experts) == "int3 g64 asym" and str(config.dense) == "int4 g32 asym"
+    assert str(config.lm_head) == "int8 g32 sym"
+    c = config.calibration
+    assert (c.text, c.windows, c.window, c.batch, c.seed) == ("x.txt", 3, 5, 2, 9)
+    assert (
+        config_from(build_parser().parse_args(["quantize", "a", "b", "--dense-bits", "16"])).dense
+        is None
+    )
+
+
+def test_json_output_of_every_command(demo, quantized, tmp_path, capsys):
+    def run(*args):
+        assert main([*map(str, args), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    report = run("quantize", demo, tmp_path / "q", "--method", "rtn")
+    assert report["bytes"]["experts packed"] > 0
+    assert run("inspect", quantized)["bytes"] == report["bytes"]
+    assert len(run("inspect", quantized, "--experts")["experts"]) == 64
+    parts = run("inspect", demo)["parts"]
+    assert {
+        "name": "model.layers.0.mlp.experts",
+        "shapes": [[16, 256, 256], [16, 256, 128]],
+    } in parts
+    scores = run("eval", quantized, "--windows", "1", "--text", "heldout:austen")["scores"]
+    assert scores["qmoe"]["austen"]["perplexity"] > 1
+
+
+def test_bench_measures_every_model(demo, quantized, capsys):
+    command = ["bench", str(quantized), "--against", str(demo), "--baseline", "rtn", "nf4"]
+    assert main([*command, "--prompt", "16", "--tokens", "2", "--repeats", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result) == {"qmoe", "original", "rtn", "nf4"}
+    for figures in result.values():
+        assert figures["prefill_tokens_per_s"] > 0 and figures["decode_tokens_per_s"] > 0
+    # 4 of 16 experts and the whole dense tier are read for a token; embeddings are tied.
+    assert result["qmoe"]["bytes_per_token"] < 0.6 * result["original"]["bytes_per_token"]
+    expert_bytes = 4 * 16 * 3 * 256 * 128 * 2
+    rest = result["original"]["weights_in_memory"] - expert_bytes
+    assert result["original"]["bytes_per_token"] == rest + expert_bytes // 4
+
+
+def test_people_get_tables_and_no_progress_bars_when_piped(demo, quantized, tmp_path, capsys):
+    for command in (
+        ["quantize", demo, tmp_path / "q", "--windows", "4"],
+        ["inspect", quantized, "--experts"],
+        ["inspect", demo],
+        ["eval", quantized, "--against", demo, "--windows", "1"],
+        ["bench", quantized, "--prompt", "8", "--tokens", "1", "--repeats", "1"],
+    ):
+        assert main([str(c) for c in command]) == 0
+        out, err = capsys.readouterr()
+        assert out.strip() and not err.strip(), err
+
+
+def test_help_names_measured_costs(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["quantize", "--help"])
+    assert "gptq  0.77 / 1.16" in capsys.readouterr().out

@@ -1,0 +1,137 @@
+"""Packaging, import layers, public names, and the rules that keep the library readable."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import qmoe
+
+FOLDERS = {"qmoe": "qmoe", "kernels": "qmoe.kernels", "calibration": "qmoe.calibration"}
+# Lowest first; a module may import only from its own layer or below.
+LAYERS = [
+    {"_version", "errors", "progress"},
+    {"config"},
+    {"types", "grid", "packing"},
+    {"kernels", "solvers", "calibration.text", "calibration.batches", "calibration.stats"},
+    {"calibration.coverage", "calibration.collect", "checkpoint", "suspend", "output"},
+    {"format", "structure", "skeleton"},
+    {"modules", "fold", "plan"},
+    {"packed_skeleton", "layer"},
+    {"audit"},
+    {"report", "loading", "evaluate", "baselines"},
+    {"pipeline", "bench"},
+    {"compare", "tables"},
+    {"cli", "commands"},
+    {""},
+]
+
+
+def modules():
+    for folder, package in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = [package, *path.relative_to(ROOT / folder).with_suffix("").parts]
+            name = ".".join(p for p in parts if p != "__init__")
+            yield name.removeprefix("qmoe").removeprefix("."), path
+
+
+def layer_of(name):
+    while True:
+        for i, layer in enumerate(LAYERS):
+            if name in layer:
+                return i
+        assert "." in name, f"{name} is in no layer; add it to LAYERS"
+        name = name.rpartition(".")[0]
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield from ([f"{node.module}.{a.name}" for a in node.names] + [node.module or ""])
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def known(name):
+    """The longest prefix of an imported name that is a module of ours."""
+    ours = {m for m, _ in modules()}
+    name = name.removeprefix("qmoe").removeprefix(".")
+    while name and name not in ours:
+        name = name.rpartition(".")[0]
+    return name
+
+
+@pytest.mark.parametrize("name, path", [m for m in modules() if m[0]], ids=lambda v: str(v)[-30:])
+def test_imports_go_down(name, path):
+    for target in imports(path):
+        assert not target.startswith(("kernels", "calibration")), f"{path}: import qmoe.{target}"
+        if target.startswith("qmoe."):
+            target = known(target)
+            if target and not (name == "cli" and target == "commands"):
+                assert layer_of(target) <= layer_of(name), f"{name} imports {target}"
+
+
+def test_solvers_and_kernels_know_no_models():
+    for name, path in modules():
+        if name.startswith(("solvers", "kernels")):
+            assert not [t for t in imports(path) if t.startswith(("transformers", "safetensors"))]
+
+
+def test_public_names():
+    names = "CalibrationConfig QmoeError QuantConfig Scheme __version__ load quantize"
+    assert " ".join(qmoe.__all__) == names
+    assert all(hasattr(qmoe, name) for name in qmoe.__all__)
+
+
+def test_importing_qmoe_is_light():
+    code = "import sys, qmoe; print({'torch', 'transformers', 'triton'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
+def test_our_kernels_folder_shadows_nobody():
+    spec = find_spec("kernels")
+    assert spec is None or ROOT not in Path(spec.origin or "/").parents
+
+
+def test_every_package_on_disk_is_shipped():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    on_disk = {
+        ".".join([package, *path.parent.relative_to(ROOT / folder).parts])
+        for folder, package in FOLDERS.items()
+        for path in (ROOT / folder).rglob("__init__.py")
+    }
+    assert set(settings["packages"]) == on_disk
+
+
+@pytest.mark.parametrize("name, path", list(modules()), ids=lambda v: str(v)[-30:])
+def test_files_and_functions_stay_small(name, path):
+    source = path.read_text()
+    assert source.count("\n") <= 300
+    assert ast.get_docstring(ast.parse(source)) or path.name == "_version.py"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            args = node.args
+            assert len(args.args) + len(args.kwonlyargs) <= 9, f"{node.name}: too many parameters"
+            assert (node.end_lineno or 0) - node.lineno <= 60, f"{node.name}: too long"
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None and ast.unparse(node.type) not in (
+                "Exception",
+                "BaseException",
+            )
+        assert not (isinstance(node, ast.ImportFrom) and node.names[0].name == "*")
+
+
+def test_commands_in_the_readme_exist():
+    readme = (ROOT / "README.md").read_text()
+    from qmoe.cli import build_parser
+
+    commands = [line.strip() for line in readme.splitlines() if line.strip().startswith("qmoe ")]
+    assert len(commands) >= 4
+    for command in commands:
+        build_parser().parse_args(command.split("#")[0].split()[1:])
