@@ -94,37 +94,44 @@ class LayerStats:
         return flat, aliases
 
 
-def save(stats: LayerStats, path: Path, model: str) -> None:
-    """Write one layer's statistics; `model` identifies what they were gathered on."""
+def save(stats: LayerStats, path: Path, about: dict[str, str]) -> None:
+    """Write one layer's statistics; `about` says of which model and gathered how."""
     flat, aliases = stats.tensors()
-    metadata = {"qmoe_statistics": "1", "model": model, "aliases": json.dumps(aliases)}
+    metadata = {"qmoe_statistics": "1", "aliases": json.dumps(aliases)} | about
     save_file({k: v.contiguous() for k, v in flat.items()}, path, metadata=metadata)
 
 
-def _open(path: Path, model: str) -> Any:
+def _open(path: Path, about: dict[str, str]) -> Any:
     try:
         file = safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise CalibrationError(f"{path}: no readable statistics file ({error})") from error
-    found = (file.metadata() or {}).get("model")
-    if found != model:
-        raise CalibrationError(
-            f"{path}: statistics of another model (its config.json hashes to {found}, "
-            f"this one's to {model})"
-        )
+    metadata = file.metadata() or {}
+    if metadata.get("qmoe_statistics") != "1":
+        raise CalibrationError(f"{path}: not a statistics file of qmoe")
+    for key, expected in about.items():
+        if metadata.get(key) != expected:
+            raise CalibrationError(
+                f"{path}: statistics gathered with another {key}: {metadata.get(key)}, "
+                f"expected {expected}"
+            )
     return file
 
 
-def check(path: Path, model: str) -> None:
+def check(path: Path, about: dict[str, str]) -> None:
     """Raises CalibrationError if `load` would, reading the header only."""
-    _open(path, model)
+    _open(path, about)
 
 
-def load(path: Path, model: str) -> LayerStats:
-    """Read `save`'s file; CalibrationError if it is missing, damaged or of another model."""
-    file = _open(path, model)
+def load(path: Path, about: dict[str, str]) -> LayerStats:
+    """Read `save`'s file; CalibrationError if it is missing, damaged, holds NaN, or if what it says
+    about itself differs from `about`."""
+    file = _open(path, about)
     metadata = file.metadata()
     flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    for key, tensor in flat.items():
+        if not tensor.isfinite().all():
+            raise CalibrationError(f"{path}: {key} holds NaN or Inf")
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in flat.items():
         name, _, part = key.rpartition("|")

@@ -77,13 +77,19 @@ def _read(path: Path) -> str:
 
 
 def _dataset(spec: str, data_files: str | None = None) -> dict[str, str]:
-    from datasets import load_dataset  # takes a second to import
+    import datasets  # here, because it takes a second to import
+    from datasets.exceptions import DatasetsError
 
     name, split, column = (spec.split(":") + ["", ""])[:3]
+    quiet = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     try:
-        rows = load_dataset(name, split=split or "train", data_files=data_files)
-    except (OSError, ValueError, KeyError) as error:
+        rows = datasets.load_dataset(name, split=split or "train", data_files=data_files)
+    except (OSError, ValueError, KeyError, StopIteration, DatasetsError) as error:
         raise CalibrationError(f"hf:{spec}: cannot load the dataset: {error}") from error
+    finally:
+        if not quiet:
+            datasets.enable_progress_bars()
     column = column or "text"
     if column not in rows.column_names:
         raise CalibrationError(

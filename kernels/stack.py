@@ -28,13 +28,14 @@ INT8_DENSE_ROWS = 16
 
 
 def choose_form(quantized: Quantized, dtype: torch.dtype, device: torch.device) -> Form:
-    """The fastest form that can hold this stack exactly as it was quantized."""
+    """The fastest form that can hold this stack's integers as they are."""
     scheme, (_, n, k) = quantized.scheme, quantized.q.shape
     if device.type != "cpu" or dtype != torch.bfloat16:
         return "plain"
     if scheme.bits == 4 and n % 16 == 0 and _int4_group(k, quantized.scale.shape[-1]):
         return "int4"
-    if scheme.bits == 8 and scheme.symmetric and quantized.scale.shape[-1] == 1:
+    # torch's int8 kernel reads past the end of rows that are no multiple of 16 long.
+    if scheme.bits == 8 and scheme.symmetric and quantized.scale.shape[-1] == 1 and k % 16 == 0:
         return "int8"
     return "plain"
 
@@ -85,7 +86,12 @@ class PackedStack(nn.Module):
         return x @ self.expand(e).T
 
     def expand(self, e: int) -> Float[Tensor, "N K"]:
-        """Matrix e in the floating dtype of the scales (plain form only)."""
+        """Matrix e in the floating dtype of the scales."""
+        if self.form == "int8":
+            return self.packed[e].to(self.scale.dtype) * self.scale[e][:, None]
+        if self.form == "int4":
+            # The packed order is torch's secret: multiply by the identity to see the weights.
+            return self.matmul(torch.eye(self.shape[2], dtype=self.scale.dtype), e).T
         q = unpack_bytes(self.packed[e], self.scheme.bits, self.shape[2]).to(self.scale.dtype)
         q = q.unflatten(-1, (self.scale.shape[-1], -1))
         if self.zero is not None:

@@ -17,7 +17,9 @@ def unpack_bytes(
         values = packed
     elif bits == 3:
         # Eight values in three bytes: join them in one word and shift it.
-        b = packed.unflatten(-1, (-1, 3)).to(torch.int32)
+        triples = -(-in_features // 8)
+        packed = torch.nn.functional.pad(packed, (0, max(0, 3 * triples - packed.shape[-1])))
+        b = packed[..., : 3 * triples].unflatten(-1, (-1, 3)).to(torch.int32)
         word = b[..., 0] | b[..., 1] << 8 | b[..., 2] << 16
         shifts = torch.arange(0, 24, 3, device=packed.device, dtype=torch.int32)
         values = (word[..., None] >> shifts & 7).to(torch.uint8).flatten(-2)

@@ -12,9 +12,11 @@ from torch import nn
 from qmoe.errors import AuditError
 from qmoe.format import SUFFIXES
 from qmoe.kernels.stack import PackedStack
-from qmoe.modules import PackedLinear, packed_experts
+from qmoe.modules import PackedLinear, packed_experts, take_stored
 from qmoe.packed_skeleton import PackedSource, open_packed
+from qmoe.skeleton import free
 from qmoe.structure import is_experts
+from qmoe.types import digest
 
 KINDS = (
     "experts packed", "experts scales", "experts 16-bit",
@@ -39,10 +41,14 @@ class Audit:
             )
 
 
-def audit_folder(path: Path) -> Audit:
-    """Read a quantized folder as a loader would, tensor by tensor; AuditError on any finding."""
+def audit_folder(path: Path, digests: dict[str, str] | None = None) -> Audit:
+    """Read a quantized folder as the loader does, layer by layer; AuditError on any finding.
+
+    digests: `types.digest` of every quantized stack by parameter name, as it was solved; the
+    decoded bytes must be those.
+    """
     audit = Audit()
-    source = open_packed(path)
+    source = open_packed(path, torch.float32)
     names = source.weights
     audit.findings += [f"missing: {n}" for n in names.missing()]
     audit.findings += [f"belongs to no parameter: {n}" for n in names.unexpected]
@@ -59,7 +65,29 @@ def audit_folder(path: Path) -> Audit:
         if kind == "experts 16-bit":
             audit.findings.append(f"routed experts left unquantized: {stored[0]} ({target})")
     audit.require_clean(str(path))
+    found = _decode(source)
+    if digests is not None:
+        audit.findings += [
+            f"decodes to other weights than were solved: {target}"
+            for target in sorted(set(digests) | set(found))
+            if digests.get(target) != found.get(target)
+        ]
+    audit.require_clean(str(path))
     return audit
+
+
+def _decode(source: PackedSource) -> dict[str, str]:
+    """Digest of every packed weight, read through the loader's own path, one layer at a time."""
+    found = {}
+    roots = [layer.name for layer in source.structure.layers]
+    for root in [*roots, *filter(None, [source.structure.lm_head])]:
+        source.weights.load(source.weights.sources(root), torch.float32)
+        module = source.model.get_submodule(root)
+        for name, part in module.named_modules(prefix=root):
+            for weight, quantized in take_stored(part, name).items():
+                found[f"{name}.{weight}"] = digest(quantized)
+        free(module)
+    return found
 
 
 def _kind(source: PackedSource, owner: str, parameter: str) -> str:
@@ -114,11 +142,10 @@ def audit_model(model: nn.Module, where: str) -> Audit:
                 audit.findings.append(f"has no data: {name}.{key}")
             elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 audit.findings.append(f"holds NaN or Inf: {name}.{key}")
-    packed = {id(b) for m in model.modules() if hasattr(m, "form") for b in m.buffers()}
     seen: set[int] = set()
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            if id(parameter) not in seen | packed:
+            if id(parameter) not in seen:
                 seen.add(id(parameter))
                 audit.bytes[_resident_kind(name, module)] += parameter.nbytes
     audit.require_clean(where)

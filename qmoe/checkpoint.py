@@ -3,6 +3,7 @@
 Left out: what the tensors mean (structure.py) and how they get into a model (skeleton.py).
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -145,9 +146,16 @@ class Checkpoint:
         """Bytes of the shard files."""
         return sum((self.path / file).stat().st_size for file in self._files)
 
-    def check_finite(self, track: Track) -> None:
-        """Read every tensor once; raises CheckpointError naming the first with NaN or Inf."""
-        for name in track(self.names(), "checking weights"):
+    def check_finite(self, track: Track) -> str:
+        """Read every tensor once; raises CheckpointError naming the first with NaN or Inf.
+
+        Returns the SHA-256 of config.json and all tensors: which model this is.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name in track(sorted(self.names()), "checking weights"):
             tensor = self.tensor(name)
             if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
                 raise CheckpointError(f"{self.path}: tensor {name!r} holds NaN or Inf")
+            digest.update(name.encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()

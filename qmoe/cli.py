@@ -136,7 +136,11 @@ def config_from(args: argparse.Namespace) -> QuantConfig:
         if (args.dense_bits != 16)
         else None
     )
-    head = Scheme(args.lm_head_bits, args.dense_group_size) if args.lm_head_bits != 16 else None
+    head = (
+        Scheme(args.lm_head_bits, args.dense_group_size, not args.dense_asymmetric)
+        if args.lm_head_bits != 16
+        else None
+    )
     return QuantConfig(
         method=args.method,
         experts=Scheme(args.bits, args.group_size, not args.asymmetric),
@@ -174,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: nothing was left behind", file=sys.stderr)
+        print("interrupted: the destination was not written", file=sys.stderr)
         return 130
     return 0
 

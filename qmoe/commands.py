@@ -39,7 +39,7 @@ def show_quantize(report: dict[str, Any]) -> None:
     fallbacks = report["fallbacks"]
     print(f"{len(fallbacks)} fallbacks{':' if fallbacks else ''}")
     _show_lines(fallbacks)
-    if not report["loads_in_plain_transformers"]:
+    if not report["symmetric"]:
         print("zero points: this checkpoint loads in qmoe, not in plain transformers")
 
 
@@ -57,11 +57,14 @@ def _share(error: float | None) -> str:
 def inspect(args: argparse.Namespace) -> dict[str, Any]:
     """`qmoe inspect`: an audit of a quantized folder, or the parts of an unquantized one."""
     path = resolve(args.path)
-    if "quantization_config" not in read_json(path / "config.json"):
+    if read_json(path / "config.json").get("quantization_config") is None:
+        if args.experts:
+            raise CheckpointError(f"{path}: not quantized, so there is no record of its experts")
         return {"parts": _parts(path)}
-    result: dict[str, Any] = {"bytes": audit_folder(path).bytes}
-    if (path / "qmoe_report.json").is_file():
-        report = read_json(path / "qmoe_report.json")
+    reported = (path / "qmoe_report.json").is_file()
+    report = read_json(path / "qmoe_report.json") if reported else {}
+    result: dict[str, Any] = {"bytes": audit_folder(path, report.get("digests")).bytes}
+    if reported:
         result |= {"config": report["config"], "fallbacks": report["fallbacks"]}
         if args.experts:
             result["experts"] = _expert_table(report)

@@ -38,7 +38,10 @@ def rtn_twin(path: Path, against: str | Path, track: Track) -> Iterator[Path]:
         yield Path(folder) / "rtn"
 
 
-def _check(baselines: Sequence[str], against: str | Path | None) -> None:
+def _check(baselines: Sequence[str], against: str | Path | None, **least_one: int) -> None:
+    for name, value in least_one.items():
+        if value < 1:
+            raise ConfigError(f"{name}: expected at least 1, got {value}")
     unknown = [b for b in baselines if b not in BASELINES]
     if unknown:
         raise ConfigError(f"baseline: expected some of {BASELINES}, got {unknown[0]!r}")
@@ -65,7 +68,9 @@ def evaluate(
     nothing else. The original is streamed, so it may be larger than memory.
     Returns {"scores": {model: {domain: ...}}, "overall": {model: ...}, "bytes": {model: ...}}.
     """
-    _check(baselines, against)
+    _check(baselines, against, windows=windows, batch=batch)
+    if window < 2:
+        raise ConfigError(f"window: expected at least 2 tokens, got {window}")
     folder = resolve(path)
     tokenizer = open_tokenizer(folder)
     batches = make_batches(tokenizer, load_texts(text), windows=windows, window=window, batch=batch)
@@ -105,7 +110,7 @@ def benchmark(
 
     See qmoe.bench.speed and qmoe.bench.memory for the figures and their units.
     """
-    _check(baselines, against)
+    _check(baselines, against, prompt=prompt, tokens=tokens, repeats=repeats)
     folder = resolve(path)
     used = {"qmoe": memory("qmoe", folder)}
     models = {"qmoe": load(folder, track=track)[0]}

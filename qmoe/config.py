@@ -64,11 +64,13 @@ class CalibrationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("windows", "window", "batch"):
-            if getattr(self, name) < 1:
+        for name, least in (("windows", 1), ("window", 2), ("batch", 1)):
+            if getattr(self, name) < least:
                 raise ConfigError(
-                    f"calibration {name}: expected at least 1, got {getattr(self, name)}"
+                    f"calibration {name}: expected at least {least}, got {getattr(self, name)}"
                 )
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"calibration seed: expected 0 to 2^63 - 1, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,12 @@ class QuantConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
+        for name in ("experts", "dense", "lm_head"):
+            value = getattr(self, name)
+            if not isinstance(value, Scheme) and (value is not None or name == "experts"):
+                raise ConfigError(f"{name}: expected a Scheme, got {value!r}")
+        if not isinstance(self.calibration, CalibrationConfig):
+            raise ConfigError(f"calibration: expected its config, got {self.calibration!r}")
         if self.method not in get_args(Method):
             raise ConfigError(f"method: expected one of {get_args(Method)}, got {self.method!r}")
         if not 0 < self.damp < 1:

@@ -65,15 +65,16 @@ def find_folds(layer: nn.Module, prefix: str, run: Callable[[], Any]) -> list[Fo
     finally:
         for handle in handles:
             handle.remove()
-    return [
-        Fold(norm, readers)
-        for norm, readers in read.items()
-        if _is_norm(modules[norm]) and all(_columns(modules[r]) is not None for r in readers)
-    ]
+    return [Fold(norm, readers) for norm, readers in read.items() if _fits(modules, norm, readers)]
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return all(p.dim() == 1 for p in module.parameters(recurse=False)) and hasattr(module, "weight")
+def _fits(modules: dict[str, nn.Module], norm: str, readers: list[str]) -> bool:
+    """A norm has vectors only, and every reader one matrix with as many columns."""
+    vectors = list(modules[norm].parameters(recurse=False))
+    if any(v.dim() != 1 for v in vectors) or getattr(modules[norm], "weight", None) is None:
+        return False
+    columns = [_columns(modules[r]) for r in readers]
+    return all(c is not None and c.shape[-1] == len(vectors[0]) for c in columns)
 
 
 def _columns(module: nn.Module) -> Tensor | None:
@@ -90,8 +91,11 @@ def fold_norm(
     stats: LayerStats,
     schemes: dict[str, Scheme],
     scale_dtype: torch.dtype,
-) -> Callable[[], None]:
-    """Scale the readers' columns up and the norm down, the Hessians with them; returns the undo."""
+) -> tuple[Callable[[], None], set[str]]:
+    """Scale the readers' columns up and the norm down, the Hessians with them.
+
+    Returns the undo and the names of the parameters that changed.
+    """
     readers = []
     hessians: dict[int, Tensor] = {}
     for name in fold.readers:
@@ -105,11 +109,14 @@ def fold_norm(
     s = awq_scales(readers, scale_dtype=scale_dtype, shared=True)[0]
     norm = model.get_submodule(fold.norm)
     weights = [w for n in fold.readers if (w := _columns(model.get_submodule(n))) is not None]
-    return _apply(
+    vectors = list(norm.parameters(recurse=False))
+    undo = _apply(
         [(w, s) for w in weights]
-        + [(p, 1 / s) for p in norm.parameters(recurse=False)]
+        + [(v, 1 / s) for v in vectors]
         + [(h, 1 / (s[:, None] * s)) for h in hessians.values()]
     )
+    scaled = {id(p) for p in [*weights, *vectors]}
+    return undo, {name for name, p in model.named_parameters() if id(p) in scaled}
 
 
 def fold_experts(

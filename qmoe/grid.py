@@ -1,7 +1,8 @@
 """Scales and zero points of a group, rounding to them and back: the numeric truth of the format.
 
-The same grid as compressed-tensors (`calculate_qparams`): zero is always representable; a
-symmetric range is split into 2^bits - 1 steps, so the step is absmax / (2^bits - 1) * 2.
+The grid of compressed-tensors (`calculate_qparams`), computed in float32 whatever the weights are
+stored in: zero is always representable; a symmetric range is split into 2^bits - 1 steps, so the
+step is absmax / (2^bits - 1) * 2.
 """
 
 import torch

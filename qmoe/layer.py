@@ -5,7 +5,7 @@ what they will see at run time.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,8 @@ def quantize_layer(
     outside = [n for n in layer.dense if n not in layer.in_block]
     parts = [outside, [*layer.experts, *layer.in_block]]
     parts = [[n for n in part if n in job.schemes] for part in parts]
+    if job.save is not None and not any(parts):
+        job.save(result.stats)
     for i, names in enumerate(parts):
         if not names:
             continue
@@ -113,6 +115,11 @@ def _gather(
     every = [job.model.get_submodule(n) for n in job.layer.experts]
     with collecting_experts(every), collecting_linears(linears, result.stats):
         outputs = [forward(*c.args, **c.kwargs) for c in calls]
+    for name, tensor in result.stats.tensors()[0].items():
+        if not tensor.isfinite().all():
+            raise CalibrationError(
+                f"{name.partition('|')[0]}: calibration gave NaN or Inf; the model overflows on it"
+            )
     for name in experts:
         del modules[name]._qmoe_sink
         if not int(result.stats.experts[name].tokens.sum()):
@@ -137,42 +144,47 @@ def _borrow(job: Job, name: str, result: Result) -> None:
 def _fold(job: Job, names: list[str], forward: Forward, calls: list[Call], result: Result) -> None:
     """Fold AWQ's scales wherever that leaves the layer's output as it is."""
 
-    def run() -> list[Any]:
+    def run(some: list[Call]) -> list[Any]:
         with collecting_experts([job.model.get_submodule(n) for n in job.layer.experts]):
-            return [forward(*calls[0].args, **calls[0].kwargs)]
+            return [forward(*c.args, **c.kwargs) for c in some]
 
-    plain = run()
+    plain = run(calls)
     not_folded = result.record.setdefault("not_folded", [])
 
-    def keep_if_equal(undo: Callable[[], None], what: str, changed: list[str]) -> None:
-        if _relative_rms(run(), plain) > TOLERANCE:
+    def keep_if_equal(undo: Callable[[], None], what: str, changed: set[str]) -> None:
+        if _relative_rms(run(calls), plain) > TOLERANCE:
             undo()
             not_folded.append(what)
         else:
-            result.changed.update(changed)
+            result.changed |= changed
 
     layer = job.model.get_submodule(job.layer.name)
-    for fold in find_folds(layer, job.layer.name, run):
-        if any(r in names for r in fold.readers):
-            undo = fold_norm(job.model, fold, result.stats, job.schemes, job.scale_dtype)
-            parts = [fold.norm, *(r for r in fold.readers if r not in job.schemes)]
-            owned = [
-                f"{part}.{n}"
-                for part in parts
-                for n, p in job.model.get_submodule(part).named_parameters(recurse=False)
-                if p.dim() in (1, 2)
-            ]
-            keep_if_equal(undo, fold.norm, owned)
+    for fold in find_folds(layer, job.layer.name, lambda: run(calls[:1])):
+        quantized = {r for r in fold.readers if r in job.schemes}
+        if not quantized & set(names):
+            continue
+        if quantized <= set(names):
+            undo, changed = fold_norm(job.model, fold, result.stats, job.schemes, job.scale_dtype)
+            keep_if_equal(undo, fold.norm, changed - set(_quantized_names(job)))
+        elif fold.norm not in not_folded:
+            # Attention and experts that read one norm are solved at different times.
+            not_folded.append(fold.norm)
     for name in (n for n in names if n in job.layer.experts):
         module: Any = job.model.get_submodule(name)
         if module.has_gate:
             stats = result.stats.experts[name]
             undo = fold_experts(module, stats, job.schemes[name], job.scale_dtype)
-            keep_if_equal(undo, f"{name} (up to down)", [])
-    for name in result.changed:
-        # What is stored is rounded to the checkpoint's dtype: go on with that.
-        parameter = job.model.get_parameter(name)
-        parameter.data.copy_(parameter.to(job.scale_dtype))
+            keep_if_equal(undo, f"{name} (up to down)", set())
+
+
+def _quantized_names(job: Job) -> list[str]:
+    """Parameters that are stored packed."""
+    names = []
+    for name in job.schemes:
+        module = job.model.get_submodule(name)
+        weights = expert_weights(module) if name in job.layer.experts else ("weight",)
+        names += [f"{name}.{weight}" for weight in weights]
+    return names
 
 
 def _solve(job: Job, names: list[str], result: Result) -> None:
@@ -182,6 +194,9 @@ def _solve(job: Job, names: list[str], result: Result) -> None:
             linear = result.stats.linears.get(name)
             hessian = linear.hessian[None] if linear is not None else None
             solved = _solve_one(job, f"{name}.weight", module.weight[None], hessian, result)
+            if hessian is None and job.config.method != "rtn":
+                # Its family multiplies with the weight by hand; nothing was seen of its inputs.
+                solved = replace(solved, rounded=[0])
             module.weight.data.copy_(dequantize(solved.quantized)[0])
             result.record["dense"][name] = _entry(solved, single=True)
             continue
@@ -227,9 +242,18 @@ def _entry(solved: Solved, single: bool) -> dict[str, Any]:
 
 
 def _check_given(job: Job, given: LayerStats) -> None:
-    missing = [n for n in job.schemes if n not in given.experts and n not in given.linears]
-    if missing:
-        raise CalibrationError(f"the saved statistics lack {missing[0]}; gather them again")
+    for name in job.layer.experts:
+        weights = [
+            getattr(job.model.get_submodule(name), w)
+            for w in expert_weights(job.model.get_submodule(name))
+        ]
+        stats = given.experts.get(name)
+        found = None if stats is None else (stats.first.shape, stats.second.shape)
+        wanted = tuple(torch.Size((len(w), w.shape[2], w.shape[2])) for w in weights)
+        if found != wanted:
+            raise CalibrationError(
+                f"{name}: the saved statistics have {found}, expected {wanted}; gather them again"
+            )
 
 
 def _hidden(output: Any) -> Tensor:

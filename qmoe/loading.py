@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 
 from qmoe.audit import audit_model
 from qmoe.checkpoint import resolve
+from qmoe.errors import OutputError
 from qmoe.modules import PackedLinear, finish_experts
 from qmoe.packed_skeleton import PackedSource, open_packed
 from qmoe.plan import check_complete, open_tokenizer
@@ -41,13 +42,21 @@ def load(
     if (folder / "generation_config.json").is_file():
         source.model.generation_config = GenerationConfig.from_pretrained(folder)
     audit_model(source.model, str(path))
+    source.model.save_pretrained = _refuse_to_save
     return source.model, tokenizer
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    raise OutputError(
+        "save_pretrained: a loaded qmoe model holds its weights in the runtime's own layout; copy "
+        "the folder it was loaded from instead"
+    )
 
 
 def _finish(source: PackedSource, prefix: str) -> None:
     experts = {n for layer in source.structure.layers for n in layer.experts}
     for name, module in source.model.named_modules():
-        if not name.startswith(prefix):
+        if prefix and not name.startswith(prefix + "."):
             continue
         if name in experts and hasattr(module, "down_proj_packed"):
             finish_experts(module, name)

@@ -63,10 +63,15 @@ class PackedLinear(nn.Module):
         y = self.stack.matmul(x.reshape(-1, self.in_features), 0).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
+    @property
+    def weight(self) -> Float[Tensor, "N K"]:
+        """The weight expanded, for code that multiplies with it by hand (Jamba's dt_proj)."""
+        return self.stack.expand(0)
+
     def finish(self, where: str) -> None:
         """Turn the loaded tensors into the runtime's form; CheckpointError if they disagree."""
-        quantized, dtype = _take(self, "weight", (1, self.out_features, self.in_features), where)
-        self.stack = PackedStack(quantized, dtype)
+        (quantized,) = take_stored(self, where).values()
+        self.stack = PackedStack(quantized, quantized.scale.dtype)
 
 
 def declare_experts(experts: Any, scheme: Scheme) -> None:
@@ -81,10 +86,9 @@ def declare_experts(experts: Any, scheme: Scheme) -> None:
 def finish_experts(experts: Any, where: str) -> None:
     """Turn the loaded tensors into the runtime's form and route the forward to it."""
     first, second = expert_weights(experts)
-    for name, attribute in ((first, "qmoe_first"), (second, "qmoe_second")):
-        shape = experts._qmoe_stored[name][0]
-        quantized, dtype = _take(experts, name, shape, f"{where}.{name}")
-        setattr(experts, attribute, PackedStack(quantized, dtype))
+    stored = take_stored(experts, where)
+    experts.qmoe_first = PackedStack(stored[first], stored[first].scale.dtype)
+    experts.qmoe_second = PackedStack(stored[second], stored[second].scale.dtype)
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
     experts.config._experts_implementation = NAME
 
@@ -118,16 +122,21 @@ def _declare(
     module._qmoe_stored[name] = (shape, scheme, parts)
 
 
-def _take(
-    module: Any, name: str, shape: tuple[int, ...], where: str
-) -> tuple[Quantized, torch.dtype]:
-    """Remove a weight's stored tensors from the module and read them as a stack [E, N, K]."""
-    _, scheme, parts = module._qmoe_stored[name]
+def take_stored(module: nn.Module, where: str) -> dict[str, Quantized]:
+    """Remove the stored tensors of a module's weights and read them, by weight name, as stacks
+    [E, N, K]. Raises CheckpointError if they contradict the model or each other."""
+    return {
+        name: _take(module, name, f"{where}.{name}") for name in getattr(module, "_qmoe_stored", {})
+    }
+
+
+def _take(module: Any, name: str, where: str) -> Quantized:
+    shape, scheme, parts = module._qmoe_stored[name]
+    e, n, k = (1,) * (3 - len(shape)) + shape
     stored: dict[str, Any] = {s: getattr(module, name + s, None) for s in SUFFIXES}
     for suffix, tensor in stored.items():
         if tensor is not None:
             delattr(module, name + suffix)
-    e, n, k = shape
     wanted = torch.tensor([n // parts, k]).repeat(parts)
     found = stored["_shape"].view(e, -1)
     if not (found == wanted).all():
@@ -142,4 +151,4 @@ def _take(
     if not (scale.isfinite() & (scale > 0)).all():
         raise CheckpointError(f"{where}: weight_scale has values that are not positive numbers")
     q = unpack_rows(stored["_packed"].data.view(e, n, -1), scheme.bits, k).contiguous()
-    return Quantized(q, scale, zero, scheme), scale.dtype
+    return Quantized(q, scale, zero, scheme)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,12 +16,13 @@ from torch import Tensor
 from qmoe.checkpoint import INDEX, SINGLE
 from qmoe.errors import OutputError
 
+MARKER = ".qmoe-partial"  # holds the process id of the run that is writing
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 
 
 def check_destination(dst: Path, needed: int) -> None:
     """Refuse a destination that exists, cannot be made, or has less than `needed` bytes free."""
-    if dst.exists():
+    if os.path.lexists(dst):
         raise OutputError(f"{dst}: already exists; remove it or choose another destination")
     parent = dst.parent
     if not parent.is_dir():
@@ -45,10 +47,25 @@ class OutputFolder:
         self._bytes = 0
 
     def __enter__(self) -> "OutputFolder":
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self.path.mkdir()
+        try:
+            self._remove_leftover()
+            self.path.mkdir()
+            (self.path / MARKER).write_text(str(os.getpid()))
+        except OSError as error:
+            raise OutputError(f"{self.dst}: cannot write beside it: {error}") from error
         return self
+
+    def _remove_leftover(self) -> None:
+        """Remove what a killed run of ours left; refuse anything else under that name."""
+        if not os.path.lexists(self.path):
+            return
+        marker = self.path / MARKER
+        if not marker.is_file():
+            raise OutputError(f"{self.path}: is in the way and not a leftover of qmoe; move it")
+        pid = marker.read_text().strip()
+        if pid.isdigit() and int(pid) != os.getpid() and psutil.pid_exists(int(pid)):
+            raise OutputError(f"{self.path}: process {pid} is writing it; wait or end that first")
+        shutil.rmtree(self.path)
 
     def __exit__(
         self,
@@ -57,6 +74,7 @@ class OutputFolder:
         tb: TracebackType | None,
     ) -> None:
         if kind is None:
+            (self.path / MARKER).unlink()
             self.path.rename(self.dst)
             return
         shutil.rmtree(self.path, ignore_errors=True)

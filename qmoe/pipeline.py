@@ -1,7 +1,5 @@
 """`quantize`: the whole way from a model folder to a quantized one."""
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from qmoe.audit import audit_folder
 from qmoe.calibration.batches import fingerprint
 from qmoe.calibration.stats import LayerStats, LinearStats
 from qmoe.config import QuantConfig
-from qmoe.errors import ConfigError
+from qmoe.errors import ConfigError, OutputError
 from qmoe.format import packed_tensors, quantization_config
 from qmoe.layer import Job, Result, quantize_layer
 from qmoe.output import OutputFolder
@@ -26,7 +24,7 @@ from qmoe.skeleton import free
 from qmoe.solvers.solve import solve
 from qmoe.structure import Layer
 from qmoe.suspend import Call, suspended
-from qmoe.types import Quantized
+from qmoe.types import Quantized, digest
 
 Write = Callable[[int, dict[str, Tensor]], None]
 
@@ -52,19 +50,23 @@ def quantize(
     given = [Path(p) for p in statistics_from]
     _check_combination(config, given, save_statistics)
     text = not given and config.method != "rtn"
-    source, windows = prepare(src, dst, config, text=text, track=track)
+    source, windows, identity = prepare(src, dst, config, text=text, track=track)
     saved = None if save_statistics is None else Path(save_statistics)
-    run = _Run(source, config, given, saved)
+    run = _Run(source, config, given, saved, identity)
     if saved is not None:
-        saved.mkdir(parents=True, exist_ok=True)
+        try:
+            saved.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{saved}: cannot keep statistics there: {error}") from error
     with OutputFolder(dst, shards=len(source.structure.layers) + 1) as out:
         run.all_shards(windows, track, out.write_shard)
         out.write_index()
         out.copy_companions(source.checkpoint.path)
         out.write_json("config.json", run.new_config())
-        audit = audit_folder(out.path)
+        audit = audit_folder(out.path, run.digests)
         report = build_report(config, source, run.records, audit, __version__)
-        report["calibration"] = {"windows": list(windows.shape), "sha256": fingerprint(windows)}
+        report |= {"source_sha256": identity, "digests": run.digests}
+        report["calibration"] = run.calibration(windows)
         out.write_json("qmoe_report.json", report)
     return report
 
@@ -74,6 +76,8 @@ def _check_combination(config: QuantConfig, given: list[Path], saved: str | Path
         raise ConfigError("rtn uses no statistics; leave them out or choose gptq")
     if config.method == "awq" and (given or saved is not None):
         raise ConfigError("awq rescales statistics as it goes; save and reuse them with gptq only")
+    if len({p.resolve() for p in given}) < len(given):
+        raise ConfigError("statistics: the same folder is given twice")
     if given and config.lm_head is not None:
         raise ConfigError("saved statistics do not cover lm_head; leave it out or use text")
 
@@ -82,17 +86,17 @@ class _Run:
     """State of one pass over the layers."""
 
     def __init__(
-        self, source: Source, config: QuantConfig, given: list[Path], saved: Path | None
+        self, source: Source, config: QuantConfig, given: list[Path], saved: Path | None, sha: str
     ) -> None:
         self.source, self.config, self.given, self.saved = source, config, given, saved
-        self.model_id = hashlib.sha256(
-            json.dumps(source.checkpoint.config, sort_keys=True).encode()
-        ).hexdigest()
+        self.about = {"model": sha, "gate_weighted": str(config.gate_weighted)}
         self.records: list[dict[str, Any]] = []
         self.head: tuple[str, Quantized] | None = None
+        # Of every quantized stack as it was solved, to be compared with what was written.
+        self.digests: dict[str, str] = {}
         for folder in given:
             for i in range(len(source.structure.layers)):
-                statistics.check(folder / _stats_file(i), self.model_id)
+                statistics.check(folder / _stats_file(i), self.about)
 
     def all_shards(self, windows: Tensor, track: Track, write: Write) -> None:
         """Run everything; hands each shard's tensors to `write` as soon as they are final."""
@@ -134,12 +138,12 @@ class _Run:
         save = (
             None
             if saved is None
-            else (lambda stats: statistics.save(stats, saved / _stats_file(i), self.model_id))
+            else (lambda stats: statistics.save(stats, saved / _stats_file(i), self.about))
         )
         job = Job(source.model, layer, self.config, schemes, source.weight_dtype(), save)
         given = None if calls else LayerStats()
         if self.given:
-            parts = [statistics.load(p / _stats_file(i), self.model_id) for p in self.given]
+            parts = [statistics.load(p / _stats_file(i), self.about) for p in self.given]
             given = statistics.merge(parts)
         result, outputs = quantize_layer(job, forward, calls, given)
         self.records.append(result.record)
@@ -156,6 +160,7 @@ class _Run:
             ).items():
                 out[name] = tensor.to(weights.checkpoint.tensor(name).dtype)
         for target, quantized in result.weights.items():
+            self.digests[target] = digest(quantized)
             out |= self._packed(target, quantized)
         return out
 
@@ -189,7 +194,8 @@ class _Run:
             return
         name = str(self.source.structure.lm_head)
         weight = self.source.model.get_submodule(name).weight
-        method = "rtn" if self.config.method == "awq" else self.config.method
+        # Nothing before it can take AWQ's scale: GPTQ serves it instead, and the record says so.
+        method = "gptq" if self.config.method == "awq" else self.config.method
         solved = solve(
             weight[None],
             stats.hessian[None],
@@ -199,7 +205,7 @@ class _Run:
             act_order=self.config.act_order,
             damp=self.config.damp,
         )
-        self.records.append({"name": name, "error": solved.error[0]})
+        self.records.append({"name": name, "error": solved.error[0], "method": method})
         self.head = (f"{name}.weight", solved.quantized)
 
     def _resident_tensors(self) -> dict[str, Tensor]:
@@ -210,15 +216,17 @@ class _Run:
         """The source's config.json with `quantization_config` added."""
         config = dict(self.source.checkpoint.config)
         c = self.config
-        kept = {n for layer in self.source.structure.layers for n in layer.kept}
-        if c.dense is None:
-            kept |= {n for layer in self.source.structure.layers for n in layer.dense}
-        if c.lm_head is None and self.source.structure.lm_head is not None:
-            kept.add(self.source.structure.lm_head)
-        config["quantization_config"] = quantization_config(
-            c.experts, c.dense, c.lm_head, list(kept)
-        )
+        kept = self.source.kept_linears(c)
+        config["quantization_config"] = quantization_config(c.experts, c.dense, c.lm_head, kept)
         return config
+
+    def calibration(self, windows: Tensor) -> dict[str, Any]:
+        """For the report: what the statistics come from."""
+        if self.given:
+            return {"statistics": [str(p) for p in self.given]}
+        if not len(windows):
+            return {}
+        return {"windows": list(windows.shape), "sha256": fingerprint(windows)}
 
 
 def _stats_file(i: int) -> str:

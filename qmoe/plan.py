@@ -12,10 +12,10 @@ from qmoe.calibration.batches import sample_windows
 from qmoe.calibration.text import load_texts
 from qmoe.checkpoint import Checkpoint, resolve
 from qmoe.config import CHANNEL, GROUPS, QuantConfig, Scheme
-from qmoe.errors import CheckpointError, ConfigError
+from qmoe.errors import CheckpointError, ConfigError, UnsupportedModelError
 from qmoe.output import check_destination
 from qmoe.progress import Track
-from qmoe.skeleton import WeightMap, build, read_config
+from qmoe.skeleton import WeightMap, build, original_names, read_config
 from qmoe.structure import Layer, Structure, expert_weights, find
 
 
@@ -34,8 +34,24 @@ class Source:
 
     def weight_dtype(self) -> torch.dtype:
         """Of the routed experts as stored; scales are stored in it too, as engines expect."""
-        experts = self.structure.layers[-1].experts or self.structure.layers[0].experts
+        experts = next(layer.experts for layer in self.structure.layers if layer.experts)
         return self.checkpoint.dtype(self.weights.sources(experts[0])[0])
+
+    def kept_linears(self, config: QuantConfig) -> list[str]:
+        """Everything with a linear's weight that is not quantized, by model and checkpoint name:
+        routers and other linears, so that no engine takes them for packed ones."""
+        quantized = {n for layer in self.structure.layers for n in schemes_of(self, layer, config)}
+        if config.lm_head is not None:
+            quantized.add(str(self.structure.lm_head))
+        kept: set[str] = set()
+        for name, module in self.model.named_modules():
+            weight = getattr(module, "weight", None)
+            if name in quantized or isinstance(module, nn.Embedding) or weight is None:
+                continue
+            if weight.dim() == 2:
+                stored = original_names(self.model, f"{name}.weight", weight)
+                kept |= {name, *(n.removesuffix(".weight") for n in stored)}
+        return sorted(kept)
 
     def resident(self) -> list[str]:
         """Checkpoint tensors outside the decoder layers."""
@@ -46,8 +62,9 @@ class Source:
 def open_source(path: str | Path, dtype: torch.dtype) -> Source:
     """Open an unquantized MoE model folder (or hub name) and find its parts; loads no weights."""
     checkpoint = Checkpoint(resolve(path))
-    if "quantization_config" in checkpoint.config:
-        method = checkpoint.config["quantization_config"].get("quant_method")
+    if checkpoint.config.get("quantization_config") is not None:
+        entry = checkpoint.config["quantization_config"]
+        method = entry.get("quant_method") if isinstance(entry, dict) else entry
         raise CheckpointError(f"{path}: already quantized ({method}); give the original model")
     config = read_config(checkpoint.path)
     model = build(config, dtype)
@@ -58,6 +75,7 @@ def open_source(path: str | Path, dtype: torch.dtype) -> Source:
     check_complete(weights)
     for name in checkpoint.names():
         checkpoint.dtype(name)
+    check_names(model, structure, weights)
     return Source(checkpoint, model, weights, structure)
 
 
@@ -73,6 +91,29 @@ def check_complete(weights: WeightMap) -> None:
         )
 
 
+def check_names(model: Any, structure: Structure, weights: WeightMap) -> None:
+    """Every stack of experts is stored as one matrix per expert, the only form that all readers of
+    the format know. Raises UnsupportedModelError for a family that stores them fused."""
+    for layer in structure.layers:
+        for name in layer.experts:
+            experts = model.get_submodule(name)
+            top_k = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+            if isinstance(top_k, int) and top_k > experts.num_experts:
+                raise UnsupportedModelError(
+                    f"{name}: config.json sends a token to {top_k} of {experts.num_experts} experts"
+                )
+            for weight in expert_weights(experts):
+                target = f"{name}.{weight}"
+                named = original_names(model, target, getattr(experts, weight))
+                stored = weights.targets[target]
+                single = all(n.endswith(".weight") and t.dim() == 2 for n, t in named.items())
+                if not single or len(stored) != len(named):
+                    raise UnsupportedModelError(
+                        f"{name} ({type(experts).__name__}): its checkpoint stores all experts in "
+                        f"one tensor, {stored[0]!r}; only one matrix per expert is supported yet"
+                    )
+
+
 def open_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
@@ -82,8 +123,9 @@ def open_tokenizer(path: Path) -> Any:
 
 def prepare(
     src: str | Path, dst: Path, config: QuantConfig, *, text: bool, track: Track
-) -> tuple[Source, Tensor]:
-    """Check source, settings, text and destination; returns the source and calibration windows.
+) -> tuple[Source, Tensor, str]:
+    """Check source, settings, text and destination; returns the source, the calibration windows and
+    the SHA-256 of the source.
 
     Raises a QmoeError that names the problem. Nothing is written.
     """
@@ -95,8 +137,7 @@ def prepare(
         c = config.calibration
         tokenizer = open_tokenizer(source.checkpoint.path)
         windows = sample_windows(tokenizer, load_texts(c.text), c.windows, c.window, c.seed)
-    source.checkpoint.check_finite(track)
-    return source, windows
+    return source, windows, source.checkpoint.check_finite(track)
 
 
 def schemes_of(source: Source, layer: Layer, config: QuantConfig) -> dict[str, Scheme]:

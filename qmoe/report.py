@@ -17,12 +17,20 @@ def build_report(
         "qmoe_version": version,
         "model_type": source.checkpoint.config.get("model_type"),
         "config": config.to_dict(),
-        "loads_in_plain_transformers": config.symmetric,
-        "fallbacks": [line for record in records for line in fallbacks(record)],
+        "symmetric": config.symmetric,
+        "fallbacks": [line for record in records for line in fallbacks(record)]
+        + _dropped(source.weights.ignored),
         "bytes": audit.bytes,
         "source_bytes": source.checkpoint.nbytes(),
         "layers": records,
     }
+
+
+def _dropped(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [f"not written, transformers does not use them in this family: {names[0]}{more}"]
 
 
 def fallbacks(record: dict[str, Any]) -> list[str]:
@@ -41,9 +49,7 @@ def fallbacks(record: dict[str, Any]) -> list[str]:
     for name, part in record.get("dense", {}).items():
         lines += _trouble(name, part)
     for name in record.get("not_folded", []):
-        lines.append(f"{name}: AWQ scale not folded, it would have changed the layer's output")
-    for name, reason in record.get("kept", {}).items():
-        lines.append(f"{name}: left in 16 bits ({reason})")
+        lines.append(f"{name}: no AWQ scale folded in")
     return lines
 
 

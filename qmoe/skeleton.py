@@ -5,11 +5,13 @@ only file that touches it (tested with the range pinned in pyproject.toml). It b
 family's renames and merges, in both directions, without code per model.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -31,10 +33,14 @@ def read_config(path: Path) -> Any:
     """The transformers config of a model folder; UnsupportedModelError if transformers has none."""
     try:
         return AutoConfig.from_pretrained(path)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
         raise UnsupportedModelError(
-            f"{path}: transformers cannot read this architecture: {str(error).splitlines()[0]}"
+            f"{path}: transformers cannot read this architecture: {_first_line(error)}"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def build(config: Any, dtype: torch.dtype) -> Any:
@@ -43,9 +49,11 @@ def build(config: Any, dtype: torch.dtype) -> Any:
     try:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except ValueError as error:
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
+        # What a nonsensical config raises depends on the family's code.
         raise UnsupportedModelError(
-            f"{config.model_type}: transformers has no causal language model for it: {error}"
+            f"{config.model_type}: transformers cannot build a causal language model from this "
+            f"config: {type(error).__name__}: {_first_line(error)}"
         ) from error
     # As from_pretrained does after loading: buffers that no checkpoint holds are computed by the
     # model's own initialization, which leaves alone whatever is marked as initialized.
@@ -72,10 +80,15 @@ class WeightMap:
         expected = model.state_dict()
         self.targets: dict[str, list[str]] = {}
         self.unexpected: list[str] = []
+        # What the family's own class says to ignore, such as DeepSeek-V3's prediction layers.
+        self.ignored: list[str] = []
+        patterns = list(model._keys_to_ignore_on_load_unexpected or [])
         for name in checkpoint.names():
             target = self._target(name, expected)
             if target in expected:
                 self.targets.setdefault(target, []).append(name)
+            elif any(re.search(pattern, name) for pattern in patterns):
+                self.ignored.append(name)
             else:
                 self.unexpected.append(name)
 
@@ -147,7 +160,7 @@ class WeightMap:
 
 
 def original_names(model: Any, target: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """`WeightMap.revert` without a checkpoint."""
+    """`WeightMap.revert` without a checkpoint: in the names the family publishes its models in."""
     out: dict[str, torch.Tensor] = revert_weight_conversion(model, {target: tensor})
     return out
 

@@ -75,6 +75,7 @@ def _check_layout(name: str, experts: nn.Module) -> None:
         "transposed": experts.is_transposed,
         "interleaved": not experts.is_concatenated,
         "biased": experts.has_bias,
+        "post-normed": experts.has_post_expert_norm,
     }
     odd = [word for word, present in layout.items() if present]
     if odd:

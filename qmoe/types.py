@@ -5,8 +5,10 @@ G groups along K, H hidden size, I intermediate size, V vocabulary, W int32 word
 A dense linear is a stack with E = 1.
 """
 
+import hashlib
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
@@ -24,3 +26,14 @@ class Quantized:
     scale: Float[Tensor, "E N G"]
     zero: Int8[Tensor, "E N G"] | None
     scheme: Scheme
+
+
+def digest(quantized: Quantized) -> str:
+    """SHA-256 of the integers, scales and zero points: equal if and only if the weights are."""
+    sha = hashlib.sha256(str(quantized.scheme).encode())
+    # Scales in float32: exact, and the same however they are read.
+    for tensor in (quantized.q, quantized.scale.float(), quantized.zero):
+        if tensor is not None:
+            sha.update(str(tuple(tensor.shape)).encode())
+            sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()

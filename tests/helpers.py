@@ -66,10 +66,13 @@ FAMILIES: dict[str, Any] = {
 }
 
 
-def save_random(family: str, path: Path, tokenizer: Path, dtype: torch.dtype) -> Path:
+def save_random(
+    family: str, path: Path, tokenizer: Path, dtype: torch.dtype, **changes: Any
+) -> Path:
     """A random model of a family with the demo's tokenizer, saved as its authors would."""
     torch.manual_seed(0)
     config = FAMILIES[family]()
+    config = type(config).from_dict(config.to_dict() | changes)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -77,6 +80,8 @@ def save_random(family: str, path: Path, tokenizer: Path, dtype: torch.dtype) ->
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
             elif "bias" in name:
                 parameter.normal_(std=0.1)
+            elif "norm" in name:  # features of very different size, as trained norms make them
+                parameter.normal_().exp_()
     model.save_pretrained(path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tokenizer / name, path / name)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import qmoe
 from qmoe.audit import audit_folder, audit_model
+from qmoe.cli import main
 from qmoe.errors import AuditError, CheckpointError
 
 
@@ -58,6 +59,12 @@ def test_every_byte_has_a_kind(quantized):
         ),
         (lambda t: t[f"{EXPERT}.weight_scale"].fill_(0), "a scale that is not positive"),
         (lambda t: t.update({"model.layers.1.extra": torch.ones(1)}), "belongs to no parameter"),
+        (
+            lambda t: t.update(
+                {f"{EXPERT}.weight_packed": t[f"{EXPERT}.weight_packed"][:, :2].contiguous()}
+            ),
+            "experts.down_proj_packed",
+        ),
         (lambda t: t.pop("model.layers.1.input_layernorm.weight"), "missing: .*input_layernorm"),
     ],
 )
@@ -67,6 +74,13 @@ def test_tampering_with_the_folder_is_found(folder, change, finding):
         audit_folder(folder)
     with pytest.raises((AuditError, CheckpointError)):
         qmoe.load(folder, progress=False)
+
+
+def test_bytes_other_than_those_solved_are_found(folder, capsys):
+    tamper(folder, lambda t: t[f"{EXPERT}.weight_packed"].fill_(0))
+    assert main(["inspect", str(folder)]) == 1
+    expected = "decodes to other weights than were solved: model.layers.1.mlp.experts.down_proj"
+    assert expected in capsys.readouterr().err
 
 
 def test_a_wrong_weight_shape_is_found(folder):

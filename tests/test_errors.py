@@ -289,3 +289,72 @@ def test_evaluating_what_is_not_quantized(capsys, demo):
     assert "not quantized in compressed-tensors format" in capsys.readouterr().err
     assert main(["bench", str(demo), "--baseline", "rtn"]) == 1
     assert "give it with --against" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_hidden_layers": "four"}, {"hidden_act": "no-such"}, {"num_experts_per_tok": 99}],
+)
+def test_config_that_makes_no_sense(capsys, tmp_path, model, changes):
+    edit_config(model, **changes)
+    expect_error(capsys, tmp_path, "", model, tmp_path / "out")
+
+
+def test_a_quantization_config_of_null_is_none(tmp_path, model):
+    edit_config(model, quantization_config=None)
+    assert main(["quantize", str(model), str(tmp_path / "out"), "--method", "rtn"]) == 0
+
+
+def test_destination_is_a_dangling_link(capsys, tmp_path, demo):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    expect_error(capsys, tmp_path, "already exists", demo, tmp_path / "out")
+
+
+def test_a_folder_of_the_users_own_in_the_way_is_left_alone(capsys, tmp_path, demo):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("data")
+    expect_error(
+        capsys, tmp_path, "is in the way and not a leftover", demo, tmp_path / "out",
+        "--method", "rtn",
+    )  # fmt: skip
+    assert (tmp_path / "out.partial" / "mine").read_text() == "data"
+
+
+def test_a_name_too_long_for_the_disk(capsys, tmp_path, demo):
+    out = tmp_path / ("x" * 250)
+    expect_error(capsys, tmp_path, "cannot write beside it", demo, out, "--method", "rtn")
+
+
+def test_statistics_that_cannot_be_kept(capsys, tmp_path, demo):
+    (tmp_path / "file").write_text("")
+    expect_error(
+        capsys, tmp_path, "cannot keep statistics there", demo, tmp_path / "out",
+        "--windows", "1", "--save-statistics", tmp_path / "file",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"text": 1'])
+def test_text_tables_that_cannot_be_read(tmp_path, demo, content):
+    cache = f"import os; os.environ['HF_DATASETS_CACHE'] = {str(tmp_path / 'cache')!r}"
+    (tmp_path / "t.jsonl").write_text(content)
+    process = start(tmp_path, demo, cache, "--calibration", str(tmp_path / "t.jsonl"))
+    err = process.communicate()[1]
+    assert process.returncode == 1 and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("error: ") and "cannot load the dataset" in err
+    assert "examples/s" not in err  # no progress bars where there is no terminal
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "eval --batch 0",
+        "eval --window 1",
+        "eval --windows -1",
+        "bench --prompt 0",
+        "bench --repeats 0",
+    ],
+)
+def test_counts_that_make_no_sense(capsys, quantized, command):
+    name, *options = command.split()
+    assert main([name, str(quantized), *options]) == 1
+    assert "expected at least" in capsys.readouterr().err

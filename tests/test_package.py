@@ -131,7 +131,7 @@ def test_commands_in_the_readme_exist():
     readme = (ROOT / "README.md").read_text()
     from qmoe.cli import build_parser
 
-    commands = [line.strip() for line in readme.splitlines() if line.strip().startswith("qmoe ")]
+    commands = [line.strip() for line in readme.splitlines() if line.startswith("    qmoe ")]
     assert len(commands) >= 4
     for command in commands:
         build_parser().parse_args(command.split("#")[0].split()[1:])

@@ -41,8 +41,9 @@ def awq_scales(
 ) -> Float[Tensor, "S K"]:
     """The factors s = (RMS of the input)^alpha with the least output error, alpha in [0, 1).
 
-    shared: one row of factors for all matrices of all readers (their input comes from one norm);
-    otherwise one row per expert of the single reader. alpha = 0 (s = 1, plain rounding) is among
+    shared: one row of factors for all matrices of all readers (their input comes from one norm),
+    powers of two, so that norm and routers stay exact in 16 bits; otherwise one row per expert of
+    the single reader. alpha = 0 (s = 1, plain rounding) is among
     the candidates, so the result is never worse on the calibration text. An input that was never
     active gets the factor 1.
     """
@@ -53,6 +54,8 @@ def awq_scales(
     least: Tensor | None = None
     for step in range(STEPS):
         s = _factors(energy, step / STEPS)
+        if shared:
+            s = s.log2().round().exp2()
         loss = torch.cat([_loss(reader, s, scale_dtype) for reader in readers])
         if shared:
             loss = loss.sum(0, keepdim=True)

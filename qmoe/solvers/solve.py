@@ -13,6 +13,8 @@ from qmoe.solvers.gptq import gptq
 from qmoe.solvers.rtn import rtn
 from qmoe.types import Quantized
 
+CHUNK_BYTES = 1 << 28  # of Hessians solved at once; the solver's peak is about eight times that
+
 
 @dataclass(frozen=True)
 class Solved:
@@ -39,16 +41,34 @@ def solve(
 
     Only plain rounding can do without a Hessian.
     """
-    if method == "gptq" and hessian is not None:
-        result = gptq(
-            weight, hessian, scheme, scale_dtype=scale_dtype, act_order=act_order, damp=damp
-        )
-        quantized, damped, rounded = result.quantized, result.damped, result.rounded
-    else:
-        quantized, damped, rounded = rtn(weight, scheme, scale_dtype), {}, []
     if hessian is None:
-        return Solved(quantized, [], damped, rounded)
-    difference = dequantize(quantized) - weight.float()
-    lost, total = output_error(difference, hessian), output_error(weight.float(), hessian)
-    ratio = torch.where(total > 0, lost.clamp(min=0) / total.clamp(min=1e-30), 0.0)
-    return Solved(quantized, ratio.sqrt().tolist(), damped, rounded)
+        return Solved(rtn(weight, scheme, scale_dtype), [])
+    # GPTQ needs several copies of the Hessians it works on: a chunk of experts at a time.
+    chunk = max(1, CHUNK_BYTES // (4 * hessian.shape[-1] ** 2))
+    parts, errors = [], []
+    damped: dict[int, float] = {}
+    rounded: list[int] = []
+    for start in range(0, len(weight), chunk):
+        W, H = weight[start : start + chunk].float(), hessian[start : start + chunk]
+        if method == "gptq":
+            result = gptq(W, H, scheme, scale_dtype=scale_dtype, act_order=act_order, damp=damp)
+            damped |= {start + e: amount for e, amount in result.damped.items()}
+            rounded += [start + e for e in result.rounded]
+            parts.append(result.quantized)
+        else:
+            parts.append(rtn(W, scheme, scale_dtype))
+        lost = output_error(dequantize(parts[-1]) - W, H)
+        total = output_error(W, H)
+        ratio = torch.where(total > 0, lost.clamp(min=0) / total.clamp(min=1e-30), 0.0)
+        errors += ratio.sqrt().tolist()
+    return Solved(_join(parts), errors, damped, rounded)
+
+
+def _join(parts: list[Quantized]) -> Quantized:
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return Quantized(
+        torch.cat([part.q for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        torch.cat(zeros) if zeros else None,
+        parts[0].scheme,
+    )

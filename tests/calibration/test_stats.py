@@ -83,8 +83,8 @@ def some_layer() -> LayerStats:
 
 def test_saved_statistics_come_back(tmp_path):
     stats = some_layer()
-    statistics.save(stats, tmp_path / "s.safetensors", "model-1")
-    back = statistics.load(tmp_path / "s.safetensors", "model-1")
+    statistics.save(stats, tmp_path / "s.safetensors", {"model": "1"})
+    back = statistics.load(tmp_path / "s.safetensors", {"model": "1"})
     for key, value in stats.tensors()[0].items():
         assert torch.equal(back.tensors()[0][key], value)
     assert back.linears["x.q"] is back.linears["x.k"]
@@ -102,12 +102,12 @@ def test_merging_is_adding():
 
 def test_statistics_of_another_model_or_a_damaged_file_are_refused(tmp_path):
     path = tmp_path / "s.safetensors"
-    statistics.save(some_layer(), path, "model-1")
-    with pytest.raises(CalibrationError, match="statistics of another model"):
-        statistics.load(path, "model-2")
+    statistics.save(some_layer(), path, {"model": "1"})
+    with pytest.raises(CalibrationError, match="gathered with another model: 1, expected 2"):
+        statistics.load(path, {"model": "2"})
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(CalibrationError, match="no readable statistics file"):
-        statistics.check(path, "model-1")
+        statistics.check(path, {"model": "1"})
 
 
 def test_rare_experts_borrow_until_they_weigh_min_tokens(experts):
