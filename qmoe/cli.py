@@ -16,7 +16,7 @@ METHODS = """methods, with KL to the original in thousandths of a nat per token,
 21 M parameter Qwen3-MoE (32 experts, top-4), everything at 4 bits g128 asymmetric, calibrated on
 32k tokens of seven domains / of one domain only, reported on test text of all seven:
   rtn   2.73 / 2.73   round to nearest, needs no text
-  awq   2.53 / 2.65   activation-aware scales folded into norms and experts, then round to nearest
+  awq   2.57 / 2.67   activation-aware scales folded into norms and experts, then round to nearest
   gptq  0.77 / 1.16   Hessian-based error feedback per expert (default)
 """
 TEXT_HELP = (

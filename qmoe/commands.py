@@ -158,6 +158,8 @@ def show_eval(result: dict[str, Any]) -> None:
         tables.show(title, ["domain", *scores], rows)
     rows = [[name, tables.size(n)] for name, n in result["bytes_on_disk"].items()]
     tables.show("weights on disk", ["model", "bytes"], rows)
+    for note in result["not_better"]:
+        print(note)
 
 
 def bench(args: argparse.Namespace) -> dict[str, Any]:

@@ -18,7 +18,16 @@ from qmoe.calibration.text import load_texts
 from qmoe.checkpoint import read_json, resolve
 from qmoe.config import QuantConfig
 from qmoe.errors import ConfigError
-from qmoe.evaluate import Logits, make_batches, overall, resident, score, streamed
+from qmoe.evaluate import (
+    Logits,
+    make_batches,
+    not_better,
+    overall,
+    resident,
+    score,
+    streamed,
+    summaries,
+)
 from qmoe.kernels.stack import PackedStack
 from qmoe.loading import load
 from qmoe.pipeline import quantize
@@ -66,7 +75,8 @@ def evaluate(
     text: see qmoe.calibration.text.load_texts. The first `windows` windows of every domain are
     scored. dtype: of activations, for all models alike; float32 shows what the weights lost and
     nothing else. The original is streamed, so it may be larger than memory.
-    Returns {"scores": {model: {domain: ...}}, "overall": {model: ...}, "bytes": {model: ...}}.
+    Returns scores by model and domain, their means over domains ("overall"), bytes on disk, and
+    in words where the quantized model is not better than a baseline ("not_better").
     """
     _check(baselines, against, windows=windows, batch=batch)
     if window < 2:
@@ -88,11 +98,15 @@ def evaluate(
         source = open_source(against, dtype)
         disk["original"] = source.checkpoint.nbytes()
         reference = streamed(source, batches, dtype, track)
-    scores = score(batches, reference, {n: resident(m, batches) for n, m in models.items()}, track)
+    found = score(batches, reference, {n: resident(m, batches) for n, m in models.items()}, track)
+    scores = summaries(found, with_reference=reference is not None)
     return {
         "scores": scores,
         "overall": {name: overall(domains) for name, domains in scores.items()},
         "bytes_on_disk": disk,
+        "not_better": [
+            note for name in baselines for note in not_better(found["qmoe"], found[name], name)
+        ],
     }
 
 

@@ -7,7 +7,7 @@ logits in whatever dtype the model gives.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,12 +27,13 @@ Logits = Iterator[Float[Tensor, "_ _ _"]]
 
 @dataclass
 class Score:
-    """Sums over the predicted tokens of one domain; nan where there is no reference."""
+    """Sums over the predicted tokens of one domain, and the mean loss of each of its windows."""
 
     tokens: int = 0
     loss: float = 0.0
     kl: float = 0.0
     agree: float = 0.0
+    windows: list[float] = field(default_factory=list)
 
     def summary(self) -> dict[str, float]:
         """Perplexity, KL to the original in nats per token, share of equal top-1 tokens."""
@@ -89,11 +90,8 @@ def streamed(source: Source, batches: Batches, dtype: torch.dtype, track: Track)
 
 def score(
     batches: Batches, reference: Logits | None, models: dict[str, Logits], track: Track
-) -> dict[str, dict[str, dict[str, float]]]:
-    """{model: {domain: {perplexity, kl, agreement}}}; the reference is scored as "original".
-
-    Without a reference only perplexity is given.
-    """
+) -> dict[str, dict[str, Score]]:
+    """Score by model and domain; the reference, if there is one, is scored as "original"."""
     named = ({"original": reference} if reference is not None else {}) | models
     scores: dict[str, dict[str, Score]] = {
         name: {domain: Score() for domain, _ in batches} for name in named
@@ -105,24 +103,51 @@ def score(
             if name == "original" and reference is not None:
                 base = log_p
             _add(scores[name][domain], log_p, ids[:, 1:], base)
-    with_reference = reference is not None
-    return {
-        name: {d: _summary(s, with_reference) for d, s in domains.items()}
-        for name, domains in scores.items()
-    }
+    return scores
 
 
 def _add(total: Score, log_p: Tensor, target: Tensor, base: Tensor | None) -> None:
+    loss = -log_p.gather(-1, target[..., None])[..., 0].double()
     total.tokens += target.numel()
-    total.loss -= float(log_p.gather(-1, target[..., None]).double().sum())
+    total.loss += float(loss.sum())
+    total.windows += loss.mean(1).tolist()
     if base is not None:
         total.kl += float((base.exp() * (base - log_p)).sum(-1).double().sum())
         total.agree += float((base.argmax(-1) == log_p.argmax(-1)).sum())
 
 
-def _summary(total: Score, with_reference: bool) -> dict[str, float]:
-    summary = total.summary()
-    return summary if with_reference else {"perplexity": summary["perplexity"]}
+def summaries(
+    scores: dict[str, dict[str, Score]], with_reference: bool
+) -> dict[str, dict[str, dict[str, float]]]:
+    """{model: {domain: {perplexity, kl, agreement}}}, or perplexity alone without a reference."""
+    keys = ["perplexity", "kl", "agreement"] if with_reference else ["perplexity"]
+    return {
+        name: {d: {k: s.summary()[k] for k in keys} for d, s in domains.items()}
+        for name, domains in scores.items()
+    }
+
+
+def not_better(ours: dict[str, Score], rival: dict[str, Score], name: str) -> list[str]:
+    """In words, every domain where our perplexity is not below the rival's, and whether the
+    difference stands out from its noise (paired over windows, two standard errors)."""
+    notes = []
+    for domain, mine in ours.items():
+        gaps = torch.tensor(mine.windows) - torch.tensor(rival[domain].windows)
+        gap, n = float(gaps.mean()), len(gaps)
+        if gap < 0:
+            continue
+        error = float(gaps.std()) / n**0.5 if n > 1 else math.inf
+        verdict = "more than noise" if gap > 2 * error else "within noise"
+        theirs = rival[domain].summary()["kl"]
+        if theirs > 0:
+            verdict += (
+                f"; its KL to the original is {mine.summary()['kl'] / theirs:.2f} of {name}'s"
+            )
+        notes.append(
+            f"{domain}: perplexity is not below that of {name}; loss per token differs by "
+            f"{gap:.5f} +- {error:.5f} over {n} windows, {verdict}"
+        )
+    return notes
 
 
 def overall(domains: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """`load`: a quantized folder as a transformers model that runs packed."""
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def load(
     if (folder / "generation_config.json").is_file():
         source.model.generation_config = GenerationConfig.from_pretrained(folder)
     audit_model(source.model, str(path))
+    _return_freed_memory()
     source.model.save_pretrained = _refuse_to_save
     return source.model, tokenizer
 
@@ -62,3 +64,14 @@ def _finish(source: PackedSource, prefix: str) -> None:
             finish_experts(module, name)
         elif isinstance(module, PackedLinear) and hasattr(module, "weight_packed"):
             module.finish(name)
+        for parameter in module.parameters(recurse=False):
+            if parameter.device.type != "meta":
+                # What safetensors gives may be a view into the mapped file and keep all of it.
+                parameter.data = parameter.data.clone()
+
+
+def _return_freed_memory() -> None:
+    """Give what loading freed back to the system; glibc keeps it in its arenas otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -147,7 +147,8 @@ def _take(module: Any, name: str, where: str) -> Quantized:
     if zero is not None:
         halves = zero.data.view(e, -1, zero.shape[-1]).chunk(parts, dim=1)
         zero = torch.cat([unpack_zeros(z, scheme.bits, n // parts) for z in halves], dim=1)
-    scale = stored["_scale"].data.view(e, n, -1)
+    # A copy: what safetensors gives may be a view that keeps the whole file mapped.
+    scale = stored["_scale"].data.view(e, n, -1).clone()
     if not (scale.isfinite() & (scale > 0)).all():
         raise CheckpointError(f"{where}: weight_scale has values that are not positive numbers")
     q = unpack_rows(stored["_packed"].data.view(e, n, -1), scheme.bits, k).contiguous()

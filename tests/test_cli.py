@@ -17,7 +17,7 @@ def test_options_become_the_config():
     assert (config.method, config.act_order, config.gate_weighted) == ("awq", False, False)
     assert (config.damp, config.min_tokens) == (0.1, 7)
     assert str(config.experts) == "int3 g64 asym" and str(config.dense) == "int4 g32 asym"
-    assert str(config.lm_head) == "int8 g32 sym"
+    assert str(config.lm_head) == "int8 g32 asym"
     c = config.calibration
     assert (c.text, c.windows, c.window, c.batch, c.seed) == ("x.txt", 3, 5, 2, 9)
     assert (
