@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: the destination was not written", file=sys.stderr)
+        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
         return 130
     return 0
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from qmoe.config import BITS, CHANNEL, GROUPS, Scheme
 from qmoe.errors import CheckpointError
-from qmoe.packing import pack_rows, pack_zeros
+from qmoe.grid import dequantize
+from qmoe.packing import pack_rows, pack_zeros, unpack_rows, unpack_zeros
+from qmoe.types import Quantized
 
 SUFFIXES = ("_packed", "_scale", "_zero_point", "_shape")
 # A routed expert's module in a checkpoint: `experts.7.up_proj`, but not `shared_experts.up_proj`.
@@ -34,6 +36,23 @@ def packed_tensors(
     }
     if zero is not None:
         out[f"{name}_zero_point"] = pack_zeros(zero[None].contiguous(), bits)[0].contiguous()
+    return out
+
+
+def unpacked_tensors(tensors: dict[str, Tensor], schemes: "Schemes") -> dict[str, Tensor]:
+    """Stored tensors with every packed weight as the float32 matrix it stands for."""
+    packed = tuple(f".weight{suffix}" for suffix in SUFFIXES)
+    out = {n: t for n, t in tensors.items() if not n.endswith(packed)}
+    for stored in tensors:
+        name = stored.removesuffix("_packed")
+        scheme = schemes.of(name.removesuffix(".weight")) if name != stored else None
+        if scheme is None:
+            continue
+        n, k = tensors[f"{name}_shape"].tolist()
+        words = tensors.get(f"{name}_zero_point")
+        zero = None if words is None else unpack_zeros(words[None], scheme.bits, n)
+        q = unpack_rows(tensors[stored][None], scheme.bits, k)
+        out[name] = dequantize(Quantized(q, tensors[f"{name}_scale"][None], zero, scheme))[0]
     return out
 
 

@@ -1,4 +1,4 @@
-"""Writing a model folder so that it is either whole or absent."""
+"""Writing a model folder so that it is either whole or absent, and unfinished work can go on."""
 
 import errno
 import json
@@ -10,13 +10,14 @@ from typing import Any
 
 import psutil
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qmoe.checkpoint import INDEX, SINGLE
-from qmoe.errors import OutputError
+from qmoe.errors import OutputError, QmoeError
 
-MARKER = ".qmoe-partial"  # holds the process id of the run that is writing
+MARKER = ".qmoe-partial"  # which process is writing what
+NOTE = ".qmoe-shard-{}.json"  # what was done for a finished shard
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 
 
@@ -37,35 +38,52 @@ def check_destination(dst: Path, needed: int) -> None:
 
 
 class OutputFolder:
-    """A folder under a temporary name beside `dst`, renamed to it when the `with` block ends well
-    and removed when it does not. A leftover of a killed run has the same name and is replaced."""
+    """A folder under a temporary name beside `dst`, renamed to it when the `with` block ends well.
 
-    def __init__(self, dst: Path, shards: int):
-        self.dst, self.shards = dst, shards
+    Each finished shard is there whole, with a note of what was done for it. If the block is
+    interrupted or the disk fills, the folder stays, and a later run with the same fingerprint
+    (source, settings, text, versions) goes on after the last finished shard. After any other error,
+    or without a finished shard, it is removed.
+    """
+
+    def __init__(self, dst: Path, shards: int, fingerprint: dict[str, str]):
+        self.dst, self.shards, self.fingerprint = dst, shards, fingerprint
         self.path = dst.with_name(dst.name + ".partial")
         self._weight_map: dict[str, str] = {}
         self._bytes = 0
 
     def __enter__(self) -> "OutputFolder":
         try:
-            self._remove_leftover()
-            self.path.mkdir()
-            (self.path / MARKER).write_text(str(os.getpid()))
+            if os.path.lexists(self.path):
+                self._check_leftover()
+            self.path.mkdir(exist_ok=True)
+            marker = {"pid": os.getpid(), "fingerprint": self.fingerprint}
+            self._replace(MARKER, json.dumps(marker))
         except OSError as error:
             raise OutputError(f"{self.dst}: cannot write beside it: {error}") from error
         return self
 
-    def _remove_leftover(self) -> None:
-        """Remove what a killed run of ours left; refuse anything else under that name."""
-        if not os.path.lexists(self.path):
-            return
-        marker = self.path / MARKER
-        if not marker.is_file():
-            raise OutputError(f"{self.path}: is in the way and not a leftover of qmoe; move it")
-        pid = marker.read_text().strip()
-        if pid.isdigit() and int(pid) != os.getpid() and psutil.pid_exists(int(pid)):
+    def _check_leftover(self) -> None:
+        """What is there must be our own unfinished work on the same thing."""
+        try:
+            marker = json.loads((self.path / MARKER).read_text())
+            pid, before = int(marker["pid"]), dict(marker["fingerprint"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OutputError(
+                f"{self.path}: is in the way and not unfinished work of qmoe; move it"
+            ) from error
+        if pid != os.getpid() and psutil.pid_exists(pid):
             raise OutputError(f"{self.path}: process {pid} is writing it; wait or end that first")
-        shutil.rmtree(self.path)
+        differing = [k for k, v in self.fingerprint.items() if before.get(k) != v]
+        if differing and not self._begun():
+            shutil.rmtree(self.path)
+        elif differing:
+            now = self.fingerprint
+            changes = "; ".join(f"{k} was {before.get(k)}, is {now[k]}" for k in differing)
+            raise OutputError(
+                f"{self.path}: holds unfinished work that differs ({changes}); repeat that to go "
+                "on with it, or remove the folder"
+            )
 
     def __exit__(
         self,
@@ -74,27 +92,70 @@ class OutputFolder:
         tb: TracebackType | None,
     ) -> None:
         if kind is None:
+            for note in self.path.glob(NOTE.format("*")):
+                note.unlink()
             (self.path / MARKER).unlink()
             self.path.rename(self.dst)
             return
-        shutil.rmtree(self.path, ignore_errors=True)
+        begun = self._begun()
+        resumable = begun and not isinstance(error, QmoeError)
+        if not resumable:
+            shutil.rmtree(self.path, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OutputError(f"{self.dst}: the disk is full; nothing was left behind") from error
+            left = "run the same command again to go on" if resumable else "nothing was left behind"
+            raise OutputError(f"{self.dst}: the disk is full; {left}") from error
 
-    def write_shard(self, i: int, tensors: dict[str, Tensor]) -> None:
-        """Write shard i (0-based) of the model."""
-        file = f"model-{i + 1:05d}-of-{self.shards:05d}.safetensors" if self.shards > 1 else SINGLE
-        whole = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    def _begun(self) -> bool:
+        return any(self.finished(i) is not None for i in range(self.shards))
+
+    def finished(self, i: int) -> dict[str, Any] | None:
+        """The note of shard i if an earlier run, or this one, finished it."""
         try:
-            save_file(whole, self.path / file, metadata={"format": "pt"})
-            with (self.path / file).open("rb") as handle:
+            note: dict[str, Any] = json.loads((self.path / NOTE.format(i)).read_text())
+        except FileNotFoundError:
+            return None
+        return note
+
+    def read_shard(self, i: int) -> dict[str, Tensor]:
+        """The tensors of a finished shard; they count as written."""
+        try:
+            tensors: dict[str, Tensor] = load_file(self.path / self._file(i))
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"{self.path}: unfinished work is damaged ({self._file(i)}: {error}); remove it"
+            ) from error
+        self._count(i, tensors)
+        return tensors
+
+    def write_shard(self, i: int, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
+        """Write shard i (0-based) of the model, then its note; either is whole or absent."""
+        file = self._file(i)
+        whole = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+        temporary = self.path / f"{file}.tmp"
+        try:
+            save_file(whole, temporary, metadata={"format": "pt"})
+            with temporary.open("rb") as handle:
                 os.fsync(handle.fileno())
+            temporary.rename(self.path / file)
         except SafetensorError as error:
+            temporary.unlink(missing_ok=True)
             if any(word in str(error) for word in ("No space", "File too large", "os error 28")):
                 raise OSError(errno.ENOSPC, str(error)) from error
             raise OutputError(f"{self.dst}: writing {file} failed: {error}") from error
-        self._weight_map |= dict.fromkeys(whole, file)
-        self._bytes += sum(tensor.nbytes for tensor in whole.values())
+        self._replace(NOTE.format(i), json.dumps(note))
+        self._count(i, whole)
+
+    def _file(self, i: int) -> str:
+        return f"model-{i + 1:05d}-of-{self.shards:05d}.safetensors" if self.shards > 1 else SINGLE
+
+    def _count(self, i: int, tensors: dict[str, Tensor]) -> None:
+        self._weight_map |= dict.fromkeys(tensors, self._file(i))
+        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
+
+    def _replace(self, name: str, text: str) -> None:
+        temporary = self.path / f"{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.rename(self.path / name)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,10 +1,11 @@
 """`quantize`: the whole way from a model folder to a quantized one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 import qmoe.calibration.stats as statistics
@@ -14,7 +15,7 @@ from qmoe.calibration.batches import fingerprint
 from qmoe.calibration.stats import LayerStats, LinearStats
 from qmoe.config import QuantConfig
 from qmoe.errors import ConfigError, OutputError
-from qmoe.format import packed_tensors, quantization_config
+from qmoe.format import Schemes, packed_tensors, quantization_config, unpacked_tensors
 from qmoe.layer import Job, Result, quantize_layer
 from qmoe.output import OutputFolder
 from qmoe.plan import Source, prepare, schemes_of
@@ -25,8 +26,6 @@ from qmoe.solvers.solve import solve
 from qmoe.structure import Layer
 from qmoe.suspend import Call, suspended
 from qmoe.types import Quantized, digest
-
-Write = Callable[[int, dict[str, Tensor]], None]
 
 
 @torch.no_grad()
@@ -44,7 +43,9 @@ def quantize(
     statistics_from: folders written by `save_statistics` on the same model; they are summed and
     used instead of running text through the model. Returns the report, also written to
     `dst/qmoe_report.json`. Raises a QmoeError before any long work if something cannot work, and
-    AuditError if the result is not what was promised; `dst` then does not exist.
+    AuditError if the result is not what was promised; `dst` then does not exist. A run that was
+    killed or interrupted leaves `dst.partial`; the same call goes on from there and writes the same
+    bytes.
     """
     dst = Path(dst).expanduser()
     given = [Path(p) for p in statistics_from]
@@ -52,14 +53,22 @@ def quantize(
     text = not given and config.method != "rtn"
     source, windows, identity = prepare(src, dst, config, text=text, track=track)
     saved = None if save_statistics is None else Path(save_statistics)
-    run = _Run(source, config, given, saved, identity)
     if saved is not None:
         try:
             saved.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{saved}: cannot keep statistics there: {error}") from error
-    with OutputFolder(dst, shards=len(source.structure.layers) + 1) as out:
-        run.all_shards(windows, track, out.write_shard)
+    about = {
+        "source": identity,
+        **{name: str(value) for name, value in vars(config).items()},
+        "text": fingerprint(windows),
+        "statistics": f"from {[str(p) for p in given]} to {saved}",
+        "versions": f"qmoe {__version__}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}",
+    }
+    with OutputFolder(dst, len(source.structure.layers) + 1, about) as out:
+        run = _Run(source, config, given, saved, out)
+        run.all_shards(windows, track)
         out.write_index()
         out.copy_companions(source.checkpoint.path)
         out.write_json("config.json", run.new_config())
@@ -86,20 +95,28 @@ class _Run:
     """State of one pass over the layers."""
 
     def __init__(
-        self, source: Source, config: QuantConfig, given: list[Path], saved: Path | None, sha: str
+        self,
+        source: Source,
+        config: QuantConfig,
+        given: list[Path],
+        saved: Path | None,
+        out: OutputFolder,
     ) -> None:
         self.source, self.config, self.given, self.saved = source, config, given, saved
+        self.out = out
+        sha = out.fingerprint["source"]
         self.about = {"model": sha, "gate_weighted": str(config.gate_weighted)}
         self.records: list[dict[str, Any]] = []
         self.head: tuple[str, Quantized] | None = None
         # Of every quantized stack as it was solved, to be compared with what was written.
         self.digests: dict[str, str] = {}
+        self.schemes = Schemes(self.new_config(), str(out.dst))
         for folder in given:
             for i in range(len(source.structure.layers)):
                 statistics.check(folder / _stats_file(i), self.about)
 
-    def all_shards(self, windows: Tensor, track: Track, write: Write) -> None:
-        """Run everything; hands each shard's tensors to `write` as soon as they are final."""
+    def all_shards(self, windows: Tensor, track: Track) -> None:
+        """Run everything; each shard is written as soon as it is final."""
         source = self.source
         source.weights.load(source.resident(), torch.float32)
         source.weights.tie()
@@ -108,9 +125,14 @@ class _Run:
         head = self._watch_head()
 
         def visit(i: int, forward: Any, calls: list[Call]) -> list[Any] | None:
-            tensors, outputs = self._layer(i, next(layers), forward, calls)
+            layer, note = next(layers), self.out.finished(i)
+            if note is None:
+                outputs = self._layer(i, layer, forward, calls)
+            else:
+                outputs = self._again(i, layer, forward, calls)
+                self.records.append(note["record"])
+                self.digests |= note["digests"]
             free(modules[i])
-            write(i, tensors)
             # Nothing behind the last layer is of interest, unless lm_head is to be quantized.
             return outputs if head is not None or i + 1 < len(modules) else None
 
@@ -124,12 +146,10 @@ class _Run:
                 pass
         next(layers, None)  # lets the progress bar close
         self._solve_head(head)
-        write(len(modules), self._resident_tensors())
+        self.out.write_shard(len(modules), self._resident_tensors(), {})
 
-    def _layer(
-        self, i: int, layer: Layer, forward: Any, calls: list[Call]
-    ) -> tuple[dict[str, Tensor], list[Any]]:
-        """Load, quantize and pack one layer; returns its shard and outputs."""
+    def _layer(self, i: int, layer: Layer, forward: Any, calls: list[Call]) -> list[Any]:
+        """Load, quantize, pack and write one layer; returns its outputs."""
         source = self.source
         names = source.weights.sources(layer.name)
         source.weights.load(names, torch.float32)
@@ -146,8 +166,18 @@ class _Run:
             parts = [statistics.load(p / _stats_file(i), self.about) for p in self.given]
             given = statistics.merge(parts)
         result, outputs = quantize_layer(job, forward, calls, given)
+        tensors = self._tensors(names, result)
+        digests = {target: digest(quantized) for target, quantized in result.weights.items()}
+        self.out.write_shard(i, tensors, {"record": result.record, "digests": digests})
         self.records.append(result.record)
-        return self._tensors(names, result), outputs
+        self.digests |= digests
+        return outputs
+
+    def _again(self, i: int, layer: Layer, forward: Any, calls: list[Call]) -> list[Any]:
+        """The outputs of a layer that an earlier run quantized, from what it wrote."""
+        weights = unpacked_tensors(self.out.read_shard(i), self.schemes)
+        self.source.weights.load(self.source.weights.sources(layer.name), torch.float32, weights)
+        return [forward(*c.args, **c.kwargs) for c in calls]
 
     def _tensors(self, names: list[str], result: Result) -> dict[str, Tensor]:
         """Packed weights in the family's names; everything else byte for byte from the source."""
@@ -160,7 +190,6 @@ class _Run:
             ).items():
                 out[name] = tensor.to(weights.checkpoint.tensor(name).dtype)
         for target, quantized in result.weights.items():
-            self.digests[target] = digest(quantized)
             out |= self._packed(target, quantized)
         return out
 
@@ -207,6 +236,7 @@ class _Run:
         )
         self.records.append({"name": name, "error": solved.error[0], "method": method})
         self.head = (f"{name}.weight", solved.quantized)
+        self.digests[f"{name}.weight"] = digest(solved.quantized)
 
     def _resident_tensors(self) -> dict[str, Tensor]:
         result = Result(weights=dict([self.head]) if self.head else {})

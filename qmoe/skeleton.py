@@ -127,10 +127,14 @@ class WeightMap:
         hits = (n for t, n in self.targets.items() if t == prefix or t.startswith(below))
         return [name for names in hits for name in names]
 
-    def load(self, names: list[str], dtype: torch.dtype | None) -> None:
+    def load(
+        self, names: list[str], dtype: torch.dtype | None, given: dict[str, Any] | None = None
+    ) -> None:
         """Fill the parameters that the checkpoint tensors `names` feed, cast to `dtype` if floating
-        (None: the parameter's own). Raises CheckpointError on a shape or conversion problem."""
-        tensors = {name: self.checkpoint.lazy(name) for name in names}
+        (None: the parameter's own). given: tensors to use in place of the checkpoint's. Raises
+        CheckpointError on a shape or conversion problem."""
+        given = given or {}
+        tensors = {n: given[n] if n in given else self.checkpoint.lazy(n) for n in names}
         config = LoadStateDictConfig(weight_mapping=self.rules, dtype=dtype)
         shown = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()

@@ -1,6 +1,8 @@
 """Tiny random models, MoE inputs, and the one tolerance."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +114,11 @@ def moe_inputs(T: int, A: int, E: int, H: int, I: int) -> tuple[Tensor, ...]:  #
     first = torch.randn(E, 2 * I, H) * H**-0.5
     second = torch.randn(E, H, I) * I**-0.5
     return x, ids, gates, first, second
+
+
+def start(tmp_path: Path, model: Path, preamble: str = "", *options: str) -> Any:
+    """A real `qmoe quantize` of `model` into tmp_path/out, in a process of its own."""
+    code = f"{preamble}\nimport sys; from qmoe.cli import main; sys.exit(main())"
+    arguments = ["quantize", str(model), str(tmp_path / "out"), *options]
+    command = [sys.executable, "-P", "-W", "ignore", "-c", code, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

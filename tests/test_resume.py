@@ -1,0 +1,127 @@
+"""A run that was stopped, in any way, goes on and writes the same bytes."""
+
+import filecmp
+import random
+import shutil
+import signal
+import time
+
+import pytest
+from helpers import start
+
+import qmoe
+from qmoe import CalibrationConfig, QuantConfig
+from qmoe.cli import main
+from qmoe.errors import OutputError
+
+SLOW = ("--windows", "48", "--batch", "1")
+
+
+@pytest.fixture(scope="module")
+def whole(demo, tmp_path_factory):
+    """What an uninterrupted run writes."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert main(["quantize", str(demo), str(folder / "out"), *SLOW]) == 0
+    return folder / "out"
+
+
+def same_files(a, b):
+    names = sorted(p.name for p in a.iterdir())
+    assert names == sorted(p.name for p in b.iterdir())
+    return filecmp.cmpfiles(a, b, names, shallow=False) == (names, [], [])
+
+
+def stop(tmp_path, demo, sign, shards, delay=0.0):
+    """Start a run and stop it once it has finished that many shards."""
+    process = start(tmp_path, demo, "", *SLOW)
+    partial = tmp_path / "out.partial"
+    while len(list(partial.glob(".qmoe-shard-*.json"))) < shards:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.send_signal(sign)
+    err = process.communicate()[1]
+    assert not (tmp_path / "out").exists()
+    return process.returncode, err
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, demo, whole, shards):
+    delay = random.Random(shards).random() * 0.2
+    status, _ = stop(tmp_path, demo, signal.SIGKILL, shards, delay)
+    assert status == -signal.SIGKILL and (tmp_path / "out.partial").exists()
+    assert main(["quantize", str(demo), str(tmp_path / "out"), *SLOW]) == 0
+    assert same_files(whole, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
+def test_an_interrupted_run_says_so_and_goes_on(tmp_path, demo, whole, sign):
+    status, err = stop(tmp_path, demo, sign, 1)
+    assert status == 130 and "interrupted: the same command goes on" in err
+    assert "Traceback" not in err
+    assert main(["quantize", str(demo), str(tmp_path / "out"), *SLOW]) == 0
+    assert same_files(whole, tmp_path / "out")
+
+
+def interrupt_after(monkeypatch, shards):
+    """Make this process stop like Ctrl-C after that many shards."""
+    from qmoe.output import OutputFolder
+
+    original = OutputFolder.write_shard
+
+    def write(self, i, tensors, note):
+        if i == shards:
+            raise KeyboardInterrupt
+        original(self, i, tensors, note)
+
+    monkeypatch.setattr(OutputFolder, "write_shard", write)
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq", "gptq"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_method_goes_on_to_the_same_bytes(tmp_path, demo, method, symmetric, monkeypatch):
+    scheme = qmoe.Scheme(3, 64, symmetric)
+    config = QuantConfig(method, scheme, scheme, calibration=CalibrationConfig(windows=4))
+    qmoe.quantize(demo, tmp_path / "whole", config, progress=False)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            qmoe.quantize(demo, tmp_path / "out", config, progress=False)
+    qmoe.quantize(demo, tmp_path / "out", config, progress=False)
+    assert same_files(tmp_path / "whole", tmp_path / "out")
+
+
+def test_other_settings_are_refused_and_named(tmp_path, demo, monkeypatch):
+    config = QuantConfig("rtn")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            qmoe.quantize(demo, tmp_path / "out", config, progress=False)
+    with pytest.raises(OutputError, match="unfinished work that differs .*damp was 0.01, is 0.5"):
+        qmoe.quantize(demo, tmp_path / "out", QuantConfig("rtn", damp=0.5), progress=False)
+    shard = next((tmp_path / "out.partial").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(OutputError, match="unfinished work is damaged"):
+        qmoe.quantize(demo, tmp_path / "out", config, progress=False)
+
+
+def test_nothing_finished_leaves_nothing(tmp_path, demo, monkeypatch):
+    interrupt_after(monkeypatch, 0)
+    with pytest.raises(KeyboardInterrupt):
+        qmoe.quantize(demo, tmp_path / "out", QuantConfig("rtn"), progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_do_not_write_one_destination(tmp_path, demo):
+    process = start(tmp_path, demo, "", *SLOW)
+    while not (tmp_path / "out.partial" / ".qmoe-partial").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    try:
+        with pytest.raises(OutputError, match=f"process {process.pid} is writing it"):
+            qmoe.quantize(demo, tmp_path / "out", QuantConfig("rtn"), progress=False)
+    finally:
+        process.kill()
+        process.communicate()
+    shutil.rmtree(tmp_path / "out.partial")
