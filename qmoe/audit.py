@@ -14,6 +14,7 @@ from qmoe.format import SUFFIXES
 from qmoe.kernels.stack import PackedStack
 from qmoe.modules import PackedLinear, packed_experts, take_stored
 from qmoe.packed_skeleton import PackedSource, open_packed
+from qmoe.progress import Track, silent
 from qmoe.skeleton import free
 from qmoe.structure import is_experts
 from qmoe.types import digest
@@ -41,7 +42,7 @@ class Audit:
             )
 
 
-def audit_folder(path: Path, digests: dict[str, str] | None = None) -> Audit:
+def audit_folder(path: Path, digests: dict[str, str] | None = None, track: Track = silent) -> Audit:
     """Read a quantized folder as the loader does, layer by layer; AuditError on any finding.
 
     digests: `types.digest` of every quantized stack by parameter name, as it was solved; the
@@ -65,7 +66,7 @@ def audit_folder(path: Path, digests: dict[str, str] | None = None) -> Audit:
         if kind == "experts 16-bit":
             audit.findings.append(f"routed experts left unquantized: {stored[0]} ({target})")
     audit.require_clean(str(path))
-    found = _decode(source)
+    found = _decode(source, track)
     if digests is not None:
         audit.findings += [
             f"decodes to other weights than were solved: {target}"
@@ -76,11 +77,11 @@ def audit_folder(path: Path, digests: dict[str, str] | None = None) -> Audit:
     return audit
 
 
-def _decode(source: PackedSource) -> dict[str, str]:
+def _decode(source: PackedSource, track: Track) -> dict[str, str]:
     """Digest of every packed weight, read through the loader's own path, one layer at a time."""
     found = {}
     roots = [layer.name for layer in source.structure.layers]
-    for root in [*roots, *filter(None, [source.structure.lm_head])]:
+    for root in track([*roots, *filter(None, [source.structure.lm_head])], "auditing"):
         source.weights.load(source.weights.sources(root), torch.float32)
         module = source.model.get_submodule(root)
         for name, part in module.named_modules(prefix=root):

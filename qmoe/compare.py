@@ -5,7 +5,7 @@
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,16 +126,23 @@ def benchmark(
     """
     _check(baselines, against, prompt=prompt, tokens=tokens, repeats=repeats)
     folder = resolve(path)
-    used = {"qmoe": memory("qmoe", folder)}
     models = {"qmoe": load(folder, track=track)[0]}
-    if against is not None:
-        source = resolve(against)
-        used["original"], models["original"] = memory("original", source), original(source)
-        if "nf4" in baselines:
-            used["nf4"], models["nf4"] = memory("nf4", source), nf4(source)
-        if "rtn" in baselines:
-            with rtn_twin(folder, source, track) as twin:
-                used["rtn"], models["rtn"] = memory("qmoe", twin), load(twin)[0]
+    measured = [("qmoe", "qmoe", folder)]
+    used = {}
+    with ExitStack() as stack:
+        if against is not None:
+            source = resolve(against)
+            models["original"] = original(source)
+            measured.append(("original", "original", source))
+            if "nf4" in baselines:
+                models["nf4"] = nf4(source)
+                measured.append(("nf4", "nf4", source))
+            if "rtn" in baselines:
+                twin = stack.enter_context(rtn_twin(folder, source, track))
+                models["rtn"] = load(twin)[0]
+                measured.append(("rtn", "qmoe", twin))
+        for name, kind, place in track(measured, "measuring memory"):
+            used[name] = memory(kind, place)
     timed = speed(models, prompt=prompt, tokens=tokens, repeats=repeats, track=track)
     for name, figures in timed.items():
         m = used[name]

@@ -45,13 +45,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Job:
-    """What is the same for every part of a layer."""
+    """What is the same for every part of a layer. tokens: of calibration text, in all batches."""
 
     model: nn.Module
     layer: Layer
     config: QuantConfig
     schemes: dict[str, Scheme]
     scale_dtype: torch.dtype
+    tokens: int
     save: Callable[[LayerStats], None] | None = None
 
 
@@ -103,13 +104,12 @@ def _gather(
     """Run the layer on all batches and add the statistics of `names` to the result."""
     experts = [n for n in names if n in job.layer.experts]
     modules = {n: job.model.get_submodule(n) for n in names}
-    total = sum(_hidden(c.args[0] if c.args else c.kwargs["hidden_states"]).numel() for c in calls)
     for name in experts:
         module: Any = modules[name]
         first, second = (getattr(module, w) for w in expert_weights(module))
         stats = ExpertStats.empty(len(first), first.shape[2], second.shape[2])
-        stride = max(1, total // first.shape[2] // SAMPLE)
         result.stats.experts[name] = stats
+        stride = max(1, job.tokens // SAMPLE)
         module._qmoe_sink = ExpertSink(stats, job.config.gate_weighted, stride)
     linears = {n: m for n, m in modules.items() if n not in experts}
     every = [job.model.get_submodule(n) for n in job.layer.experts]

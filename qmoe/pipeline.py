@@ -72,7 +72,7 @@ def quantize(
         out.write_index()
         out.copy_companions(source.checkpoint.path)
         out.write_json("config.json", run.new_config())
-        audit = audit_folder(out.path, run.digests)
+        audit = audit_folder(out.path, run.digests, track)
         report = build_report(config, source, run.records, audit, __version__)
         report |= {"source_sha256": identity, "digests": run.digests}
         report["calibration"] = run.calibration(windows)
@@ -108,6 +108,7 @@ class _Run:
         self.about = {"model": sha, "gate_weighted": str(config.gate_weighted)}
         self.records: list[dict[str, Any]] = []
         self.head: tuple[str, Quantized] | None = None
+        self.tokens = 0
         # Of every quantized stack as it was solved, to be compared with what was written.
         self.digests: dict[str, str] = {}
         self.schemes = Schemes(self.new_config(), str(out.dst))
@@ -117,7 +118,7 @@ class _Run:
 
     def all_shards(self, windows: Tensor, track: Track) -> None:
         """Run everything; each shard is written as soon as it is final."""
-        source = self.source
+        source, self.tokens = self.source, windows.numel()
         source.weights.load(source.resident(), torch.float32)
         source.weights.tie()
         layers = iter(track(source.structure.layers, "quantizing layers"))
@@ -160,7 +161,8 @@ class _Run:
             if saved is None
             else (lambda stats: statistics.save(stats, saved / _stats_file(i), self.about))
         )
-        job = Job(source.model, layer, self.config, schemes, source.weight_dtype(), save)
+        dtype = source.weight_dtype()
+        job = Job(source.model, layer, self.config, schemes, dtype, self.tokens, save)
         given = None if calls else LayerStats()
         if self.given:
             parts = [statistics.load(p / _stats_file(i), self.about) for p in self.given]
