@@ -11,8 +11,8 @@ from qmoe.errors import CalibrationError
 
 
 def tokenize(tokenizer: Any, text: str, window: int) -> Int[Tensor, "n L"]:
-    """All whole windows of a text. Each starts with what the tokenizer starts a text with (BOS)."""
-    start = tokenizer("")["input_ids"][:1]
+    """All whole windows of a text. Each starts with BOS if the tokenizer starts texts with it."""
+    start = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     body = window - len(start)
     rows = torch.tensor(ids[: len(ids) // body * body], dtype=torch.long).view(-1, body)

@@ -83,6 +83,8 @@ def test_same_seed_same_windows_other_seed_others(tokenizer):
 
 def test_a_tokenizer_that_starts_texts_with_bos_starts_every_window_with_it(tokenizer):
     class Starting:
+        bos_token_id = 7
+
         def __call__(self, text, **kwargs):
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             return {"input_ids": ids if "add_special_tokens" in kwargs else [7, *ids]}
