@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from qmoe.audit import audit_model
 from qmoe.checkpoint import resolve
-from qmoe.errors import OutputError
+from qmoe.errors import CheckpointError, OutputError
 from qmoe.modules import PackedLinear, finish_experts
 from qmoe.packed_skeleton import PackedSource, open_packed
 from qmoe.plan import check_complete, open_tokenizer
@@ -31,6 +31,7 @@ def load(
     source = open_packed(folder, dtype)
     check_complete(source.weights)
     tokenizer = open_tokenizer(folder)
+    generation = _generation_config(folder)
     in_layers: set[str] = set()
     for layer in track(source.structure.layers, "loading layers"):
         names = source.weights.sources(layer.name)
@@ -40,12 +41,21 @@ def load(
     source.weights.load([n for n in source.checkpoint.names() if n not in in_layers], dtype)
     source.weights.tie()
     _finish(source, "")
-    if (folder / "generation_config.json").is_file():
-        source.model.generation_config = GenerationConfig.from_pretrained(folder)
+    if generation is not None:
+        source.model.generation_config = generation
     audit_model(source.model, str(path))
     _return_freed_memory()
     source.model.save_pretrained = _refuse_to_save
     return source.model, tokenizer
+
+
+def _generation_config(folder: Path) -> GenerationConfig | None:
+    if not (folder / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}: bad generation_config.json: {error}") from error
 
 
 def _refuse_to_save(*args: Any, **kwargs: Any) -> None:

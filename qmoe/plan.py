@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -117,7 +118,7 @@ def check_names(model: Any, structure: Structure, weights: WeightMap) -> None:
 def open_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, TypeError, OSError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(f"{path}: cannot load its tokenizer: {error}") from error
 
 

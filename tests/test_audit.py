@@ -83,6 +83,12 @@ def test_bytes_other_than_those_solved_are_found(folder, capsys):
     assert expected in capsys.readouterr().err
 
 
+def test_a_damaged_generation_config_is_named(folder):
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="bad generation_config.json"):
+        qmoe.load(folder, progress=False)
+
+
 def test_a_wrong_weight_shape_is_found(folder):
     def change(tensors):
         tensors[f"{EXPERT}.weight_shape"] = torch.tensor([128, 256])
