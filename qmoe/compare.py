@@ -31,8 +31,9 @@ from qmoe.evaluate import (
 from qmoe.kernels.stack import PackedStack
 from qmoe.loading import load
 from qmoe.pipeline import quantize
-from qmoe.plan import open_source, open_tokenizer
+from qmoe.plan import check_window, open_source, open_tokenizer
 from qmoe.progress import Track, silent
+from qmoe.skeleton import read_config
 
 BASELINES = ("rtn", "nf4")
 
@@ -82,6 +83,7 @@ def evaluate(
     if window < 2:
         raise ConfigError(f"window: expected at least 2 tokens, got {window}")
     folder = resolve(path)
+    check_window(read_config(folder), window)
     tokenizer = open_tokenizer(folder)
     batches = make_batches(tokenizer, load_texts(text), windows=windows, window=window, batch=batch)
     models: dict[str, Any] = {}

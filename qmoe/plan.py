@@ -136,9 +136,19 @@ def prepare(
     windows = torch.empty(0, 0, dtype=torch.long)
     if text:
         c = config.calibration
+        check_window(source.model.config, c.window)
         tokenizer = open_tokenizer(source.checkpoint.path)
         windows = sample_windows(tokenizer, load_texts(c.text), c.windows, c.window, c.seed)
     return source, windows, source.checkpoint.check_finite(track)
+
+
+def check_window(config: Any, window: int) -> None:
+    """A window must fit the positions the model knows (and attention is quadratic in it)."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and window > positions:
+        raise ConfigError(
+            f"window: {window} tokens are more than the {positions} positions of this model"
+        )
 
 
 def schemes_of(source: Source, layer: Layer, config: QuantConfig) -> dict[str, Scheme]:

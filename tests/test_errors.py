@@ -188,6 +188,13 @@ def test_text_shorter_than_one_window(capsys, tmp_path, demo):
     )  # fmt: skip
 
 
+def test_a_window_longer_than_the_model_reads(capsys, tmp_path, demo, quantized):
+    message = "window: 2000 tokens are more than the 1024 positions of this model"
+    expect_error(capsys, tmp_path, message, demo, tmp_path / "out", "--window", "2000")
+    assert main(["eval", str(quantized), "--window", "2000"]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_destination_exists(capsys, tmp_path, demo):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("data")
