@@ -24,12 +24,12 @@ def load_texts(spec: str) -> dict[str, str]:
     texts: dict[str, str] = {}
     for part in filter(None, spec.split(",")):
         if part.startswith("hf:"):
-            texts |= _dataset(part[3:])
+            _add(texts, _dataset(part[3:]))
         elif part.partition(":")[0] in ("bundled", "heldout"):
             kind, _, domains = part.partition(":")
-            texts |= _shipped(kind, domains.split("+") if domains else shipped_domains())
+            _add(texts, _shipped(kind, domains.split("+") if domains else shipped_domains()))
         else:
-            texts |= _local(part)
+            _add(texts, _local(part))
     if not any(text.strip() for text in texts.values()):
         raise CalibrationError(f"{spec}: the text is empty")
     return texts
@@ -64,7 +64,16 @@ def _local(part: str) -> dict[str, str]:
         raise CalibrationError(
             f"{part}: no such text file or folder (a dataset is written 'hf:{part}')"
         )
-    return {path.name.split(".")[0]: _read(path) for path in paths}
+    texts: dict[str, str] = {}
+    for path in paths:
+        _add(texts, {path.name.split(".")[0]: _read(path)})
+    return texts
+
+
+def _add(texts: dict[str, str], more: dict[str, str]) -> None:
+    """Parts that name the same domain are joined, never dropped."""
+    for domain, text in more.items():
+        texts[domain] = f"{texts[domain]}\n\n{text}" if domain in texts else text
 
 
 def _read(path: Path) -> str:

@@ -50,6 +50,8 @@ def quantize(
     dst = Path(dst).expanduser()
     given = [Path(p) for p in statistics_from]
     _check_combination(config, given, save_statistics)
+    if save_statistics is not None and Path(save_statistics).resolve() == dst.resolve():
+        raise ConfigError(f"{dst}: the model and its statistics need different folders")
     text = not given and config.method != "rtn"
     source, windows, identity = prepare(src, dst, config, text=text, track=track)
     saved = None if save_statistics is None else Path(save_statistics)

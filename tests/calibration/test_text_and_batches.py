@@ -38,6 +38,12 @@ def test_files_folders_and_globs(tmp_path):
     assert load_texts(f"{tmp_path}/*.train.txt,{tmp_path}/c.jsonl") == {"a": "alpha", "c": "x\n\ny"}
 
 
+def test_parts_of_one_domain_are_joined(tmp_path):
+    (tmp_path / "a.1.txt").write_text("one")
+    (tmp_path / "a.2.txt").write_text("two")
+    assert load_texts(str(tmp_path)) == {"a": "one\n\ntwo"}
+
+
 def test_a_dataset_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "corpus"
