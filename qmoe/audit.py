@@ -2,6 +2,7 @@
 that is not as promised is a finding. No finding is ever a warning: `AuditError` lists them all.
 """
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ KINDS = (
 
 @dataclass
 class Audit:
-    """bytes by kind, and what is wrong (empty in a good audit)."""
+    """bytes by kind, what is wrong (empty in a good audit), and the SHA-256 of everything that is
+    not packed, by which later damage is seen."""
 
     bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     findings: list[str] = field(default_factory=list)
+    kept: str = ""
 
     def require_clean(self, where: str) -> None:
         if self.findings:
@@ -42,29 +45,42 @@ class Audit:
             )
 
 
-def audit_folder(path: Path, digests: dict[str, str] | None = None, track: Track = silent) -> Audit:
+def audit_folder(
+    path: Path,
+    digests: dict[str, str] | None = None,
+    kept: str | None = None,
+    track: Track = silent,
+) -> Audit:
     """Read a quantized folder as the loader does, layer by layer; AuditError on any finding.
 
     digests: `types.digest` of every quantized stack by parameter name, as it was solved; the
-    decoded bytes must be those.
+    decoded bytes must be those. kept: `Audit.kept` of an earlier audit, likewise.
     """
     audit = Audit()
     source = open_packed(path, torch.float32)
     names = source.weights
     audit.findings += [f"missing: {n}" for n in names.missing()]
     audit.findings += [f"belongs to no parameter: {n}" for n in names.unexpected]
-    for target, stored in names.targets.items():
+    audit.findings += names.misshapen()
+    sha = hashlib.sha256()
+    for target, stored in sorted(names.targets.items()):
         owner, _, parameter = target.rpartition(".")
         kind = _kind(source, owner, parameter)
         for name in stored:
             tensor = source.checkpoint.tensor(name)
             audit.bytes[kind] += tensor.nbytes
+            if not kind.endswith(("packed", "scales")):
+                sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
             if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
                 audit.findings.append(f"holds NaN or Inf: {name}")
             if name.endswith("_scale") and not (tensor.float() > 0).all():
                 audit.findings.append(f"has a scale that is not positive: {name}")
         if kind == "experts 16-bit":
             audit.findings.append(f"routed experts left unquantized: {stored[0]} ({target})")
+    audit.kept = sha.hexdigest()
+    if kept is not None and kept != audit.kept:
+        audit.findings.append("an unpacked tensor is not the one that was written")
     audit.require_clean(str(path))
     found = _decode(source, track)
     if digests is not None:

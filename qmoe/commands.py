@@ -63,7 +63,8 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
         return {"parts": _parts(path)}
     reported = (path / "qmoe_report.json").is_file()
     report = read_json(path / "qmoe_report.json") if reported else {}
-    result: dict[str, Any] = {"bytes": audit_folder(path, report.get("digests"), on_terminal).bytes}
+    audit = audit_folder(path, report.get("digests"), report.get("kept_sha256"), on_terminal)
+    result: dict[str, Any] = {"bytes": audit.bytes}
     if reported:
         result |= {"config": report["config"], "fallbacks": report["fallbacks"]}
         if args.experts:

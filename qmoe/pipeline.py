@@ -74,9 +74,9 @@ def quantize(
         out.write_index()
         out.copy_companions(source.checkpoint.path)
         out.write_json("config.json", run.new_config())
-        audit = audit_folder(out.path, run.digests, track)
+        audit = audit_folder(out.path, run.digests, track=track)
         report = build_report(config, source, run.records, audit, __version__)
-        report |= {"source_sha256": identity, "digests": run.digests}
+        report |= {"source_sha256": identity, "digests": run.digests, "kept_sha256": audit.kept}
         report["calibration"] = run.calibration(windows)
         out.write_json("qmoe_report.json", report)
     return report

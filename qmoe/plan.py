@@ -81,7 +81,7 @@ def open_source(path: str | Path, dtype: torch.dtype) -> Source:
 
 
 def check_complete(weights: WeightMap) -> None:
-    """Raises CheckpointError unless checkpoint and model have exactly the same parameters."""
+    """Raises CheckpointError unless checkpoint and model have the same parameters and shapes."""
     where = weights.checkpoint.path
     if missing := weights.missing():
         raise CheckpointError(f"{where}: {len(missing)} tensors are missing, first {missing[0]!r}")
@@ -90,6 +90,8 @@ def check_complete(weights: WeightMap) -> None:
             f"{where}: {len(weights.unexpected)} tensors belong to no parameter of the model, "
             f"first {weights.unexpected[0]!r}"
         )
+    if misshapen := weights.misshapen():
+        raise CheckpointError(f"{where}: {misshapen[0]} (by config.json)")
 
 
 def check_names(model: Any, structure: Structure, weights: WeightMap) -> None:

@@ -116,6 +116,30 @@ class WeightMap:
                 missing.append(f"{target}: has {len(names)} of {parts} tensors")
         return missing
 
+    def misshapen(self) -> list[str]:
+        """Checkpoint tensors whose shape, or kind of number, is not what the model needs.
+
+        Read from headers. Tensors that a family stores in another layout than its published one
+        are left to the conversion, which checks them when they are loaded.
+        """
+        found = []
+        for target, parameter in self.model.state_dict().items():
+            stored = self.targets.get(target, [])
+            named = original_names(self.model, self._plain(target), parameter)
+            # Splitting a packed stack names its parts without the packed suffix.
+            suffix = target.removeprefix(self._plain(target))
+            wanted = {name + suffix: tuple(part.shape) for name, part in named.items()}
+            if set(stored) != set(wanted):
+                continue
+            for name in stored:
+                shape = tuple(self.checkpoint.lazy(name).get_shape())
+                dtype = self.checkpoint.dtype(name)
+                if shape != wanted[name]:
+                    found.append(f"{name}: has shape {shape}, the model needs {wanted[name]}")
+                elif dtype.is_floating_point != parameter.is_floating_point():
+                    found.append(f"{name}: is stored as {dtype}, the model needs {parameter.dtype}")
+        return found
+
     def _plain(self, target: str) -> str:
         """`target` without the suffix of a packed tensor."""
         suffix = next((s for s in self.suffixes if target.endswith(s)), "")

@@ -1,6 +1,7 @@
 """The audit finds what was tampered with, after quantizing and after loading."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -63,7 +64,7 @@ def test_every_byte_has_a_kind(quantized):
             lambda t: t.update(
                 {f"{EXPERT}.weight_packed": t[f"{EXPERT}.weight_packed"][:, :2].contiguous()}
             ),
-            "experts.down_proj_packed",
+            "down_proj.weight_packed: has shape",
         ),
         (lambda t: t.pop("model.layers.1.input_layernorm.weight"), "missing: .*input_layernorm"),
     ],
@@ -81,6 +82,23 @@ def test_bytes_other_than_those_solved_are_found(folder, capsys):
     assert main(["inspect", str(folder)]) == 1
     expected = "decodes to other weights than were solved: model.layers.1.mlp.experts.down_proj"
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, finding",
+    [
+        (lambda t: t.half(), "not the one that was written"),
+        (lambda t: t + 1, "not the one that was written"),
+        (lambda t: t[:128].clone(), r"has shape \(128,\), the model needs \(256,\)"),
+        (lambda t: t.short(), "is stored as I16; expected one of"),
+        (lambda t: t.int(), "is stored as torch.int32, the model needs torch.float32"),
+    ],
+)
+def test_damage_to_what_is_not_packed_is_found(folder, change, finding, capsys):
+    name = "model.layers.1.input_layernorm.weight"
+    tamper(folder, lambda t: t.update({name: change(t[name])}))
+    assert main(["inspect", str(folder)]) == 1
+    assert re.search(finding, capsys.readouterr().err)
 
 
 def test_a_damaged_generation_config_is_named(folder):
