@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qmoe.errors import CalibrationError
+from qmoe.storage import write_safetensors
 
 
 @dataclass
@@ -98,7 +98,7 @@ def save(stats: LayerStats, path: Path, about: dict[str, str]) -> None:
     """Write one layer's statistics; `about` says of which model and gathered how."""
     flat, aliases = stats.tensors()
     metadata = {"qmoe_statistics": "1", "aliases": json.dumps(aliases)} | about
-    save_file({k: v.contiguous() for k, v in flat.items()}, path, metadata=metadata)
+    write_safetensors(path, {k: v.contiguous() for k, v in flat.items()}, metadata)
 
 
 def _open(path: Path, about: dict[str, str]) -> Any:

@@ -10,11 +10,12 @@ from typing import Any
 
 import psutil
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qmoe.checkpoint import INDEX, SINGLE
 from qmoe.errors import OutputError, QmoeError
+from qmoe.storage import write_safetensors
 
 MARKER = ".qmoe-partial"  # which process is writing what
 NOTE = ".qmoe-shard-{}.json"  # what was done for a finished shard
@@ -75,7 +76,7 @@ class OutputFolder:
         if pid != os.getpid() and psutil.pid_exists(pid):
             raise OutputError(f"{self.path}: process {pid} is writing it; wait or end that first")
         differing = [k for k, v in self.fingerprint.items() if before.get(k) != v]
-        if differing and not self._begun():
+        if differing and not self.begun():
             shutil.rmtree(self.path)
         elif differing:
             now = self.fingerprint
@@ -97,15 +98,18 @@ class OutputFolder:
             (self.path / MARKER).unlink()
             self.path.rename(self.dst)
             return
-        begun = self._begun()
+        begun = self.begun()
         resumable = begun and not isinstance(error, QmoeError)
         if not resumable:
             shutil.rmtree(self.path, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             left = "run the same command again to go on" if resumable else "nothing was left behind"
             raise OutputError(f"{self.dst}: the disk is full; {left}") from error
+        if isinstance(error, OSError):
+            raise OutputError(f"{self.dst}: {error}") from error
 
-    def _begun(self) -> bool:
+    def begun(self) -> bool:
+        """Whether any shard is finished, by this run or one that it goes on with."""
         return any(self.finished(i) is not None for i in range(self.shards))
 
     def finished(self, i: int) -> dict[str, Any] | None:
@@ -131,17 +135,7 @@ class OutputFolder:
         """Write shard i (0-based) of the model, then its note; either is whole or absent."""
         file = self._file(i)
         whole = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
-        temporary = self.path / f"{file}.tmp"
-        try:
-            save_file(whole, temporary, metadata={"format": "pt"})
-            with temporary.open("rb") as handle:
-                os.fsync(handle.fileno())
-            temporary.rename(self.path / file)
-        except SafetensorError as error:
-            temporary.unlink(missing_ok=True)
-            if any(word in str(error) for word in ("No space", "File too large", "os error 28")):
-                raise OSError(errno.ENOSPC, str(error)) from error
-            raise OutputError(f"{self.dst}: writing {file} failed: {error}") from error
+        write_safetensors(self.path / file, whole, {"format": "pt"})
         self._replace(NOTE.format(i), json.dumps(note))
         self._count(i, whole)
 

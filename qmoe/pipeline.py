@@ -69,6 +69,8 @@ def quantize(
         f"transformers {transformers.__version__}",
     }
     with OutputFolder(dst, len(source.structure.layers) + 1, about) as out:
+        if saved is not None and any(saved.iterdir()) and not out.begun():
+            raise OutputError(f"{saved}: is not empty; statistics of two runs must not mix")
         run = _Run(source, config, given, saved, out)
         run.all_shards(windows, track)
         out.write_index()

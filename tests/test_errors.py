@@ -291,6 +291,31 @@ def test_a_name_too_long_for_the_disk(capsys, tmp_path, demo):
     expect_error(capsys, tmp_path, "cannot write beside it", demo, out, "--method", "rtn")
 
 
+def test_statistics_of_two_runs_do_not_mix(capsys, tmp_path, demo):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "mine").write_text("data")
+    expect_error(
+        capsys, tmp_path, "is not empty; statistics of two runs", demo, tmp_path / "out",
+        "--windows", "1", "--save-statistics", tmp_path / "s",
+    )  # fmt: skip
+    assert [p.name for p in (tmp_path / "s").iterdir()] == ["mine"]
+
+
+def test_statistics_in_the_destination(capsys, tmp_path, demo):
+    out = tmp_path / "out"
+    expect_error(capsys, tmp_path, "need different folders", demo, out, "--save-statistics", out)
+
+
+def test_disk_full_while_keeping_statistics(tmp_path, demo):
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))"
+    options = ("--windows", "4", "--save-statistics", str(tmp_path / "s"))
+    process = start(tmp_path, demo, limit, *options)
+    err = process.communicate()[1]
+    assert process.returncode == 1 and "the disk is full" in err and "Traceback" not in err, err
+    assert not (tmp_path / "out").exists() and list((tmp_path / "s").iterdir()) == []
+
+
 def test_statistics_that_cannot_be_kept(capsys, tmp_path, demo):
     (tmp_path / "file").write_text("")
     expect_error(

@@ -15,7 +15,7 @@ import qmoe
 FOLDERS = {"qmoe": "qmoe", "kernels": "qmoe.kernels", "calibration": "qmoe.calibration"}
 # Lowest first; a module may import only from its own layer or below.
 LAYERS = [
-    {"_version", "errors", "progress"},
+    {"_version", "errors", "progress", "storage"},
     {"config"},
     {"types", "grid", "packing"},
     {"kernels", "solvers", "calibration.text", "calibration.batches", "calibration.stats"},
