@@ -31,7 +31,7 @@ from qmoe.evaluate import (
 from qmoe.kernels.stack import PackedStack
 from qmoe.loading import load
 from qmoe.pipeline import quantize
-from qmoe.plan import check_window, open_source, open_tokenizer
+from qmoe.plan import check_vocabulary, check_window, open_source, open_tokenizer
 from qmoe.progress import Track, silent
 from qmoe.skeleton import read_config
 
@@ -59,6 +59,21 @@ def _check(baselines: Sequence[str], against: str | Path | None, **least_one: in
         raise ConfigError("baselines are made from the original model; give it with --against")
 
 
+def check_same_model(folder: Path, original_folder: Path) -> None:
+    """Raises ConfigError unless the configs are those of a model and its quantized form."""
+    ours, theirs = read_json(folder / "config.json"), read_json(original_folder / "config.json")
+    if theirs.get("quantization_config") is not None:
+        raise ConfigError(f"{original_folder}: is quantized itself; give the original")
+    ours.pop("quantization_config", None)
+    theirs.pop("quantization_config", None)
+    differing = sorted(k for k in set(ours) | set(theirs) if ours.get(k) != theirs.get(k))
+    if differing:
+        raise ConfigError(
+            f"{original_folder}: is not the original of {folder}: {differing[0]} is "
+            f"{theirs.get(differing[0])!r}, expected {ours.get(differing[0])!r}"
+        )
+
+
 def evaluate(
     path: str | Path,
     *,
@@ -83,9 +98,13 @@ def evaluate(
     if window < 2:
         raise ConfigError(f"window: expected at least 2 tokens, got {window}")
     folder = resolve(path)
-    check_window(read_config(folder), window)
+    config = read_config(folder)
+    check_window(config, window)
+    if against is not None:
+        check_same_model(folder, resolve(against))
     tokenizer = open_tokenizer(folder)
     batches = make_batches(tokenizer, load_texts(text), windows=windows, window=window, batch=batch)
+    check_vocabulary(config, torch.cat([ids for _, ids in batches]))
     models: dict[str, Any] = {}
     disk = {"qmoe": _disk(folder)}
     if "rtn" in baselines:
@@ -128,6 +147,8 @@ def benchmark(
     """
     _check(baselines, against, prompt=prompt, tokens=tokens, repeats=repeats)
     folder = resolve(path)
+    if against is not None:
+        check_same_model(folder, resolve(against))
     models = {"qmoe": load(folder, track=track)[0]}
     measured = [("qmoe", "qmoe", folder)]
     used = {}

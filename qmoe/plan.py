@@ -118,10 +118,15 @@ def check_names(model: Any, structure: Structure, weights: WeightMap) -> None:
 
 
 def open_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model folder; CheckpointError if it has none or a damaged one."""
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (ValueError, TypeError, OSError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(f"{path}: cannot load its tokenizer: {error}") from error
+    if not tokenizer("text", add_special_tokens=False)["input_ids"]:
+        # transformers makes an empty tokenizer where the folder has no tokenizer files.
+        raise CheckpointError(f"{path}: its tokenizer is missing or empty")
+    return tokenizer
 
 
 def prepare(
@@ -141,6 +146,7 @@ def prepare(
         check_window(source.model.config, c.window)
         tokenizer = open_tokenizer(source.checkpoint.path)
         windows = sample_windows(tokenizer, load_texts(c.text), c.windows, c.window, c.seed)
+        check_vocabulary(source.model.config, windows)
     return source, windows, source.checkpoint.check_finite(track)
 
 
@@ -150,6 +156,16 @@ def check_window(config: Any, window: int) -> None:
     if isinstance(positions, int) and window > positions:
         raise ConfigError(
             f"window: {window} tokens are more than the {positions} positions of this model"
+        )
+
+
+def check_vocabulary(config: Any, windows: Tensor) -> None:
+    """Every token id must have a row in the model's embedding."""
+    rows = config.get_text_config().vocab_size
+    if int(windows.max()) >= rows:
+        raise CheckpointError(
+            f"the tokenizer gives token {int(windows.max())}, the model knows {rows} tokens: this "
+            "tokenizer belongs to another model"
         )
 
 

@@ -28,12 +28,32 @@ from transformers.utils import logging
 from qmoe.checkpoint import Checkpoint
 from qmoe.errors import CheckpointError, UnsupportedModelError
 
+# A config that makes no sense fails wherever the family's code first trips over it.
+CONFIG_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    OSError,
+    StrictDataclassError,
+)
+
 
 def read_config(path: Path) -> Any:
     """The transformers config of a model folder; UnsupportedModelError if transformers has none."""
     try:
         return AutoConfig.from_pretrained(path)
-    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        OSError,
+        StrictDataclassError,
+    ) as error:
         raise UnsupportedModelError(
             f"{path}: transformers cannot read this architecture: {_first_line(error)}"
         ) from error
@@ -49,8 +69,7 @@ def build(config: Any, dtype: torch.dtype) -> Any:
     try:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
-        # What a nonsensical config raises depends on the family's code.
+    except CONFIG_ERRORS as error:
         raise UnsupportedModelError(
             f"{config.model_type}: transformers cannot build a causal language model from this "
             f"config: {type(error).__name__}: {_first_line(error)}"

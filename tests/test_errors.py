@@ -250,6 +250,30 @@ def test_a_small_disk_really_full(tmp_path, demo):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def test_a_tokenizer_of_another_model(capsys, tmp_path, model):
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:1000].clone()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    edit_config(model, vocab_size=1000)
+    message = "the model knows 1000 tokens: this tokenizer belongs to another model"
+    expect_error(capsys, tmp_path, message, model, tmp_path / "out")
+
+
+def test_a_folder_without_a_tokenizer(capsys, tmp_path, model):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    expect_error(capsys, tmp_path, "tokenizer", model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("command", ["eval", "bench"])
+def test_comparing_with_another_model(capsys, tmp_path, demo, quantized, command):
+    other = save_random("mixtral", tmp_path / "other", demo, torch.bfloat16)
+    assert main([command, str(quantized), "--against", str(other)]) == 1
+    assert "is not the original of" in capsys.readouterr().err
+    assert main([command, str(quantized), "--against", str(quantized)]) == 1
+    assert "is quantized itself" in capsys.readouterr().err
+
+
 def test_evaluating_what_is_not_quantized(capsys, demo):
     assert main(["eval", str(demo)]) == 1
     assert "not quantized in compressed-tensors format" in capsys.readouterr().err
@@ -259,7 +283,14 @@ def test_evaluating_what_is_not_quantized(capsys, demo):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"num_hidden_layers": "four"}, {"hidden_act": "no-such"}, {"num_experts_per_tok": 99}],
+    [
+        {"num_hidden_layers": "four"},
+        {"hidden_act": "no-such"},
+        {"num_experts_per_tok": 99},
+        {"dtype": "bfloat1"},
+        {"decoder_sparse_step": 0},
+        {"pad_token_id": 10**9},
+    ],
 )
 def test_config_that_makes_no_sense(capsys, tmp_path, model, changes):
     edit_config(model, **changes)
