@@ -157,6 +157,15 @@ def show_eval(result: dict[str, Any]) -> None:
         rows = tables.scores_rows(scores, key, digits)
         rows.append(["mean", *(f"{m[key]:.{digits}f}" for m in overall.values())])
         tables.show(title, ["domain", *scores], rows)
+    if "rtn" in overall and "kl" in overall["rtn"]:
+        ratios = [
+            [d, *(f"{m[d]['kl'] / scores['rtn'][d]['kl']:.3f}" for m in scores.values())]
+            for d in scores["rtn"]
+        ]
+        ratios.append(
+            ["mean", *(f"{m['kl'] / overall['rtn']['kl']:.3f}" for m in overall.values())]
+        )
+        tables.show("KL relative to round-to-nearest", ["domain", *scores], ratios)
     rows = [[name, tables.size(n)] for name, n in result["bytes_on_disk"].items()]
     tables.show("weights on disk", ["model", "bytes"], rows)
     for note in result["not_better"]:

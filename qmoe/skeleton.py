@@ -46,14 +46,7 @@ def read_config(path: Path) -> Any:
     """The transformers config of a model folder; UnsupportedModelError if transformers has none."""
     try:
         return AutoConfig.from_pretrained(path)
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        OSError,
-        StrictDataclassError,
-    ) as error:
+    except CONFIG_ERRORS as error:
         raise UnsupportedModelError(
             f"{path}: transformers cannot read this architecture: {_first_line(error)}"
         ) from error

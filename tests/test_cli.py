@@ -64,6 +64,7 @@ def test_people_get_tables_and_no_progress_bars_when_piped(demo, quantized, tmp_
         ["inspect", quantized, "--experts"],
         ["inspect", demo],
         ["eval", quantized, "--against", demo, "--windows", "1"],
+        ["eval", quantized, "--against", demo, "--windows", "1", "--baseline", "rtn"],
         ["bench", quantized, "--prompt", "8", "--tokens", "1", "--repeats", "1"],
     ):
         assert main([str(c) for c in command]) == 0
