@@ -1,0 +1,311 @@
+"""The grouped GEMM over byte planes: out[row] = W[expert of row] @ x[row], for 2, 3, 4 and 8 bits.
+
+Weights are the left operand of every dot: they go from shared memory to registers, are unpacked
+there and multiplied there, and are never written back. Tokens are on the right, so BM counts in
+eights. Scales multiply the accumulator once per group, in float32.
+
+One program computes BN outputs of up to BM rows (assignments: a token and one of its experts) that
+share an expert. Which rows those are comes from a schedule (route.py), or at decode from the expert
+ids themselves (`_own_rows`), which saves that launch.
+
+Nothing in the main loop is masked. Rows past the end read row 0 and are not stored; N is padded in
+the arena; the last part of K that fills no 256-wide tile is peeled off (`TAIL` sub-tiles of 32).
+"""
+
+import triton
+import triton.language as tl
+
+from qmoe.kernels.device.activation import gated
+from qmoe.kernels.device.unpack import unpack
+
+
+@triton.jit
+def _natural(w, BN: tl.constexpr, WGMMA: tl.constexpr):
+    """Undo the K order that wgmma wants of its register operand (layout.py): only renames."""
+    if WGMMA:
+        w = w.reshape(BN, 2, 4, 2, 2).trans(0, 1, 3, 2, 4).reshape(BN, 32)
+    return w
+
+
+@triton.jit
+def _tile(
+    acc,
+    planes,
+    x,
+    scales,
+    zeros,
+    k_left,
+    scale_stride,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    ZERO: tl.constexpr,
+    PTX: tl.constexpr,
+    WGMMA: tl.constexpr,
+):
+    """acc [BN, BM] plus one K tile of SUBTILES times 32; unless WHOLE, only k_left of them count."""
+    DT: tl.constexpr = x.dtype.element_ty
+    PLANE: tl.constexpr = 128 * 32
+    FIELDS: tl.constexpr = 4 if BITS == 3 else 8 // BITS
+    PER_GROUP: tl.constexpr = SUBTILES if GROUP == 0 else GROUP // 32
+    high = 0
+    zero = 0
+    if BITS == 3:
+        high = tl.load(planes, eviction_policy="evict_first")
+        planes += PLANE
+    if ZERO and GROUP == 0:
+        zero = tl.load(zeros)[:, None]
+    part = tl.zeros((BN, BM), dtype=tl.float32)
+    for i in tl.static_range(SUBTILES):
+        if i % FIELDS == 0:
+            plane = tl.load(planes + (i // FIELDS) * PLANE, eviction_policy="evict_first")
+        if ZERO and GROUP != 0 and i % PER_GROUP == 0:
+            zero = tl.load(zeros + (i // PER_GROUP) * scale_stride)[:, None]
+        w = unpack(plane, high, zero, BITS, i % (8 if BITS == 3 else FIELDS), DT, ZERO, PTX)
+        if WHOLE:
+            b = tl.load(x + i * 32, eviction_policy="evict_last")
+        else:
+            inside = i * 32 + tl.arange(0, 32)[:, None] < k_left
+            b = tl.load(x + i * 32, mask=inside, other=0.0)
+        w = _natural(w, BN, WGMMA)
+        if GROUP == 0:
+            acc = tl.dot(w, b, acc, input_precision="ieee")
+        else:
+            part = tl.dot(w, b, part, input_precision="ieee")
+            if (i + 1) % PER_GROUP == 0 or i + 1 == SUBTILES:
+                scale = tl.load(scales + (i // PER_GROUP) * scale_stride)
+                acc += part * scale[:, None].to(tl.float32)
+                part = tl.zeros((BN, BM), dtype=tl.float32)
+    return acc
+
+
+@triton.jit
+def _along_k(
+    x,
+    planes,
+    scales,
+    zeros,
+    first,
+    last,
+    last_split,
+    K,
+    scale_stride,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    TAIL: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    ZERO: tl.constexpr,
+    PTX: tl.constexpr,
+    WGMMA: tl.constexpr,
+):
+    """acc [BN, BM] over the whole K tiles first..last-1, and the tail in the last split."""
+    PER_TILE: tl.constexpr = 0 if GROUP == 0 else 256 // GROUP
+    planes += first * (BITS * 128 * 32)
+    x += first * 256
+    scales += first * PER_TILE * scale_stride
+    zeros += first * PER_TILE * scale_stride
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    for _ in range(first, last):
+        acc = _tile(
+            acc, planes, x, scales, zeros, 256, scale_stride,
+            BITS, GROUP, 8, True, BM, BN, ZERO, PTX, WGMMA,
+        )  # fmt: skip
+        planes += BITS * 128 * 32
+        x += 256
+        scales += PER_TILE * scale_stride
+        zeros += PER_TILE * scale_stride
+    if TAIL > 0:
+        if last_split:
+            acc = _tile(
+                acc, planes, x, scales, zeros, K - last * 256, scale_stride,
+                BITS, GROUP, TAIL, False, BM, BN, ZERO, PTX, WGMMA,
+            )  # fmt: skip
+    if GROUP == 0:
+        acc *= tl.load(scales)[:, None].to(tl.float32)
+    return acc
+
+
+@triton.jit
+def _own_rows(ids, P, index, expert, BM: tl.constexpr, P2: tl.constexpr):
+    """The rows of `expert` that the program of assignment `index` computes: (rank, rows [BM]).
+
+    Assignments of one expert are numbered; the one whose rank is a multiple of BM computes its own
+    and the BM - 1 that follow, the others nothing. So no expert is read twice for BM rows, and no
+    sort is needed. Missing rows are P.
+    """
+    at = tl.arange(0, P2)
+    same = tl.load(ids + at, mask=at < P, other=-1).to(tl.int32) == expert
+    ranks = tl.cumsum(same.to(tl.int32), 0) - 1
+    rank = tl.sum(tl.where(at == index, ranks, 0), 0)
+    wanted = rank + tl.arange(0, BM)
+    hit = same[None, :] & (ranks[None, :] == wanted[:, None])
+    found = tl.sum(tl.where(hit, at[None, :] + 1, 0), 1)
+    return rank, tl.where(found > 0, found - 1, P)
+
+
+@triton.jit
+def grouped_gemm(
+    x_ptr,
+    arena_ptr,
+    table_ptr,
+    bias_ptr,
+    gates_ptr,
+    out_ptr,
+    ids_ptr,
+    order_ptr,
+    tiles_ptr,
+    N,
+    K,
+    P,
+    per_token,
+    num_tiles_m,
+    x_stride,
+    out_stride,
+    scale_stride,
+    split_stride,
+    E,
+    alpha,
+    limit,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    TAIL: tl.constexpr,
+    ZERO: tl.constexpr,
+    ACT: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BIAS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    P2: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PTX: tl.constexpr,
+    WGMMA: tl.constexpr,
+):
+    """out[row, n] for every assignment row of P.
+
+    x (rows / per_token, K); arena and table: layout.py; bias (E, N); gates (P); out (P, N), with
+    SPLIT > 1 (SPLIT, P, N) partial sums; ids (P): expert of each row, >= E for none. With P2 = 0 the
+    rows come from order (tiles * BM) and tiles (1 + tiles): their number, then each one's expert.
+    ACT other than "none": N counts gate and up, interleaved by eights; out has N / 2 columns.
+    """
+    DT: tl.constexpr = x_ptr.dtype.element_ty
+    # Tiles that share an expert are neighbours: their weights come from DRAM once, then from L2.
+    tile_m = tl.program_id(0)
+    tile_n = tl.program_id(1)
+    split = tl.program_id(2)
+    m = tl.arange(0, BM)
+    if P2 > 0:
+        expert = tl.load(ids_ptr + tile_m).to(tl.int32)
+        if expert >= E:
+            return
+        rank, rows = _own_rows(ids_ptr, P, tile_m, expert, BM, P2)
+        if rank % BM != 0:
+            return
+    else:
+        if tile_m >= tl.load(tiles_ptr):
+            return
+        expert = tl.load(tiles_ptr + 1 + tile_m)
+        rows = tl.load(order_ptr + tile_m * BM + m)
+    valid = rows < P
+    read = tl.where(valid, rows, 0) // per_token
+
+    n = tl.arange(0, BN)
+    k = tl.arange(0, 32)
+    entry = table_ptr + expert * 4
+    bits = tl.load(entry)
+    arena = arena_ptr + tile_n.to(tl.int64) * 0
+    KT = K // 256
+    each = tl.cdiv(KT, SPLIT)
+    first = split * each
+    last = tl.minimum(first + each, KT)
+    x = x_ptr + read.to(tl.int64)[None, :] * x_stride + k[:, None]
+    scales = (arena + tl.load(entry + 2).to(tl.int64) * 128).to(tl.pointer_type(DT))
+    scales += tile_n * BN + n
+    zeros = arena + tl.load(entry + 3).to(tl.int64) * 128 + tile_n * BN + n
+    weights = arena + tl.load(entry + 1).to(tl.int64) * 128
+    # BN = 64 reads half of a 128-row tile.
+    half = (tile_n * BN) % 128
+    inside = (half + n)[:, None] * 32 + k[None, :]
+    tile_row = (tile_n * BN) // 128
+    if BITS > 0:
+        planes = weights + tile_row.to(tl.int64) * _tile_row_bytes(KT, BITS, TAIL) + inside
+        acc = _along_k(
+            x, planes, scales, zeros, first, last, split == SPLIT - 1, K, scale_stride,
+            BITS, GROUP, TAIL, BM, BN, ZERO, PTX, WGMMA,
+        )  # fmt: skip
+    elif bits == 4:
+        planes = weights + tile_row.to(tl.int64) * _tile_row_bytes(KT, 4, TAIL) + inside
+        acc = _along_k(
+            x, planes, scales, zeros, first, last, split == SPLIT - 1, K, scale_stride,
+            4, GROUP, TAIL, BM, BN, ZERO, PTX, WGMMA,
+        )  # fmt: skip
+    elif bits == 3:
+        planes = weights + tile_row.to(tl.int64) * _tile_row_bytes(KT, 3, TAIL) + inside
+        acc = _along_k(
+            x, planes, scales, zeros, first, last, split == SPLIT - 1, K, scale_stride,
+            3, GROUP, TAIL, BM, BN, ZERO, PTX, WGMMA,
+        )  # fmt: skip
+    elif bits == 2:
+        planes = weights + tile_row.to(tl.int64) * _tile_row_bytes(KT, 2, TAIL) + inside
+        acc = _along_k(
+            x, planes, scales, zeros, first, last, split == SPLIT - 1, K, scale_stride,
+            2, GROUP, TAIL, BM, BN, ZERO, PTX, WGMMA,
+        )  # fmt: skip
+    else:
+        planes = weights + tile_row.to(tl.int64) * _tile_row_bytes(KT, 8, TAIL) + inside
+        acc = _along_k(
+            x, planes, scales, zeros, first, last, split == SPLIT - 1, K, scale_stride,
+            8, GROUP, TAIL, BM, BN, ZERO, PTX, WGMMA,
+        )  # fmt: skip
+
+    column = _column(tile_n * BN + n, N, INTERLEAVED)
+    if BIAS:
+        if split == 0:
+            bias = tl.load(bias_ptr + expert * N + column, mask=column < N, other=0.0)
+            acc += bias[:, None].to(tl.float32)
+    out_rows = rows.to(tl.int64)
+    if ACT != "none":
+        pairs = acc.reshape(BN // 16, 2, 8, BM).trans(0, 2, 3, 1)
+        gate, up = tl.split(pairs)
+        mid = gated(gate, up, alpha, limit, ACT).reshape(BN // 2, BM)
+        column = tile_n * (BN // 2) + tl.arange(0, BN // 2)
+        at = out_ptr + out_rows[None, :] * out_stride + column[:, None]
+        tl.store(at, mid.to(DT), mask=valid[None, :] & (column[:, None] < N // 2))
+    else:
+        if WEIGHTED:
+            acc *= tl.load(gates_ptr + rows, mask=valid, other=0.0)[None, :].to(tl.float32)
+        at = out_ptr + split.to(tl.int64) * split_stride
+        at += out_rows[None, :] * out_stride + column[:, None]
+        inside_n = (column[:, None] < N) & (column[:, None] >= 0)
+        tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=valid[None, :] & inside_n)
+
+
+@triton.constexpr_function
+def tail_planes(bits, subtiles):
+    """Byte planes of a K tile with this many sub-tiles of 32 (8 of them: a whole tile)."""
+    if subtiles == 0:
+        return 0
+    if bits == 3:
+        return 1 + -(-subtiles // 4)
+    return -(-subtiles * bits // 8)
+
+
+@triton.jit
+def _tile_row_bytes(KT, BITS: tl.constexpr, TAIL: tl.constexpr):
+    """Bytes of 128 rows along all of K."""
+    return (KT * BITS + tail_planes(BITS, TAIL)) * (128 * 32)
+
+
+@triton.jit
+def _column(row, N, INTERLEAVED: tl.constexpr):
+    """The output column of an arena row; interleaved: gate and up rows alternate by eights."""
+    if INTERLEAVED:
+        index = (row // 16) * 8 + row % 8
+        column = tl.where(row % 16 < 8, index, N // 2 + index)
+        return tl.where(index < N // 2, column, N)
+    else:
+        return row
