@@ -99,6 +99,10 @@ class PackedStack(nn.Module):
         weight: Tensor = (q * self.scale[e][..., None]).flatten(-2)
         return weight
 
+    def packed_bytes(self) -> int:
+        """Bytes of the packed integers alone."""
+        return self.packed.nbytes
+
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers())
 

@@ -64,15 +64,19 @@ def quantize(
 
 
 def load(
-    path: str | Path, dtype: "torch.dtype | None" = None, *, progress: bool = True
+    path: str | Path,
+    dtype: "torch.dtype | None" = None,
+    *,
+    device: "str | torch.device" = "cpu",
+    progress: bool = True,
 ) -> tuple[Any, Any]:
     """Load a quantized folder or hub name: a transformers model that runs packed, its tokenizer.
 
-    dtype: of activations and unquantized weights; None is the checkpoint's own. Raises
-    CheckpointError if the folder is not a whole quantized model, AuditError if any expert would not
-    run packed.
+    dtype: of activations and unquantized weights; None is the checkpoint's own. device: "cpu", or
+    "cuda" for the Triton kernels. Raises CheckpointError if the folder is not a whole quantized
+    model, ConfigError for a device that is not there, AuditError if an expert would not run packed.
     """
     from qmoe.loading import load as run
     from qmoe.progress import on_terminal, silent
 
-    return run(path, dtype, track=on_terminal if progress else silent)
+    return run(path, dtype, device=device, track=on_terminal if progress else silent)

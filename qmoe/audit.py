@@ -12,7 +12,6 @@ from torch import nn
 
 from qmoe.errors import AuditError
 from qmoe.format import SUFFIXES
-from qmoe.kernels.stack import PackedStack
 from qmoe.modules import PackedLinear, packed_experts, take_stored
 from qmoe.packed_skeleton import PackedSource, open_packed
 from qmoe.progress import Track, silent
@@ -142,15 +141,15 @@ def audit_model(model: nn.Module, where: str) -> Audit:
     for name, module in model.named_modules():
         if is_experts(module):
             stacks = packed_experts(module)
-            if len(stacks) != 2:
+            if not stacks:
                 audit.findings.append(f"routed experts not packed: {name}")
             for stack in stacks:
-                audit.bytes["experts packed"] += stack.packed.nbytes
-                audit.bytes["experts scales"] += stack.nbytes() - stack.packed.nbytes
+                audit.bytes["experts packed"] += stack.packed_bytes()
+                audit.bytes["experts scales"] += stack.nbytes() - stack.packed_bytes()
         elif isinstance(module, PackedLinear):
-            dense: PackedStack = module.stack
-            audit.bytes["dense packed"] += dense.packed.nbytes
-            audit.bytes["dense scales"] += dense.nbytes() - dense.packed.nbytes
+            dense: Any = module.stack
+            audit.bytes["dense packed"] += dense.packed_bytes()
+            audit.bytes["dense scales"] += dense.nbytes() - dense.packed_bytes()
         for key, tensor in [
             *module.named_parameters(recurse=False),
             *module.named_buffers(recurse=False),

@@ -80,9 +80,9 @@ class Nf4Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def nf4(path: str | Path, dtype: torch.dtype | None = None) -> Any:
+def nf4(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
     """The original with experts and the dense linears that qmoe quantizes in NF4."""
-    model = original(path, dtype)
+    model = original(path, dtype).to(device)
     ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
     for layer in find(model).layers:
         for name in layer.experts:

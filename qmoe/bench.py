@@ -17,10 +17,10 @@ from typing import Any
 import psutil
 import torch
 
-from qmoe.baselines import Nf4Stack, nf4, original
+from qmoe.baselines import nf4, original
 from qmoe.errors import QmoeError
-from qmoe.kernels.stack import PackedStack
 from qmoe.loading import load
+from qmoe.modules import packed_stacks
 from qmoe.progress import Track
 from qmoe.skeleton import build, read_config
 from qmoe.structure import is_experts
@@ -61,15 +61,24 @@ def _run(model: Any, prompt: int, tokens: int) -> tuple[float, float]:
     """Seconds until the first token, and for `tokens` more."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(vocabulary, (1, prompt), generator=generator)
+    ids = torch.randint(vocabulary, (1, prompt), generator=generator).to(model.device)
+    synchronize(model.device)
     start = time.perf_counter()
     out = model(input_ids=ids, use_cache=True)
     ids = out.logits[:, -1:].argmax(-1)
+    synchronize(model.device)
     first = time.perf_counter()
     for _ in range(tokens):
         out = model(input_ids=ids, past_key_values=out.past_key_values, use_cache=True)
         ids = out.logits[:, -1:].argmax(-1)
+    synchronize(model.device)
     return first - start, time.perf_counter() - first
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was told, so that a clock means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @torch.no_grad()
@@ -82,13 +91,14 @@ def bytes_per_token(model: Any) -> int:
         for name, m in model.named_modules()
         if is_experts(m)
     ]
-    model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
     for handle in handles:
         handle.remove()
     table = model.get_input_embeddings().weight
     tied = (
         model.get_output_embeddings() is not None and model.get_output_embeddings().weight is table
     )
+    stacks = dict(packed_stacks(model))
     total = 0.0
     for name, module in model.named_modules():
         share = 1.0
@@ -96,8 +106,8 @@ def bytes_per_token(model: Any) -> int:
         if name in active or owner in active:
             experts = model.get_submodule(name if name in active else owner)
             share = active[name if name in active else owner] / experts.num_experts
-        if isinstance(module, PackedStack | Nf4Stack):
-            total += share * module.nbytes()
+        if name in stacks:
+            total += share * stacks[name].nbytes()
         for parameter in module.parameters(recurse=False):
             if parameter is not table or (tied and module is model.get_output_embeddings()):
                 total += share * parameter.nbytes

@@ -60,6 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
     bench.add_argument("--tokens", type=int, default=32, help="tokens decoded after it")
     bench.add_argument("--repeats", type=int, default=5, help="rounds; models take turns in each")
+    for sub in (evaluate, bench):
+        sub.add_argument("--device", default="cpu", help="cpu, or a GPU: cuda, cuda:1")
     for sub in commands.choices.values():
         sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser

@@ -140,6 +140,7 @@ def eval(args: argparse.Namespace) -> dict[str, Any]:
         window=args.window,
         batch=args.batch,
         dtype=getattr(torch, args.dtype),
+        device=args.device,
         track=on_terminal,
     )
 
@@ -181,13 +182,15 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         prompt=args.prompt,
         tokens=args.tokens,
         repeats=args.repeats,
+        device=args.device,
         track=on_terminal,
     )
 
 
 def show_bench(result: dict[str, Any]) -> None:
-    header = ["model", "prefill tok/s", "first token ms", "decode tok/s", "bytes/token",
-              "weights", "resident", "peak"]  # fmt: skip
+    header = ["model", "prefill tok/s", "first token ms", "decode tok/s", "bytes/token", "weights"]
+    memory = {"resident_over_bare_process": "resident", "peak_over_bare_process": "peak"}
+    memory = {key: title for key, title in memory.items() if key in result["qmoe"]}
     rows = [
         [
             name,
@@ -196,11 +199,12 @@ def show_bench(result: dict[str, Any]) -> None:
             f"{r['decode_tokens_per_s']:.1f}",
             tables.size(r["bytes_per_token"]),
             tables.size(r["weights_in_memory"]),
-            tables.size(r["resident_over_bare_process"]),
-            tables.size(r["peak_over_bare_process"]),
+            *(tables.size(r[key]) for key in memory),
         ]
         for name, r in result.items()
     ]
     threads = torch.get_num_threads()
-    tables.show(f"medians, models taking turns, {threads} CPU threads", header, rows)
-    print("resident and peak: a process of its own, less the same process without a model")
+    title = f"medians, models taking turns, {threads} CPU threads"
+    tables.show(title, [*header, *memory.values()], rows)
+    if memory:
+        print("resident and peak: a process of its own, less the same process without a model")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qmoe.baselines import Nf4Stack, nf4, original
+from qmoe.baselines import nf4, original
 from qmoe.bench import memory, speed
 from qmoe.calibration.text import load_texts
 from qmoe.checkpoint import read_json, resolve
@@ -28,8 +28,8 @@ from qmoe.evaluate import (
     streamed,
     summaries,
 )
-from qmoe.kernels.stack import PackedStack
 from qmoe.loading import load
+from qmoe.modules import packed_stacks
 from qmoe.pipeline import quantize
 from qmoe.plan import check_vocabulary, check_window, open_source, open_tokenizer
 from qmoe.progress import Track, silent
@@ -84,13 +84,15 @@ def evaluate(
     window: int = 256,
     batch: int = 8,
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
     track: Track = silent,
 ) -> dict[str, Any]:
     """Perplexity by domain of a quantized folder; with `against`, also KL and top-1 agreement.
 
     text: see qmoe.calibration.text.load_texts. The first `windows` windows of every domain are
     scored. dtype: of activations, for all models alike; float32 shows what the weights lost and
-    nothing else. The original is streamed, so it may be larger than memory.
+    nothing else. device: of the quantized models. The original is streamed on the CPU, so it may be
+    larger than memory.
     Returns scores by model and domain, their means over domains ("overall"), bytes on disk, and
     in words where the quantized model is not better than a baseline ("not_better").
     """
@@ -110,10 +112,13 @@ def evaluate(
     if "rtn" in baselines:
         assert against is not None
         with rtn_twin(folder, against, track) as twin:
-            models["rtn"], disk["rtn"] = load(twin, dtype, track=track)[0], _disk(twin)
+            models["rtn"], disk["rtn"] = (
+                load(twin, dtype, device=device, track=track)[0],
+                _disk(twin),
+            )
     if "nf4" in baselines:
-        models["nf4"] = nf4(str(against), dtype)
-    models["qmoe"] = load(folder, dtype, track=track)[0]
+        models["nf4"] = nf4(str(against), dtype, device)
+    models["qmoe"] = load(folder, dtype, device=device, track=track)[0]
     reference: Logits | None = None
     if against is not None:
         source = open_source(against, dtype)
@@ -139,37 +144,42 @@ def benchmark(
     prompt: int = 256,
     tokens: int = 32,
     repeats: int = 5,
+    device: str = "cpu",
     track: Track = silent,
 ) -> dict[str, dict[str, float]]:
     """Speed and memory of a quantized folder beside the original and baselines, by model name.
 
-    See qmoe.bench.speed and qmoe.bench.memory for the figures and their units.
+    See qmoe.bench.speed and qmoe.bench.memory for the figures and their units. Resident and peak
+    memory are those of a CPU process, so only measured there.
     """
     _check(baselines, against, prompt=prompt, tokens=tokens, repeats=repeats)
     folder = resolve(path)
     if against is not None:
         check_same_model(folder, resolve(against))
-    models = {"qmoe": load(folder, track=track)[0]}
+    models = {"qmoe": load(folder, device=device, track=track)[0]}
     measured = [("qmoe", "qmoe", folder)]
     used = {}
     with ExitStack() as stack:
         if against is not None:
             source = resolve(against)
-            models["original"] = original(source)
+            models["original"] = original(source).to(device)
             measured.append(("original", "original", source))
             if "nf4" in baselines:
-                models["nf4"] = nf4(source)
+                models["nf4"] = nf4(source, device=device)
                 measured.append(("nf4", "nf4", source))
             if "rtn" in baselines:
                 twin = stack.enter_context(rtn_twin(folder, source, track))
-                models["rtn"] = load(twin)[0]
+                models["rtn"] = load(twin, device=device)[0]
                 measured.append(("rtn", "qmoe", twin))
-        for name, kind, place in track(measured, "measuring memory"):
-            used[name] = memory(kind, place)
+        if device == "cpu":
+            for name, kind, place in track(measured, "measuring memory"):
+                used[name] = memory(kind, place)
     timed = speed(models, prompt=prompt, tokens=tokens, repeats=repeats, track=track)
     for name, figures in timed.items():
-        m = used[name]
         figures["weights_in_memory"] = weights_in_memory(models[name])
+        if name not in used:
+            continue
+        m = used[name]
         figures["resident_over_bare_process"] = m["loaded"] - m["without_model"]
         figures["peak_over_bare_process"] = m["peak"] - m["without_model"]
     timed["qmoe"]["bytes_on_disk"] = _disk(folder)
@@ -179,8 +189,7 @@ def benchmark(
 def weights_in_memory(model: Any) -> int:
     """Bytes of all weights of a loaded model, packed or not; shared ones once."""
     total: dict[int, int] = {id(p): p.nbytes for p in model.parameters()}
-    stacks = [m for m in model.modules() if isinstance(m, PackedStack | Nf4Stack)]
-    return sum(total.values()) + sum(int(stack.nbytes()) for stack in stacks)
+    return sum(total.values()) + sum(int(stack.nbytes()) for _, stack in packed_stacks(model))
 
 
 def _disk(folder: Path) -> int:

@@ -64,7 +64,7 @@ def resident(model: Any, batches: Batches) -> Logits:
     """Logits of a model that is in memory."""
     for _, ids in batches:
         with torch.no_grad():
-            yield model(input_ids=ids, use_cache=False).logits
+            yield model(input_ids=ids.to(model.device), use_cache=False).logits.to(ids.device)
 
 
 def streamed(source: Source, batches: Batches, dtype: torch.dtype, track: Track) -> Logits:

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from qmoe.audit import audit_model
 from qmoe.checkpoint import resolve
-from qmoe.errors import CheckpointError, OutputError
+from qmoe.errors import CheckpointError, ConfigError, OutputError
 from qmoe.modules import PackedLinear, finish_experts
 from qmoe.packed_skeleton import PackedSource, open_packed
 from qmoe.plan import check_complete, open_tokenizer
@@ -18,15 +18,22 @@ from qmoe.progress import Track, silent
 
 @torch.no_grad()
 def load(
-    path: str | Path, dtype: torch.dtype | None = None, *, track: Track = silent
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    track: Track = silent,
 ) -> tuple[Any, Any]:
-    """Load a quantized model (folder or hub name) and its tokenizer, on the CPU.
+    """Load a quantized model (folder or hub name) and its tokenizer.
 
     dtype: of activations and unquantized weights; None is the checkpoint's own. bfloat16 is the
-    fast one on CPUs (kernels/stack.py). Layers are loaded and repacked one at a time, so memory
+    fast one on CPUs (kernels/stack.py). device: "cpu", or a GPU ("cuda", "cuda:1"), where packed
+    weights run through the Triton kernels. Layers are loaded and repacked one at a time, so memory
     stays near the checkpoint's size. Raises CheckpointError for a folder that is not a complete
-    quantized model, and AuditError if anything is left unpacked or without data.
+    quantized model, ConfigError for a device that is not there, and AuditError if anything is left
+    unpacked or without data.
     """
+    place = usable_device(device)
     folder = resolve(path)
     source = open_packed(folder, dtype)
     check_complete(source.weights)
@@ -37,10 +44,11 @@ def load(
         names = source.weights.sources(layer.name)
         in_layers.update(names)
         source.weights.load(names, dtype)
-        _finish(source, layer.name)
+        _finish(source, layer.name, place)
     source.weights.load([n for n in source.checkpoint.names() if n not in in_layers], dtype)
     source.weights.tie()
-    _finish(source, "")
+    _finish(source, "", place)
+    source.model.to(place).requires_grad_(False)
     if generation is not None:
         source.model.generation_config = generation
     audit_model(source.model, str(path))
@@ -65,15 +73,36 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
     )
 
 
-def _finish(source: PackedSource, prefix: str) -> None:
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device by its name; ConfigError if it is none, is not there, or has no kernels."""
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from error
+    if place.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: expected cpu, cuda or cuda:N, got {device!r}")
+    if place.type == "cuda":
+        count = torch.cuda.device_count()
+        if (place.index or 0) >= count:
+            raise ConfigError(f"device: {device!r} asked for, {count} CUDA devices found")
+        from qmoe.kernels.experts import device_table
+
+        try:
+            device_table(place)
+        except ValueError as error:
+            raise ConfigError(f"device: {error}") from error
+    return place
+
+
+def _finish(source: PackedSource, prefix: str, device: torch.device) -> None:
     experts = {n for layer in source.structure.layers for n in layer.experts}
     for name, module in source.model.named_modules():
         if prefix and not name.startswith(prefix + "."):
             continue
         if name in experts and hasattr(module, "down_proj_packed"):
-            finish_experts(module, name)
+            finish_experts(module, name, device)
         elif isinstance(module, PackedLinear) and hasattr(module, "weight_packed"):
-            module.finish(name)
+            module.finish(name, device)
         for parameter in module.parameters(recurse=False):
             if parameter.device.type != "meta":
                 # What safetensors gives may be a view into the mapped file and keep all of it.

@@ -6,6 +6,7 @@ form (`finish`). From then on transformers' experts interface sends its forward 
 `experts_forward` below, so every decorated family runs packed without code of its own.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from qmoe.calibration.collect import apply_activation
 from qmoe.config import Scheme
 from qmoe.errors import CheckpointError
 from qmoe.format import SUFFIXES
+from qmoe.kernels import uses_arena
 from qmoe.kernels.moe import moe_forward
 from qmoe.kernels.stack import PackedStack
 from qmoe.packing import packed_words, unpack_rows, unpack_zeros
@@ -33,6 +35,13 @@ def experts_forward(
     top_k_weights: Float[Tensor, "T A"],
 ) -> Float[Tensor, "T H"]:
     """The experts function registered with transformers for packed experts."""
+    if hasattr(self, "qmoe_arena"):
+        return self.qmoe_arena.experts(  # type: ignore[no-any-return]
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            lambda product: apply_activation(self, product),
+        )
     return moe_forward(
         hidden_states,
         top_k_index,
@@ -68,10 +77,14 @@ class PackedLinear(nn.Module):
         """The weight expanded, for code that multiplies with it by hand (Jamba's dt_proj)."""
         return self.stack.expand(0)
 
-    def finish(self, where: str) -> None:
-        """Turn the loaded tensors into the runtime's form; CheckpointError if they disagree."""
+    def finish(self, where: str, device: torch.device) -> None:
+        """Turn the loaded tensors into the runtime's form on `device`; CheckpointError if they
+        disagree."""
         (quantized,) = take_stored(self, where).values()
-        self.stack = PackedStack(quantized, quantized.scale.dtype)
+        if uses_arena(device):
+            self.stack: nn.Module = _arena_stack([quantized], device)
+        else:
+            self.stack = PackedStack(quantized, quantized.scale.dtype)
 
 
 def declare_experts(experts: Any, scheme: Scheme) -> None:
@@ -83,20 +96,47 @@ def declare_experts(experts: Any, scheme: Scheme) -> None:
         _declare(experts, name, tuple(weight.shape), scheme, parts, weight.dtype)
 
 
-def finish_experts(experts: Any, where: str) -> None:
-    """Turn the loaded tensors into the runtime's form and route the forward to it."""
+def finish_experts(experts: Any, where: str, device: torch.device) -> None:
+    """Turn the loaded tensors into the runtime's form on `device`, route the forward to it."""
     first, second = expert_weights(experts)
     stored = take_stored(experts, where)
-    experts.qmoe_first = PackedStack(stored[first], stored[first].scale.dtype)
-    experts.qmoe_second = PackedStack(stored[second], stored[second].scale.dtype)
+    if uses_arena(device):
+        experts.qmoe_arena = _arena_stack([stored[first], stored[second]], device, experts)
+    else:
+        experts.qmoe_first = PackedStack(stored[first], stored[first].scale.dtype)
+        experts.qmoe_second = PackedStack(stored[second], stored[second].scale.dtype)
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
     experts.config._experts_implementation = NAME
 
 
-def packed_experts(experts: nn.Module) -> list[PackedStack]:
-    """The stacks of a finished experts module; empty if it is not packed."""
-    names = ("qmoe_first", "qmoe_second")
-    return [s for name in names if isinstance(s := getattr(experts, name, None), PackedStack)]
+def _arena_stack(stacks: list[Quantized], device: torch.device, experts: Any = None) -> nn.Module:
+    """The form of the Triton kernels, which only machines that have Triton can import."""
+    from qmoe.kernels.activation import recognize
+    from qmoe.kernels.arena_stack import ArenaStack
+
+    dtype = stacks[0].scale.dtype
+    if experts is None or not experts.has_gate:
+        return ArenaStack(stacks, dtype, device)
+    width = stacks[0].q.shape[1]
+    activation = recognize(lambda product: apply_activation(experts, product), width)
+    return ArenaStack(stacks, dtype, device, activation, paired=True)
+
+
+def packed_experts(experts: nn.Module) -> list[Any]:
+    """The stacks of a finished experts module: an arena, or first and second; empty if it is not
+    packed."""
+    if hasattr(experts, "qmoe_arena"):
+        return [experts.qmoe_arena]
+    stacks = [getattr(experts, name, None) for name in ("qmoe_first", "qmoe_second")]
+    return stacks if None not in stacks else []
+
+
+def packed_stacks(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every packed stack in a model, of experts and of linears, by name; each tells `nbytes()`.
+    Forms are told by that: PackedStack, ArenaStack, Nf4Stack."""
+    for name, module in model.named_modules():
+        if hasattr(module, "nbytes"):
+            yield name, module
 
 
 def _declare(

@@ -3,9 +3,6 @@
 import triton
 import triton.language as tl
 
-# Names as launch and ops pass them; anything else takes the unfused path.
-FUSED = ("silu", "gelu", "gelu_tanh", "clamped_swiglu")
-
 
 @triton.jit
 def gated(gate, up, alpha, limit, ACT: tl.constexpr):

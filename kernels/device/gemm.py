@@ -20,11 +20,17 @@ from qmoe.kernels.device.unpack import unpack
 
 
 @triton.jit
-def _natural(w, BN: tl.constexpr, WGMMA: tl.constexpr):
-    """Undo the K order that wgmma wants of its register operand (layout.py): only renames."""
-    if WGMMA:
+def _in_order(w, b, BM: tl.constexpr, BN: tl.constexpr, ORDER: tl.constexpr):
+    """Bring w [BN, 32] and b [32, BM] to the same K order (layout.py). Only renames registers.
+
+    "wgmma" weights are put back in order; to "mma" weights the tokens are brought, so that a thread
+    reads the eight values it needs of one token with one 16-byte load, in adjacent registers.
+    """
+    if ORDER == "wgmma":
         w = w.reshape(BN, 2, 4, 2, 2).trans(0, 1, 3, 2, 4).reshape(BN, 32)
-    return w
+    elif ORDER == "mma":
+        b = b.reshape(4, 2, 2, 2, BM).trans(2, 0, 1, 3, 4).reshape(32, BM)
+    return w, b
 
 
 @triton.jit
@@ -44,9 +50,9 @@ def _tile(
     BN: tl.constexpr,
     ZERO: tl.constexpr,
     PTX: tl.constexpr,
-    WGMMA: tl.constexpr,
+    ORDER: tl.constexpr,
 ):
-    """acc [BN, BM] plus one K tile of SUBTILES times 32; unless WHOLE, only k_left of them count."""
+    """acc [BN, BM] plus one K tile of SUBTILES times 32; unless WHOLE, only k_left count."""
     DT: tl.constexpr = x.dtype.element_ty
     PLANE: tl.constexpr = 128 * 32
     FIELDS: tl.constexpr = 4 if BITS == 3 else 8 // BITS
@@ -70,7 +76,7 @@ def _tile(
         else:
             inside = i * 32 + tl.arange(0, 32)[:, None] < k_left
             b = tl.load(x + i * 32, mask=inside, other=0.0)
-        w = _natural(w, BN, WGMMA)
+        w, b = _in_order(w, b, BM, BN, ORDER)
         if GROUP == 0:
             acc = tl.dot(w, b, acc, input_precision="ieee")
         else:
@@ -85,26 +91,33 @@ def _tile(
 @triton.jit
 def _along_k(
     x,
-    planes,
+    weights,
     scales,
     zeros,
-    first,
-    last,
-    last_split,
+    inside,
+    tile_row,
+    split,
     K,
     scale_stride,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     TAIL: tl.constexpr,
+    SPLIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     ZERO: tl.constexpr,
     PTX: tl.constexpr,
-    WGMMA: tl.constexpr,
+    ORDER: tl.constexpr,
 ):
-    """acc [BN, BM] over the whole K tiles first..last-1, and the tail in the last split."""
+    """acc [BN, BM] over one of SPLIT shares of the whole K tiles; the last one takes the tail."""
     PER_TILE: tl.constexpr = 0 if GROUP == 0 else 256 // GROUP
-    planes += first * (BITS * 128 * 32)
+    PLANE: tl.constexpr = 128 * 32
+    KT = K // 256
+    each = tl.cdiv(KT, SPLIT)
+    first = tl.minimum(split * each, KT)
+    last = tl.minimum(first + each, KT)
+    row_planes = KT * BITS + tail_planes(BITS, TAIL)
+    planes = weights + (tile_row.to(tl.int64) * row_planes + first * BITS) * PLANE + inside
     x += first * 256
     scales += first * PER_TILE * scale_stride
     zeros += first * PER_TILE * scale_stride
@@ -112,17 +125,17 @@ def _along_k(
     for _ in range(first, last):
         acc = _tile(
             acc, planes, x, scales, zeros, 256, scale_stride,
-            BITS, GROUP, 8, True, BM, BN, ZERO, PTX, WGMMA,
+            BITS, GROUP, 8, True, BM, BN, ZERO, PTX, ORDER,
         )  # fmt: skip
-        planes += BITS * 128 * 32
+        planes += BITS * PLANE
         x += 256
         scales += PER_TILE * scale_stride
         zeros += PER_TILE * scale_stride
     if TAIL > 0:
-        if last_split:
+        if split == SPLIT - 1:
             acc = _tile(
                 acc, planes, x, scales, zeros, K - last * 256, scale_stride,
-                BITS, GROUP, TAIL, False, BM, BN, ZERO, PTX, WGMMA,
+                BITS, GROUP, TAIL, False, BM, BN, ZERO, PTX, ORDER,
             )  # fmt: skip
     if GROUP == 0:
         acc *= tl.load(scales)[:, None].to(tl.float32)
@@ -162,7 +175,6 @@ def grouped_gemm(
     K,
     P,
     per_token,
-    num_tiles_m,
     x_stride,
     out_stride,
     scale_stride,
@@ -183,13 +195,14 @@ def grouped_gemm(
     P2: tl.constexpr,
     SPLIT: tl.constexpr,
     PTX: tl.constexpr,
-    WGMMA: tl.constexpr,
+    ORDER: tl.constexpr,
 ):
     """out[row, n] for every assignment row of P.
 
     x (rows / per_token, K); arena and table: layout.py; bias (E, N); gates (P); out (P, N), with
-    SPLIT > 1 (SPLIT, P, N) partial sums; ids (P): expert of each row, >= E for none. With P2 = 0 the
-    rows come from order (tiles * BM) and tiles (1 + tiles): their number, then each one's expert.
+    SPLIT > 1 (SPLIT, P, N) partial sums; ids (P): expert of each row, >= E for none. P2 says where
+    rows come from: positive, the ids (P2 >= P of them); 0, order and tiles (route.py); negative,
+    there is one matrix and every row is its.
     ACT other than "none": N counts gate and up, interleaved by eights; out has N / 2 columns.
     """
     DT: tl.constexpr = x_ptr.dtype.element_ty
@@ -205,11 +218,14 @@ def grouped_gemm(
         rank, rows = _own_rows(ids_ptr, P, tile_m, expert, BM, P2)
         if rank % BM != 0:
             return
-    else:
+    elif P2 == 0:
         if tile_m >= tl.load(tiles_ptr):
             return
         expert = tl.load(tiles_ptr + 1 + tile_m)
         rows = tl.load(order_ptr + tile_m * BM + m)
+    else:
+        expert = 0
+        rows = tile_m * BM + m
     valid = rows < P
     read = tl.where(valid, rows, 0) // per_token
 
@@ -217,52 +233,41 @@ def grouped_gemm(
     k = tl.arange(0, 32)
     entry = table_ptr + expert * 4
     bits = tl.load(entry)
-    arena = arena_ptr + tile_n.to(tl.int64) * 0
-    KT = K // 256
-    each = tl.cdiv(KT, SPLIT)
-    first = split * each
-    last = tl.minimum(first + each, KT)
     x = x_ptr + read.to(tl.int64)[None, :] * x_stride + k[:, None]
-    scales = (arena + tl.load(entry + 2).to(tl.int64) * 128).to(tl.pointer_type(DT))
+    scales = (arena_ptr + tl.load(entry + 2).to(tl.int64) * 128).to(tl.pointer_type(DT))
     scales += tile_n * BN + n
-    zeros = arena + tl.load(entry + 3).to(tl.int64) * 128 + tile_n * BN + n
-    weights = arena + tl.load(entry + 1).to(tl.int64) * 128
+    zeros = arena_ptr + tl.load(entry + 3).to(tl.int64) * 128 + tile_n * BN + n
+    weights = arena_ptr + tl.load(entry + 1).to(tl.int64) * 128
     # BN = 64 reads half of a 128-row tile.
-    half = (tile_n * BN) % 128
-    inside = (half + n)[:, None] * 32 + k[None, :]
+    inside = ((tile_n * BN) % 128 + n)[:, None] * 32 + k[None, :]
     tile_row = (tile_n * BN) // 128
     if BITS > 0:
-        planes = weights + tile_row.to(tl.int64) * _tile_row_bytes(KT, BITS, TAIL) + inside
         acc = _along_k(
-            x, planes, scales, zeros, first, last, split == SPLIT - 1, K, scale_stride,
-            BITS, GROUP, TAIL, BM, BN, ZERO, PTX, WGMMA,
+            x, weights, scales, zeros, inside, tile_row, split, K, scale_stride,
+            BITS, GROUP, TAIL, SPLIT, BM, BN, ZERO, PTX, ORDER,
         )  # fmt: skip
     elif bits == 4:
-        planes = weights + tile_row.to(tl.int64) * _tile_row_bytes(KT, 4, TAIL) + inside
         acc = _along_k(
-            x, planes, scales, zeros, first, last, split == SPLIT - 1, K, scale_stride,
-            4, GROUP, TAIL, BM, BN, ZERO, PTX, WGMMA,
+            x, weights, scales, zeros, inside, tile_row, split, K, scale_stride,
+            4, GROUP, TAIL, SPLIT, BM, BN, ZERO, PTX, ORDER,
         )  # fmt: skip
     elif bits == 3:
-        planes = weights + tile_row.to(tl.int64) * _tile_row_bytes(KT, 3, TAIL) + inside
         acc = _along_k(
-            x, planes, scales, zeros, first, last, split == SPLIT - 1, K, scale_stride,
-            3, GROUP, TAIL, BM, BN, ZERO, PTX, WGMMA,
+            x, weights, scales, zeros, inside, tile_row, split, K, scale_stride,
+            3, GROUP, TAIL, SPLIT, BM, BN, ZERO, PTX, ORDER,
         )  # fmt: skip
     elif bits == 2:
-        planes = weights + tile_row.to(tl.int64) * _tile_row_bytes(KT, 2, TAIL) + inside
         acc = _along_k(
-            x, planes, scales, zeros, first, last, split == SPLIT - 1, K, scale_stride,
-            2, GROUP, TAIL, BM, BN, ZERO, PTX, WGMMA,
+            x, weights, scales, zeros, inside, tile_row, split, K, scale_stride,
+            2, GROUP, TAIL, SPLIT, BM, BN, ZERO, PTX, ORDER,
         )  # fmt: skip
     else:
-        planes = weights + tile_row.to(tl.int64) * _tile_row_bytes(KT, 8, TAIL) + inside
         acc = _along_k(
-            x, planes, scales, zeros, first, last, split == SPLIT - 1, K, scale_stride,
-            8, GROUP, TAIL, BM, BN, ZERO, PTX, WGMMA,
+            x, weights, scales, zeros, inside, tile_row, split, K, scale_stride,
+            8, GROUP, TAIL, SPLIT, BM, BN, ZERO, PTX, ORDER,
         )  # fmt: skip
 
-    column = _column(tile_n * BN + n, N, INTERLEAVED)
+    column = column_of(tile_n * BN + n, N, INTERLEAVED)
     if BIAS:
         if split == 0:
             bias = tl.load(bias_ptr + expert * N + column, mask=column < N, other=0.0)
@@ -295,13 +300,7 @@ def tail_planes(bits, subtiles):
 
 
 @triton.jit
-def _tile_row_bytes(KT, BITS: tl.constexpr, TAIL: tl.constexpr):
-    """Bytes of 128 rows along all of K."""
-    return (KT * BITS + tail_planes(BITS, TAIL)) * (128 * 32)
-
-
-@triton.jit
-def _column(row, N, INTERLEAVED: tl.constexpr):
+def column_of(row, N, INTERLEAVED: tl.constexpr):
     """The output column of an arena row; interleaved: gate and up rows alternate by eights."""
     if INTERLEAVED:
         index = (row // 16) * 8 + row % 8

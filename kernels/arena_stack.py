@@ -1,0 +1,102 @@
+"""An arena inside a model: what experts modules and packed linears hold on a GPU."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from qmoe.kernels import ops
+from qmoe.kernels.activation import Activation
+from qmoe.kernels.arena import BITS, Arena, build_arena
+from qmoe.kernels.experts import device_table
+from qmoe.kernels.grouped import expanded
+from qmoe.types import Quantized
+
+
+class ArenaStack(nn.Module):
+    """Packed matrices on one device, computed by the Triton kernels. Buffers only."""
+
+    buffer: Tensor
+    table: Tensor
+
+    def __init__(
+        self,
+        stacks: Sequence[Quantized],
+        dtype: torch.dtype,
+        device: torch.device,
+        activation: Activation | None = None,
+        paired: bool = False,
+    ):
+        """stacks: the matrices of an experts module [E, N, K], first and second, or the one of a
+        linear (E = 1). activation: the fused one between them, None for the unfused path."""
+        super().__init__()
+        order = device_table(device)[0].order
+        arena = build_arena([_each(s) for s in stacks], dtype, order, device, paired)
+        self.scheme, self.activation, self._arena = stacks[0].scheme, activation, arena
+        self.register_buffer("buffer", arena.buffer, persistent=False)
+        self.register_buffer("table", arena.table, persistent=False)
+        self.numbers = ops.describe(arena)
+
+    @property
+    def arena(self) -> Arena:
+        """The arena, wherever the buffers are now."""
+        known = self._arena
+        return Arena(known.matrices, self.buffer, self.table, known.order, known.dtype)
+
+    def experts(
+        self,
+        x: Float[Tensor, "T H"],
+        ids: Int[Tensor, "T A"],
+        gates: Float[Tensor, "T A"],
+        activation: Callable[[Tensor], Tensor],
+    ) -> Float[Tensor, "T H2"]:
+        """The routed experts; `activation` is called if it could not be fused."""
+        known = self.activation
+        if known is not None:
+            return ops.routed_experts(  # type: ignore[no-any-return]
+                x, ids, gates, self.buffer, self.table, self.numbers,
+                known.name, known.alpha, known.limit, None, None,
+            )  # fmt: skip
+        mid = ops.first_product(x, ids, self.buffer, self.table, self.numbers, None)
+        mid = activation(mid)
+        return ops.second_product(  # type: ignore[no-any-return]
+            mid, ids, gates, self.buffer, self.table, self.numbers, None
+        )
+
+    def matmul(self, x: Float[Tensor, "M K"], e: int) -> Float[Tensor, "M N"]:
+        """x times the transpose of the only matrix (e = 0)."""
+        return ops.linear(x, self.buffer, self.table, self.numbers, None)  # type: ignore[no-any-return]
+
+    def expand(self, e: int) -> Float[Tensor, "N K"]:
+        """The first matrix of expert e in floating point."""
+        return expanded(self.arena, 0, e, e + 1)[0]
+
+    def packed_bytes(self) -> int:
+        """Bytes of packed integers, padding to whole tiles included."""
+        arena = self.arena
+        return sum(
+            matrix.weight_bytes(int(bits))
+            for j, matrix in enumerate(arena.matrices)
+            for bits in arena.table[j, :, BITS].tolist()
+        )
+
+    def nbytes(self) -> int:
+        return self.arena.nbytes()
+
+    def extra_repr(self) -> str:
+        return f"{self._arena}, {self._arena.order} order"
+
+
+def _each(stack: Quantized) -> list[Quantized]:
+    """A stack as one-matrix stacks."""
+    zero = stack.zero
+    return [
+        Quantized(
+            stack.q[e : e + 1],
+            stack.scale[e : e + 1],
+            None if zero is None else zero[e : e + 1],
+            stack.scheme,
+        )
+        for e in range(len(stack.q))
+    ]

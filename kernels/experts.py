@@ -1,0 +1,188 @@
+"""Whole layers on an arena: the routed experts, and a linear. Triton underneath.
+
+At most three launches for small batches (first product with its activation, second product, sum)
+and five for large ones (two more for the schedule), nothing read back by the host. Batches with
+hundreds of rows per expert expand the weights, a chunk of experts at a time, and use torch's
+grouped product: there a fused kernel unpacks the same weights for every tile of rows.
+"""
+
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from qmoe.kernels import launch
+from qmoe.kernels.activation import NONE, Activation
+from qmoe.kernels.arena import Arena, Matrix
+from qmoe.kernels.grouped import (
+    Schedule,
+    every_row,
+    expanded,
+    place,
+    product,
+    schedule,
+    sum_parts,
+)
+from qmoe.kernels.launch import Table, Tile
+
+# Expanded weights at once, in bytes.
+DENSE_CHUNK = 256 << 20
+# Contributions are kept in float32 until they are summed, in larger batches in the model's dtype.
+FLOAT32_ASSIGNMENTS = 4096
+# What Triton's interpreter runs: for tests, and for nothing else.
+INTERPRETER = Table(
+    "interpreter", "mma", False, 0, "", 256,
+    {w: {bm: Tile(bm, 128, 4, 1) for bm in (8, 16, 32, 64)} for w in ("light", "heavy")},
+)  # fmt: skip
+
+
+@lru_cache
+def device_table(device: torch.device) -> tuple[Table, int]:
+    """A device's table and its number of multiprocessors (1 for the interpreter)."""
+    if device.type == "cpu":
+        return INTERPRETER, 1
+    properties = torch.cuda.get_device_properties(device)
+    arch = getattr(properties, "gcnArchName", "").split(":")[0]
+    if not arch.startswith("gfx"):
+        arch = f"sm{properties.major}{properties.minor}"
+    return launch.table_for(properties.name, arch), properties.multi_processor_count
+
+
+def routed_experts(
+    x: Float[Tensor, "T H"],
+    ids: Int[Tensor, "T A"],
+    gates: Float[Tensor, "T A"],
+    arena: Arena,
+    activation: Activation,
+    first_bias: Float[Tensor, "E N"] | None = None,
+    second_bias: Float[Tensor, "E H2"] | None = None,
+) -> Float[Tensor, "T H2"]:
+    """y[t] = sum over a of gates[t, a] * (W2[e] @ activation(W1[e] @ x[t] + b1[e]) + b2[e]).
+
+    e = ids[t, a]; ids >= E are skipped. x in the arena's dtype. The same inputs give the same bits.
+    """
+    T, A = ids.shape
+    if T == 0:
+        return x.new_empty(0, arena.matrices[-1].n)
+    table, multiprocessors = device_table(x.device)
+    if launch.use_dense(table, T * A, arena.experts):
+        return _by_expanding(x, ids, gates, arena, activation, first_bias, second_bias)
+    mid = first_product(x, ids, arena, activation, first_bias)
+    return second_product(mid, ids, gates, arena, second_bias)
+
+
+def first_product(
+    x: Float[Tensor, "T H"],
+    ids: Int[Tensor, "T A"],
+    arena: Arena,
+    activation: Activation = NONE,
+    bias: Tensor | None = None,
+) -> Float[Tensor, "P I"]:
+    """The first matrix of each assignment's expert, and the activation; rows without an expert
+    hold whatever was in memory."""
+    table, _ = device_table(x.device)
+    plan, tile = _plan(table, arena, 0, ids)
+    matrix = arena.matrices[0]
+    width = matrix.n if activation.name == "none" else matrix.n // 2
+    out = x.new_empty(1, plan.rows, width)
+    product(x.contiguous(), plan, arena, 0, tile, table, out, activation=activation, bias=bias)
+    return out[0]
+
+
+def second_product(
+    mid: Float[Tensor, "P I"],
+    ids: Int[Tensor, "T A"],
+    gates: Float[Tensor, "T A"],
+    arena: Arena,
+    bias: Tensor | None = None,
+) -> Float[Tensor, "T H2"]:
+    """The second matrix, weighed by the gates and summed per token."""
+    table, multiprocessors = device_table(mid.device)
+    plan, tile = _plan(table, arena, 1, ids)
+    matrix, P = arena.matrices[1], plan.rows
+    split = launch.choose_split(tile, P, arena.experts, matrix.n, matrix.k, multiprocessors)
+    small = P <= FLOAT32_ASSIGNMENTS or split > 1
+    dtype = torch.float32 if small else mid.dtype
+    parts = torch.empty(split, P, matrix.n, dtype=dtype, device=mid.device)
+    weights = gates.to(mid.dtype if gates.dtype == torch.float64 else gates.dtype).contiguous()
+    product(mid, plan, arena, 1, tile, table, parts, gates=weights, bias=bias)
+    y = mid.new_empty(len(ids), matrix.n)
+    sum_parts(parts, plan.ids, y, arena.experts)
+    return y
+
+
+def linear(x: Float[Tensor, "M K"], arena: Arena, bias: Tensor | None = None) -> Tensor:
+    """x times the transpose of the arena's only matrix [N, K], plus bias [N]."""
+    matrix = arena.matrices[0]
+    M = len(x)
+    y = x.new_empty(M, matrix.n)
+    if M == 0:
+        return y
+    table, multiprocessors = device_table(x.device)
+    if launch.use_dense(table, M, 1):
+        weight = expanded(arena, 0, 0, 1)[0]
+        return torch.nn.functional.linear(x, weight, bias)
+    tile = launch.choose_tile(table, matrix.bits, M, 1)
+    blocks = -(-M // tile.BM)
+    split = launch.choose_split(tile, blocks, blocks, matrix.n, matrix.k, multiprocessors)
+    x = x.contiguous()
+    row_bias = None if bias is None else bias[None]
+    if split == 1:
+        product(x, every_row(x, tile.BM), arena, 0, tile, table, y[None], bias=row_bias)
+        return y
+    parts = torch.empty(split, M, matrix.n, dtype=torch.float32, device=x.device)
+    product(x, every_row(x, tile.BM), arena, 0, tile, table, parts, bias=row_bias)
+    sum_parts(parts, None, y, 1)
+    return y
+
+
+def _plan(table: Table, arena: Arena, j: int, ids: Tensor) -> tuple[Schedule, Tile]:
+    flat = ids.reshape(-1)
+    tile = launch.choose_tile(table, arena.matrices[j].bits, len(flat), arena.experts)
+    return schedule(flat.contiguous(), arena.experts, tile.BM), tile
+
+
+def _by_expanding(
+    x: Tensor,
+    ids: Tensor,
+    gates: Tensor,
+    arena: Arena,
+    activation: Activation,
+    first_bias: Tensor | None,
+    second_bias: Tensor | None,
+) -> Tensor:
+    """The same for large batches, in chunks of experts. Reads the experts' row counts back."""
+    T, A = ids.shape
+    E, (first, second) = arena.experts, arena.matrices
+    flat = ids.reshape(-1).contiguous()
+    order, _, device_ends = place(flat, E, 1, T * A)
+    ends = [0, *device_ends.tolist()]
+    parts = x.new_empty(1, T * A, second.n)
+    chunk = _experts_per_chunk(first, second, x.element_size())
+    for low in range(0, E, chunk):
+        high = min(low + chunk, E)
+        rows = order[ends[low] : ends[high]].long()
+        if not len(rows):
+            continue
+        offsets = device_ends[low:high] - ends[low]
+        counts = torch.tensor([ends[e + 1] - ends[e] for e in range(low, high)], device=x.device)
+        mid = _grouped(x[rows // A], expanded(arena, 0, low, high), offsets)
+        if first_bias is not None:
+            mid = mid + first_bias[low:high].repeat_interleave(counts, 0)
+        out = _grouped(activation(mid), expanded(arena, 1, low, high), offsets)
+        if second_bias is not None:
+            out = out + second_bias[low:high].repeat_interleave(counts, 0)
+        parts[0, rows] = out * gates.reshape(-1)[rows, None].to(out.dtype)
+    y = x.new_empty(T, second.n)
+    sum_parts(parts, flat, y, E)
+    return y
+
+
+def _grouped(x: Tensor, weight: Float[Tensor, "E N K"], offsets: Tensor) -> Tensor:
+    return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+
+
+def _experts_per_chunk(first: Matrix, second: Matrix, itemsize: int) -> int:
+    largest = max(first.n * first.k, second.n * second.k) * itemsize
+    return max(1, DENSE_CHUNK // largest)

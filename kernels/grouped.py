@@ -1,0 +1,159 @@
+"""Launching the Triton kernels: schedules, products, sums, expansion.
+
+Buffers come from torch's allocator and nothing is read back, so a CUDA graph can capture a launch.
+Letters: P = T * A assignments, N outputs, K inputs of a product.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from qmoe.kernels import launch
+from qmoe.kernels.activation import NONE, Activation
+from qmoe.kernels.arena import Arena
+from qmoe.kernels.device.dequant import dequantize
+from qmoe.kernels.device.gemm import grouped_gemm
+from qmoe.kernels.device.route import count_assignments, place_assignments, sum_contributions
+from qmoe.kernels.launch import Table, Tile
+
+ROUTE_BLOCK = 1024
+SUM_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which rows each program computes (device/route.py). inline: P2 of device/gemm.py."""
+
+    ids: Tensor
+    order: Tensor
+    tiles: Tensor
+    inline: int
+    grid: int
+    rows: int
+
+
+def schedule(ids: Int[Tensor, " P"], E: int, BM: int) -> Schedule:
+    """Schedule assignments for tiles of BM rows; one or two launches, none for small batches."""
+    P = len(ids)
+    inline = launch.inline_width(P)
+    most = launch.most_tiles(P, E, BM)
+    if inline:
+        return Schedule(ids, ids, ids, inline, P, P)
+    order, tiles, _ = place(ids, E, BM, most)
+    return Schedule(ids, order, tiles, 0, most, P)
+
+
+def every_row(x: Tensor, BM: int) -> Schedule:
+    """The schedule of a linear: one matrix, all rows of x [P, K]."""
+    return Schedule(x, x, x, -1, -(-len(x) // BM), len(x))
+
+
+def place(ids: Tensor, E: int, BM: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """order (most * BM), tiles (1 + most) and ends (E) of device/route.py."""
+    P = len(ids)
+    blocks = -(-P // ROUTE_BLOCK)
+    E2 = _power_of_two(E + 1)
+    order = ids.new_empty(most * BM, dtype=torch.int32)
+    tiles = ids.new_empty(1 + most, dtype=torch.int32)
+    ends = ids.new_empty(E, dtype=torch.int32)
+    counts = ids.new_empty(blocks * E2, dtype=torch.int32)
+    if blocks > 1:
+        count_assignments[(blocks,)](ids, counts, P, E, BLOCK=ROUTE_BLOCK, E2=E2)
+    place_assignments[(blocks,)](
+        ids, counts, order, tiles, ends, P, E, blocks,
+        BM=BM, BLOCK=ROUTE_BLOCK, E2=E2, ONE_BLOCK=blocks == 1,
+    )  # fmt: skip
+    return order, tiles, ends
+
+
+def product(
+    x: Float[Tensor, "rows K"],
+    plan: Schedule,
+    arena: Arena,
+    j: int,
+    tile: Tile,
+    table: Table,
+    out: Tensor,
+    *,
+    activation: Activation = NONE,
+    gates: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    """out [split, P, N] = matrix j of each assignment's expert times its row of x.
+
+    x has a row per assignment or per token. gates [P] multiply rows, bias [E, N] is added before.
+    With an activation, out has I = N / 2 columns and no split.
+    """
+    matrix = arena.matrices[j]
+    P, E = plan.rows, arena.experts
+    fused = activation.name != "none"
+    grid = (plan.grid, -(-matrix.scale_stride // tile.BN), len(out))
+    grouped_gemm[grid](
+        x,
+        arena.buffer,
+        arena.table[j],
+        out if bias is None else bias,
+        out if gates is None else gates,
+        out,
+        plan.ids,
+        plan.order,
+        plan.tiles,
+        matrix.n,
+        matrix.k,
+        P,
+        P // len(x),
+        x.stride(0),
+        out.stride(1),
+        matrix.scale_stride,
+        out.stride(0),
+        E,
+        activation.alpha,
+        activation.limit,
+        BM=tile.BM,
+        BN=tile.BN,
+        BITS=matrix.bits,
+        GROUP=matrix.group,
+        TAIL=matrix.tail,
+        ZERO=matrix.zero,
+        ACT=activation.name if fused else "none",
+        INTERLEAVED=matrix.paired,
+        BIAS=bias is not None,
+        WEIGHTED=gates is not None,
+        P2=plan.inline,
+        SPLIT=len(out),
+        PTX=table.ptx and x.dtype != torch.float32,
+        ORDER=arena.order,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def sum_parts(parts: Tensor, ids: Tensor | None, y: Tensor, E: int) -> None:
+    """y [T, N] from parts [split, P, N]; without ids every part counts."""
+    T, N = y.shape
+    sum_contributions[(T, -(-N // SUM_BLOCK))](
+        parts, parts if ids is None else ids, y, N, parts.shape[1] // T, E,
+        parts.stride(0), parts.stride(1), y.stride(0),
+        SPLIT=len(parts), BLOCK=SUM_BLOCK, ALL=ids is None,
+    )  # fmt: skip
+
+
+def expanded(arena: Arena, j: int, first: int, last: int) -> Float[Tensor, "E N K"]:
+    """Matrix j of experts first..last-1 in floating point, original row order."""
+    matrix = arena.matrices[j]
+    out = torch.empty(
+        last - first, matrix.n, matrix.k, dtype=arena.dtype, device=arena.buffer.device
+    )
+    grid = (matrix.scale_stride // 128, -(-matrix.k // 32), last - first)
+    dequantize[grid](
+        arena.buffer, arena.table[j], out, first, matrix.n, matrix.k, matrix.scale_stride,
+        GROUP=matrix.group, TAIL=matrix.tail, ZERO=matrix.zero,
+        INTERLEAVED=matrix.paired, ORDER=arena.order,
+    )  # fmt: skip
+    return out
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,132 @@
+"""Which tile to launch: a pure function of shapes, with a table per GPU or architecture.
+
+A table is a JSON file in configs/: one named after the device if somebody tuned it there
+(scripts/tune_kernels.py), else the architecture's. Every tile of every shipped table is compiled
+and checked by scripts/kernel_report.py. Nothing is ever tuned in a user's process.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from qmoe.kernels.device.target import ARCHITECTURES
+
+CONFIGS = Path(__file__).parent / "configs"
+# Assignments up to which programs find their rows in the ids themselves (device/gemm.py).
+INLINE_ROWS = 256
+LARGEST_SPLIT = 8
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BM rows x BN outputs per program, and what Triton compiles it with."""
+
+    BM: int
+    BN: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is known of one GPU or architecture.
+
+    tiles: by weight ("light": 2 to 4 bits; "heavy": 8 bits, or widths that differ) and BM.
+    dense_rows: mean rows per expert from which expanding the weights and a dense product win.
+    order, ptx: the K order and the unpack its matrix unit wants.
+    """
+
+    arch: str
+    order: str
+    ptx: bool
+    shared_memory: int
+    source: str
+    dense_rows: int
+    tiles: dict[str, dict[int, Tile]]
+
+
+def table_for(device: str, arch: str) -> Table:
+    """The table of a device, by its own name, else its architecture's, else the nearest older
+    architecture of the same vendor. Raises ValueError if there is none."""
+    own = CONFIGS / (re.sub(r"[^A-Za-z0-9]+", "_", device) + ".json")
+    if own.is_file():
+        return read_table(own)
+    for candidate in (arch, _nearest(arch)):
+        if candidate and (path := CONFIGS / f"{candidate}.json").is_file():
+            return read_table(path)
+    raise ValueError(f"{device} ({arch}): no kernels for it; there are for {list(ARCHITECTURES)}")
+
+
+def _nearest(arch: str) -> str | None:
+    """sm87 runs what sm86 does. wgmma and tcgen05 exist in one generation only, so tables of 90
+    and 100 are for none but their own."""
+    if not arch.startswith("sm"):
+        return None
+    shipped = [
+        int(a[2:]) for a in ARCHITECTURES if a.startswith("sm") and a not in ("sm90", "sm100")
+    ]
+    older = [n for n in shipped if n <= int(arch[2:])]
+    return f"sm{max(older)}" if older else None
+
+
+@lru_cache
+def read_table(path: Path) -> Table:
+    """Read a table; KeyError or TypeError if it does not have just the fields it should."""
+    raw: dict[str, Any] = json.loads(path.read_text())
+    tiles = {
+        weight: {int(bm): Tile(int(bm), **fields) for bm, fields in by_bm.items()}
+        for weight, by_bm in raw.pop("tiles").items()
+    }
+    return Table(**raw, tiles=tiles)
+
+
+def weight_class(bits: int) -> str:
+    """ "heavy" if the kernel has a branch that keeps 8 planes of a tile in shared memory."""
+    return "heavy" if bits in (0, 8) else "light"
+
+
+def mean_rows(assignments: int, experts: int) -> float:
+    """Expected rows of an expert that has any, if routing were even."""
+    active = experts * (1 - (1 - 1 / experts) ** assignments) if experts > 1 else 1.0
+    return assignments / max(active, 1.0)
+
+
+def choose_tile(table: Table, bits: int, assignments: int, experts: int) -> Tile:
+    """The smallest BM that holds the mean expert's rows in one tile: padding is what small batches
+    pay for, and weights read twice is what large ones do."""
+    tiles = table.tiles[weight_class(bits)]
+    rows = mean_rows(assignments, experts)
+    return next((tiles[bm] for bm in sorted(tiles) if bm >= rows), tiles[max(tiles)])
+
+
+def choose_split(
+    tile: Tile, assignments: int, experts: int, n: int, k: int, multiprocessors: int
+) -> int:
+    """Shares of K, a power of two: as few as fill the device twice over, each of two K tiles or
+    more."""
+    active = min(assignments, experts)
+    programs = active * -(-n // tile.BN)
+    split = 1
+    while split < LARGEST_SPLIT and programs * split < 2 * multiprocessors and k >= 1024 * split:
+        split *= 2
+    return split
+
+
+def use_dense(table: Table, assignments: int, experts: int) -> bool:
+    """Whether the batch is so large that expanding the weights first is the faster way."""
+    return mean_rows(assignments, experts) >= table.dense_rows
+
+
+def inline_width(assignments: int) -> int:
+    """Vector length with which programs search the ids, 0 if there are too many for that."""
+    if assignments > INLINE_ROWS:
+        return 0
+    return next(w for w in (16, 64, 256) if w >= assignments)
+
+
+def most_tiles(assignments: int, experts: int, BM: int) -> int:
+    """Tiles that any routing needs at most: the grid, and the size of the schedule's buffers."""
+    return min(assignments, assignments // BM + experts)
