@@ -15,8 +15,8 @@ several sub-tiles, so unpacking needs no interleaving. In memory:
 So every width takes exactly its bits. The last tile of a K that is no multiple of 256 keeps only
 the planes its sub-tiles need. Values are unsigned: q + 2^(bits-1).
 
-Within 32 columns the order is the one the target's matrix unit wants in its registers (`Order`):
-a shuffle of bytes, chosen when a model is loaded. The checkpoint knows nothing of it.
+Within 16 rows x 32 columns the order is the one the target's matrix unit wants in its registers
+(`Order`): a shuffle of bytes, chosen when a model is loaded. The checkpoint knows nothing of it.
 """
 
 from typing import Literal
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from qmoe.kernels.device.gemm import tail_planes
 
-# plain: column order. mma: mma.sync and tcgen05. wgmma: sm_90.
+# plain: column order, for tcgen05 and AMD. mma: mma.sync. wgmma: sm_90.
 Order = Literal["plain", "mma", "wgmma"]
 ORDERS: tuple[Order, ...] = ("plain", "mma", "wgmma")
 ROWS, COLUMNS, SUB = 128, 256, 32
@@ -55,19 +55,22 @@ def matrix_bytes(n: int, k: int, bits: int) -> int:
     return padded_rows(n) // ROWS * count_planes(k, bits) * PLANE
 
 
-def column_order(order: Order) -> Tensor:
-    """[32]: which column of a sub-tile is stored at each place.
+def block_order(order: Order) -> Tensor:
+    """[512]: which element (row * 32 + column) of a block of 16 rows is stored at each place.
 
-    wgmma (in each half of 16): place 4t + 2h + c holds column 8h + 2t + c, so that the four bytes
-    of a thread are those of its two register pairs. mma: place 16h + 4t + 2j + c holds column
-    8t + 4j + 2h + c, so that a thread's eight columns are neighbours in the tokens' tile.
+    mma: rows stay; place 16h + 4t + 2j + c holds column 8t + 4j + 2h + c, so that a thread's eight
+    columns are neighbours in the tokens' tile. wgmma: place 64g + 16t + 8i + 4h + 2r + c holds row
+    8r + g, column 16i + 8h + 2t + c, so that the sixteen bytes of a thread are neighbours, and each
+    four of them make two of its registers.
     """
-    columns = torch.arange(SUB)
+    elements = torch.arange(16 * SUB)
     if order == "wgmma":
-        return columns.view(2, 2, 4, 2).permute(0, 2, 1, 3).reshape(SUB)
+        r, g, i, h, t, c = (2, 8, 2, 2, 4, 2)
+        return elements.view(r, g, i, h, t, c).permute(1, 4, 2, 3, 0, 5).flatten()
     if order == "mma":
-        return columns.view(4, 2, 2, 2).permute(2, 0, 1, 3).reshape(SUB)
-    return columns
+        t, j, h, c = (4, 2, 2, 2)
+        return elements.view(16, t, j, h, c).permute(0, 3, 1, 2, 4).flatten()
+    return elements
 
 
 def pair_rows(n: int) -> Tensor:
@@ -89,7 +92,8 @@ def pack(q: Int8[Tensor, "N K"], bits: int, order: Order) -> UInt8[Tensor, " B"]
     stored = torch.full((rows, subtiles * SUB), 1 << (bits - 1), dtype=torch.uint8, device=q.device)
     stored[:n, :k] = (q.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
     stored = stored.view(rows // ROWS, ROWS, subtiles, SUB).transpose(1, 2)
-    stored = stored[..., column_order(order).to(q.device)]  # [rows/128, subtiles, 128, 32]
+    blocks = stored.reshape(rows // ROWS, subtiles, ROWS // 16, 16 * SUB)
+    stored = blocks[..., block_order(order).to(q.device)].unflatten(-1, (16, SUB)).flatten(2, 3)
     tiles = stored.split(8, dim=1)
     return torch.cat([_planes(tile, bits) for tile in tiles], dim=1).flatten()
 
@@ -103,8 +107,10 @@ def unpack(
     subtiles = [8] * (k // COLUMNS) + ([tail_subtiles(k)] if tail_subtiles(k) else [])
     parts = planes.split([tail_planes(bits, s) for s in subtiles], dim=1)
     values = torch.cat([_fields(p, bits, s) for p, s in zip(parts, subtiles, strict=True)], dim=1)
-    back = torch.empty_like(values)
-    back[..., column_order(order).to(stored.device)] = values
+    blocks = values.reshape(*values.shape[:2], ROWS // 16, 16 * SUB)
+    back = torch.empty_like(blocks)
+    back[..., block_order(order).to(stored.device)] = blocks
+    back = back.view(values.shape)
     q = back.transpose(1, 2).reshape(rows, -1)[:n, :k].to(torch.int16) - (1 << (bits - 1))
     return q.to(torch.int8)
 

@@ -28,8 +28,10 @@ def dequantize(
     expert = tl.program_id(2)
     entry = table_ptr + (first_expert + expert) * 4
     bits = tl.load(entry)
-    n = tile_n * 128 + tl.arange(0, 128)
     place = tl.arange(0, 32)
+    n, k = _element(tl.arange(0, 128), place, ORDER)
+    n += tile_n * 128
+    k += sub * 32
     tile_k = sub // 8
     i = sub % 8
     KT = K // 256
@@ -49,23 +51,25 @@ def dequantize(
         group = sub // (GROUP // 32)
     scales = (arena_ptr + tl.load(entry + 2).to(tl.int64) * 128).to(tl.pointer_type(DT))
     scale = tl.load(scales + group * scale_stride + n)
-    zero = tl.zeros([128], tl.int32) + (1 << (bits - 1))
+    zero = tl.zeros([128, 32], tl.int32) + (1 << (bits - 1))
     if ZERO:
         zeros = arena_ptr + tl.load(entry + 3).to(tl.int64) * 128
         zero = tl.load(zeros + group * scale_stride + n).to(tl.int32)
-    w = (q - zero[:, None]).to(tl.float32) * scale[:, None].to(tl.float32)
+    w = (q - zero).to(tl.float32) * scale.to(tl.float32)
     row = column_of(n, N, INTERLEAVED)
-    k = sub * 32 + _column(place, ORDER)
-    at = out_ptr + expert.to(tl.int64) * N * K + row[:, None].to(tl.int64) * K + k[None, :]
-    tl.store(at, w.to(DT), mask=(row[:, None] < N) & (k[None, :] < K))
+    at = out_ptr + expert.to(tl.int64) * N * K + row.to(tl.int64) * K + k
+    tl.store(at, w.to(DT), mask=(row < N) & (k < K))
 
 
 @triton.jit
-def _column(place, ORDER: tl.constexpr):
-    """The column of a sub-tile that is stored at a place (layout.column_order)."""
+def _element(n, place, ORDER: tl.constexpr):
+    """(row, column) [128, 32] of what is stored at each place of a tile (layout.block_order)."""
+    p = (n % 16)[:, None] * 32 + place[None, :]
+    row = (n // 16 * 16)[:, None]
     if ORDER == "wgmma":
-        return place // 16 * 16 + (place % 4 // 2) * 8 + (place % 16 // 4) * 2 + place % 2
+        row += p // 2 % 2 * 8 + p // 64
+        return row, p // 8 % 2 * 16 + p // 4 % 2 * 8 + p // 16 % 4 * 2 + p % 2
     elif ORDER == "mma":
-        return (place % 16 // 4) * 8 + (place % 4 // 2) * 4 + (place // 16) * 2 + place % 2
+        return row + p // 32, p // 4 % 4 * 8 + p // 2 % 2 * 4 + p // 16 % 2 * 2 + p % 2
     else:
-        return place
+        return row + p // 32, p % 32

@@ -20,17 +20,22 @@ from qmoe.kernels.device.unpack import unpack
 
 
 @triton.jit
-def _in_order(w, b, BM: tl.constexpr, BN: tl.constexpr, ORDER: tl.constexpr):
-    """Bring w [BN, 32] and b [32, BM] to the same K order (layout.py). Only renames registers.
-
-    "wgmma" weights are put back in order; to "mma" weights the tokens are brought, so that a thread
-    reads the eight values it needs of one token with one 16-byte load, in adjacent registers.
-    """
+def _load_plane(planes, BN: tl.constexpr, ORDER: tl.constexpr):
+    """A byte plane [BN, 32]. wgmma's order is undone here: it only renames registers."""
+    plane = tl.load(planes, eviction_policy="evict_first")
     if ORDER == "wgmma":
-        w = w.reshape(BN, 2, 4, 2, 2).trans(0, 1, 3, 2, 4).reshape(BN, 32)
-    elif ORDER == "mma":
-        b = b.reshape(4, 2, 2, 2, BM).trans(2, 0, 1, 3, 4).reshape(32, BM)
-    return w, b
+        plane = plane.reshape(BN // 16, 8, 4, 2, 2, 2, 2)
+        plane = plane.trans(0, 5, 1, 3, 4, 2, 6).reshape(BN, 32)
+    return plane
+
+
+@triton.jit
+def _tokens_in_order(x, BM: tl.constexpr, ORDER: tl.constexpr):
+    """x [32, BM] in the K order of mma weights: a thread reads the eight values that it needs of a
+    token with one 16-byte load, into registers that lie as mma.sync takes them."""
+    if ORDER == "mma":
+        x = x.reshape(4, 2, 2, 2, BM).trans(2, 0, 1, 3, 4).reshape(32, BM)
+    return x
 
 
 @triton.jit
@@ -60,14 +65,14 @@ def _tile(
     high = 0
     zero = 0
     if BITS == 3:
-        high = tl.load(planes, eviction_policy="evict_first")
+        high = _load_plane(planes, BN, ORDER)
         planes += PLANE
     if ZERO and GROUP == 0:
         zero = tl.load(zeros)[:, None]
     part = tl.zeros((BN, BM), dtype=tl.float32)
     for i in tl.static_range(SUBTILES):
         if i % FIELDS == 0:
-            plane = tl.load(planes + (i // FIELDS) * PLANE, eviction_policy="evict_first")
+            plane = _load_plane(planes + (i // FIELDS) * PLANE, BN, ORDER)
         if ZERO and GROUP != 0 and i % PER_GROUP == 0:
             zero = tl.load(zeros + (i // PER_GROUP) * scale_stride)[:, None]
         w = unpack(plane, high, zero, BITS, i % (8 if BITS == 3 else FIELDS), DT, ZERO, PTX)
@@ -76,7 +81,7 @@ def _tile(
         else:
             inside = i * 32 + tl.arange(0, 32)[:, None] < k_left
             b = tl.load(x + i * 32, mask=inside, other=0.0)
-        w, b = _in_order(w, b, BM, BN, ORDER)
+        b = _tokens_in_order(b, BM, ORDER)
         if GROUP == 0:
             acc = tl.dot(w, b, acc, input_precision="ieee")
         else:

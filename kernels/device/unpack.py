@@ -114,7 +114,7 @@ def unpack(
         if ZERO:
             big = zero_constant(zero, DT)
             if BITS == 8 and DT == tl.bfloat16:
-                return _inline(asm, 5, (plane, (-zero.to(tl.float32)).to(DT), big), DT)
+                return _inline(asm, 5, (plane, big + 128.0, big), DT)
             elif BITS == 3:
                 return _inline(asm, 4, (plane, high, big), DT)
             else:
