@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# The gated activations of device/activation.py.
-FUSED = ("silu", "gelu", "gelu_tanh", "clamped_swiglu")
+from qmoe.kernels.device.activation import FUSED
 
 
 @dataclass(frozen=True)

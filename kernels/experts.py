@@ -33,7 +33,7 @@ FLOAT32_ASSIGNMENTS = 4096
 # What Triton's interpreter runs: for tests, and for nothing else.
 INTERPRETER = Table(
     "interpreter", "mma", False, 0, "", 256,
-    {w: {bm: Tile(bm, 128, 4, 1) for bm in (8, 16, 32, 64)} for w in ("light", "heavy")},
+    {w: {bm: Tile(bm, 128, 4, 1) for bm in (8, 16, 32, 64)} for w in ("light", "heavy", "fine")},
 )  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def linear(x: Float[Tensor, "M K"], arena: Arena, bias: Tensor | None = None) ->
     if launch.use_dense(table, M, 1):
         weight = expanded(arena, 0, 0, 1)[0]
         return torch.nn.functional.linear(x, weight, bias)
-    tile = launch.choose_tile(table, matrix.bits, M, 1)
+    tile = launch.choose_tile(table, matrix.bits, matrix.group, M, 1)
     blocks = -(-M // tile.BM)
     split = launch.choose_split(tile, blocks, blocks, matrix.n, matrix.k, multiprocessors)
     x = x.contiguous()
@@ -139,7 +139,8 @@ def linear(x: Float[Tensor, "M K"], arena: Arena, bias: Tensor | None = None) ->
 
 def _plan(table: Table, arena: Arena, j: int, ids: Tensor) -> tuple[Schedule, Tile]:
     flat = ids.reshape(-1)
-    tile = launch.choose_tile(table, arena.matrices[j].bits, len(flat), arena.experts)
+    matrix = arena.matrices[j]
+    tile = launch.choose_tile(table, matrix.bits, matrix.group, len(flat), arena.experts)
     return schedule(flat.contiguous(), arena.experts, tile.BM), tile
 
 

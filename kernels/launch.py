@@ -34,7 +34,7 @@ class Tile:
 class Table:
     """What is known of one GPU or architecture.
 
-    tiles: by weight ("light": 2 to 4 bits; "heavy": 8 bits, or widths that differ) and BM.
+    tiles: by `tile_class` and BM.
     dense_rows: mean rows per expert from which expanding the weights and a dense product win.
     order, ptx: the K order and the unpack its matrix unit wants.
     """
@@ -83,8 +83,11 @@ def read_table(path: Path) -> Table:
     return Table(**raw, tiles=tiles)
 
 
-def weight_class(bits: int) -> str:
-    """ "heavy" if the kernel has a branch that keeps 8 planes of a tile in shared memory."""
+def tile_class(bits: int, group: int) -> str:
+    """What limits a tile. fine: groups of 32, with a scale and a partial sum for every dot. heavy:
+    8 bits, or widths that differ, with 8 planes of a tile in shared memory. light: the rest."""
+    if group == 32:
+        return "fine"
     return "heavy" if bits in (0, 8) else "light"
 
 
@@ -94,10 +97,10 @@ def mean_rows(assignments: int, experts: int) -> float:
     return assignments / max(active, 1.0)
 
 
-def choose_tile(table: Table, bits: int, assignments: int, experts: int) -> Tile:
+def choose_tile(table: Table, bits: int, group: int, assignments: int, experts: int) -> Tile:
     """The smallest BM that holds the mean expert's rows in one tile: padding is what small batches
     pay for, and weights read twice is what large ones do."""
-    tiles = table.tiles[weight_class(bits)]
+    tiles = table.tiles[tile_class(bits, group)]
     rows = mean_rows(assignments, experts)
     return next((tiles[bm] for bm in sorted(tiles) if bm >= rows), tiles[max(tiles)])
 

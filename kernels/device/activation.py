@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+# What `gated` knows; anything else runs unfused.
+FUSED = ("silu", "gelu", "gelu_tanh", "clamped_swiglu")
+
 
 @triton.jit
 def gated(gate, up, alpha, limit, ACT: tl.constexpr):

@@ -242,10 +242,10 @@ def grouped_gemm(
     scales = (arena_ptr + tl.load(entry + 2).to(tl.int64) * 128).to(tl.pointer_type(DT))
     scales += tile_n * BN + n
     zeros = arena_ptr + tl.load(entry + 3).to(tl.int64) * 128 + tile_n * BN + n
-    weights = arena_ptr + tl.load(entry + 1).to(tl.int64) * 128
     # BN = 64 reads half of a 128-row tile.
-    inside = ((tile_n * BN) % 128 + n)[:, None] * 32 + k[None, :]
     tile_row = (tile_n * BN) // 128
+    inside = ((tile_n * BN) % 128 + n)[:, None] * 32 + k[None, :]
+    weights = arena_ptr + tl.load(entry + 1).to(tl.int64) * 128
     if BITS > 0:
         acc = _along_k(
             x, weights, scales, zeros, inside, tile_row, split, K, scale_stride,

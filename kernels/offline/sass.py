@@ -45,8 +45,9 @@ def parse(sass: str) -> list[Instruction | str]:
 def main_loops(sass: str) -> list[list[Instruction]]:
     """The bodies of all loops that multiply matrices, in the order of the code.
 
-    A loop is a natural one: its back edge comes from a block that its first block dominates. Blocks
-    placed behind the back edge (where a thread spins for a barrier that was not ready) are left out.
+    A loop is a natural one: its back edge comes from a block that its first block dominates.
+    Blocks behind the back edge (where a thread spins for a barrier that was not ready) are left
+    out.
     """
     items = parse(sass)
     starts, successors = _blocks(items)
@@ -60,8 +61,10 @@ def main_loops(sass: str) -> list[list[Instruction]]:
     ends = [*starts[1:], len(items)]
     for header, last in sorted(loops.items()):
         body = [i for i in items[starts[header] : ends[last]] if isinstance(i, Instruction)]
-        inner = any(header < h and loops[h] <= last and _multiplies(items, starts, ends, h, loops[h])
-                    for h in loops)  # fmt: skip
+        inner = any(
+            header < h and end <= last and _multiplies(items, starts, ends, h, end)
+            for h, end in loops.items()
+        )
         if any("MMA" in i.op for i in body) and not inner:
             bodies.append(body)
     return bodies

@@ -1,0 +1,73 @@
+"""Compile every shipped kernel configuration for GPUs that are not here, and hold it to its gates.
+
+No GPU and no driver is needed: Triton brings the assembler and the disassembler. Exits with 1 if
+anything spills, exceeds shared memory, stores weights back, or costs more instructions than it may.
+What it says of time is projected, never measured.
+"""
+
+import argparse
+import os
+import sys
+import time
+from multiprocessing import Pool
+
+import triton
+
+from qmoe.kernels.device.target import ARCHITECTURES
+from qmoe.kernels.offline import report
+from qmoe.kernels.offline.cases import cases, check, tables
+from qmoe.kernels.offline.roofline import GPUS
+from qmoe.tables import show
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="default: all")
+    parser.add_argument("--full", action="store_true", help="every width, group and tile (hours)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    args = parser.parse_args()
+    start = time.monotonic()
+    known = {t.arch: t for t in tables() if t.arch in (args.arch or ARCHITECTURES)}
+    wanted = [case for table in known.values() for case in cases(table, args.full)]
+    with Pool(args.jobs) as pool:
+        findings = list(pool.imap(check, wanted))
+
+    header = ["configuration", "registers", "spilled", "shared KiB", "per weight", "per MMA", ""]
+    show(f"compiled with Triton {triton.__version__}", header, report.case_rows(findings))
+    show(
+        "instructions per dequantized weight, whole kernel, BM 16, bf16",
+        report.WEIGHT_HEADER,
+        report.weight_rows(findings),
+    )
+    nvidia = [arch for arch in known if arch.startswith("sm")]
+    show(
+        "other loops by the same counter, int4, 16x128x128 (bytes spilled)",
+        ["GPU", "a byte per nibble (vLLM's)", "interleaved columns"],
+        report.rival_rows(nvidia),
+    )
+    rows, too_much = report.traffic_rows(known) if _known_gpu(known) else ([], [])
+    show(
+        "bytes moved at decode, as a share of the ideal (worst GPU, worst of sym and asym)",
+        ["layer", "group", "int2", "int3", "int4", "int8"],
+        rows,
+    )
+    show(
+        "PROJECTED, not measured: microseconds of a layer's experts for one token, int4, with 3 "
+        "launches (what bounds it)",
+        ["layer", "group", *(gpu.name for gpu in GPUS)],
+        report.projection_rows(known, findings),
+    )
+    failed = [f"{f.case}: {'; '.join(f.failed)}" for f in findings if f.failed] + too_much
+    for line in failed:
+        print("FAILED", line)
+    seconds = time.monotonic() - start
+    print(f"{len(findings)} configurations, {len(failed)} failed, {seconds:.0f} s")
+    return 1 if failed else 0
+
+
+def _known_gpu(known: dict[str, object]) -> bool:
+    return any(gpu.arch in known for gpu in GPUS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
