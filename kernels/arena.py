@@ -81,6 +81,10 @@ class Arena:
         bits = [int(b) for b in self.table[:, e, BITS]]
         return start, expert_bytes(self.matrices, bits, self.dtype)
 
+    def ranges(self) -> list[tuple[int, int]]:
+        """`expert_range` of every expert."""
+        return [self.expert_range(e) for e in range(self.experts)]
+
     def nbytes(self) -> int:
         return int(self.buffer.nbytes + self.table.nbytes)
 

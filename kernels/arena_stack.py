@@ -27,12 +27,14 @@ class ArenaStack(nn.Module):
         device: torch.device,
         activation: Activation | None = None,
         paired: bool = False,
+        home: torch.device | None = None,
     ):
         """stacks: the matrices of an experts module [E, N, K], first and second, or the one of a
-        linear (E = 1). activation: the fused one between them, None for the unfused path."""
+        linear (E = 1). activation: the fused one between them, None for the unfused path. device:
+        where it is computed; home: where the bytes are for now, if elsewhere (offload.py)."""
         super().__init__()
         order = device_table(device)[0].order
-        arena = build_arena([_each(s) for s in stacks], dtype, order, device, paired)
+        arena = build_arena([_each(s) for s in stacks], dtype, order, home or device, paired)
         self.scheme, self.activation, self._arena = stacks[0].scheme, activation, arena
         self.register_buffer("buffer", arena.buffer, persistent=False)
         self.register_buffer("table", arena.table, persistent=False)
@@ -52,16 +54,28 @@ class ArenaStack(nn.Module):
         activation: Callable[[Tensor], Tensor],
     ) -> Float[Tensor, "T H2"]:
         """The routed experts; `activation` is called if it could not be fused."""
+        return self.run(self.buffer, self.table, x, ids, gates, activation)
+
+    def run(
+        self,
+        buffer: Tensor,
+        table: Tensor,
+        x: Tensor,
+        ids: Tensor,
+        gates: Tensor,
+        activation: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """`experts`, with their bytes in `buffer` where `table` says (offload.py)."""
         known = self.activation
         if known is not None:
             return ops.routed_experts(  # type: ignore[no-any-return]
-                x, ids, gates, self.buffer, self.table, self.numbers,
+                x, ids, gates, buffer, table, self.numbers,
                 known.name, known.alpha, known.limit, None, None,
             )  # fmt: skip
-        mid = ops.first_product(x, ids, self.buffer, self.table, self.numbers, None)
+        mid = ops.first_product(x, ids, buffer, table, self.numbers, None)
         mid = activation(mid)
         return ops.second_product(  # type: ignore[no-any-return]
-            mid, ids, gates, self.buffer, self.table, self.numbers, None
+            mid, ids, gates, buffer, table, self.numbers, None
         )
 
     def matmul(self, x: Float[Tensor, "M K"], e: int) -> Float[Tensor, "M N"]:

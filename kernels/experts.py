@@ -33,7 +33,8 @@ FLOAT32_ASSIGNMENTS = 4096
 # What Triton's interpreter runs: for tests, and for nothing else.
 INTERPRETER = Table(
     "interpreter", "mma", False, 0, "", 256,
-    {w: {bm: Tile(bm, 128, 4, 1) for bm in (8, 16, 32, 64)} for w in ("light", "heavy", "fine")},
+    {w: {bm: Tile(bm, 128, 4, 1) for bm in (8, 16, 32, 64)} 
+     for w in ("light", "heavy", "fine", "fine_heavy")},
 )  # fmt: skip
 
 
@@ -68,26 +69,19 @@ def routed_experts(
     table, multiprocessors = device_table(x.device)
     if launch.use_dense(table, T * A, arena.experts):
         return _by_expanding(x, ids, gates, arena, activation, first_bias, second_bias)
-    mid = first_product(x, ids, arena, activation, first_bias)
-    return second_product(mid, ids, gates, arena, second_bias)
+    flat, tiles = ids.reshape(-1).contiguous(), _tiles(table, arena, T * A)
+    plan = schedule(flat, arena.experts, tiles[0].BM)
+    mid = _first(x, plan, arena, tiles[0], activation, first_bias)
+    return _second(mid, plan, gates, arena, tiles[1], second_bias)
 
 
 def first_product(
-    x: Float[Tensor, "T H"],
-    ids: Int[Tensor, "T A"],
-    arena: Arena,
-    activation: Activation = NONE,
-    bias: Tensor | None = None,
-) -> Float[Tensor, "P I"]:
-    """The first matrix of each assignment's expert, and the activation; rows without an expert
-    hold whatever was in memory."""
-    table, _ = device_table(x.device)
-    plan, tile = _plan(table, arena, 0, ids)
-    matrix = arena.matrices[0]
-    width = matrix.n if activation.name == "none" else matrix.n // 2
-    out = x.new_empty(1, plan.rows, width)
-    product(x.contiguous(), plan, arena, 0, tile, table, out, activation=activation, bias=bias)
-    return out[0]
+    x: Float[Tensor, "T H"], ids: Int[Tensor, "T A"], arena: Arena, bias: Tensor | None = None
+) -> Float[Tensor, "P N"]:
+    """The first matrix of each assignment's expert, for activations that are not fused; rows
+    without an expert hold whatever was in memory."""
+    plan, tiles = _plan(ids, arena)
+    return _first(x, plan, arena, tiles[0], NONE, bias)
 
 
 def second_product(
@@ -98,16 +92,55 @@ def second_product(
     bias: Tensor | None = None,
 ) -> Float[Tensor, "T H2"]:
     """The second matrix, weighed by the gates and summed per token."""
+    plan, tiles = _plan(ids, arena)
+    return _second(mid, plan, gates, arena, tiles[1], bias)
+
+
+def _plan(ids: Tensor, arena: Arena) -> tuple[Schedule, list[Tile]]:
+    tiles = _tiles(device_table(ids.device)[0], arena, ids.numel())
+    return schedule(ids.reshape(-1).contiguous(), arena.experts, tiles[0].BM), tiles
+
+
+def _tiles(table: Table, arena: Arena, assignments: int) -> list[Tile]:
+    """A tile for each matrix, of one BM, so that they share a schedule."""
+    chosen = [
+        launch.choose_tile(table, m.bits, m.group, assignments, arena.experts)
+        for m in arena.matrices
+    ]
+    BM = min(tile.BM for tile in chosen)
+    return [table.tiles[launch.tile_class(m.bits, m.group)][BM] for m in arena.matrices]
+
+
+def _first(
+    x: Tensor,
+    plan: Schedule,
+    arena: Arena,
+    tile: Tile,
+    activation: Activation,
+    bias: Tensor | None,
+) -> Tensor:
+    matrix = arena.matrices[0]
+    width = matrix.n if activation.name == "none" else matrix.n // 2
+    out = x.new_empty(1, plan.rows, width)
+    table, _ = device_table(x.device)
+    product(x.contiguous(), plan, arena, 0, tile, table, out, activation=activation, bias=bias)
+    return out[0]
+
+
+def _second(
+    mid: Tensor, plan: Schedule, gates: Tensor, arena: Arena, tile: Tile, bias: Tensor | None
+) -> Tensor:
     table, multiprocessors = device_table(mid.device)
-    plan, tile = _plan(table, arena, 1, ids)
     matrix, P = arena.matrices[1], plan.rows
     split = launch.choose_split(tile, P, arena.experts, matrix.n, matrix.k, multiprocessors)
     small = P <= FLOAT32_ASSIGNMENTS or split > 1
     dtype = torch.float32 if small else mid.dtype
     parts = torch.empty(split, P, matrix.n, dtype=dtype, device=mid.device)
-    weights = gates.to(mid.dtype if gates.dtype == torch.float64 else gates.dtype).contiguous()
-    product(mid, plan, arena, 1, tile, table, parts, gates=weights, bias=bias)
-    y = mid.new_empty(len(ids), matrix.n)
+    product(
+        mid.contiguous(), plan, arena, 1, tile, table, parts,
+        gates=gates.reshape(-1).contiguous(), bias=bias,
+    )  # fmt: skip
+    y = mid.new_empty(len(gates), matrix.n)
     sum_parts(parts, plan.ids, y, arena.experts)
     return y
 
@@ -135,13 +168,6 @@ def linear(x: Float[Tensor, "M K"], arena: Arena, bias: Tensor | None = None) ->
     product(x, every_row(x, tile.BM), arena, 0, tile, table, parts, bias=row_bias)
     sum_parts(parts, None, y, 1)
     return y
-
-
-def _plan(table: Table, arena: Arena, j: int, ids: Tensor) -> tuple[Schedule, Tile]:
-    flat = ids.reshape(-1)
-    matrix = arena.matrices[j]
-    tile = launch.choose_tile(table, matrix.bits, matrix.group, len(flat), arena.experts)
-    return schedule(flat.contiguous(), arena.experts, tile.BM), tile
 
 
 def _by_expanding(

@@ -125,8 +125,7 @@ def product(
         SPLIT=len(out),
         PTX=table.ptx and x.dtype != torch.float32,
         ORDER=arena.order,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options(),
     )
 
 

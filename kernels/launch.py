@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from qmoe.kernels.device.target import ARCHITECTURES
+from qmoe.kernels.device.target import ARCHITECTURES, Order
 
 CONFIGS = Path(__file__).parent / "configs"
 # Assignments up to which programs find their rows in the ids themselves (device/gemm.py).
@@ -22,12 +22,22 @@ LARGEST_SPLIT = 8
 
 @dataclass(frozen=True)
 class Tile:
-    """BM rows x BN outputs per program, and what Triton compiles it with."""
+    """BM rows x BN outputs per program, and what Triton compiles it with.
+
+    registers: a bound per thread, 0 for the assembler's own choice. It likes to spill a word or two
+    to get below 128; told that it may have more, it does not.
+    """
 
     BM: int
     BN: int
     warps: int
     stages: int
+    registers: int = 0
+
+    def options(self) -> dict[str, int]:
+        """Triton's compile options."""
+        chosen = {"num_warps": self.warps, "num_stages": self.stages}
+        return chosen | ({"maxnreg": self.registers} if self.registers else {})
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,7 @@ class Table:
     """
 
     arch: str
-    order: str
+    order: Order
     ptx: bool
     shared_memory: int
     source: str
@@ -85,10 +95,11 @@ def read_table(path: Path) -> Table:
 
 def tile_class(bits: int, group: int) -> str:
     """What limits a tile. fine: groups of 32, with a scale and a partial sum for every dot. heavy:
-    8 bits, or widths that differ, with 8 planes of a tile in shared memory. light: the rest."""
+    8 bits, or widths that differ, with 8 planes of a tile in shared memory. Else light."""
+    heavy = bits in (0, 8)
     if group == 32:
-        return "fine"
-    return "heavy" if bits in (0, 8) else "light"
+        return "fine_heavy" if heavy else "fine"
+    return "heavy" if heavy else "light"
 
 
 def mean_rows(assignments: int, experts: int) -> float:

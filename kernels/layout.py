@@ -19,16 +19,13 @@ Within 16 rows x 32 columns the order is the one the target's matrix unit wants 
 (`Order`): a shuffle of bytes, chosen when a model is loaded. The checkpoint knows nothing of it.
 """
 
-from typing import Literal
-
 import torch
 from jaxtyping import Int8, UInt8
 from torch import Tensor
 
 from qmoe.kernels.device.gemm import tail_planes
+from qmoe.kernels.device.target import Order
 
-# plain: column order, for tcgen05 and AMD. mma: mma.sync. wgmma: sm_90.
-Order = Literal["plain", "mma", "wgmma"]
 ORDERS: tuple[Order, ...] = ("plain", "mma", "wgmma")
 ROWS, COLUMNS, SUB = 128, 256, 32
 PLANE = ROWS * SUB
@@ -95,7 +92,8 @@ def pack(q: Int8[Tensor, "N K"], bits: int, order: Order) -> UInt8[Tensor, " B"]
     blocks = stored.reshape(rows // ROWS, subtiles, ROWS // 16, 16 * SUB)
     stored = blocks[..., block_order(order).to(q.device)].unflatten(-1, (16, SUB)).flatten(2, 3)
     tiles = stored.split(8, dim=1)
-    return torch.cat([_planes(tile, bits) for tile in tiles], dim=1).flatten()
+    packed: Tensor = torch.cat([_planes(tile, bits) for tile in tiles], dim=1).flatten()
+    return packed
 
 
 def unpack(
@@ -111,7 +109,7 @@ def unpack(
     back = torch.empty_like(blocks)
     back[..., block_order(order).to(stored.device)] = blocks
     back = back.view(values.shape)
-    q = back.transpose(1, 2).reshape(rows, -1)[:n, :k].to(torch.int16) - (1 << (bits - 1))
+    q: Tensor = back.transpose(1, 2).reshape(rows, -1)[:n, :k].to(torch.int16) - (1 << (bits - 1))
     return q.to(torch.int8)
 
 

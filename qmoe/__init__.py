@@ -68,15 +68,23 @@ def load(
     dtype: "torch.dtype | None" = None,
     *,
     device: "str | torch.device" = "cpu",
+    expert_memory: int | None = None,
     progress: bool = True,
 ) -> tuple[Any, Any]:
     """Load a quantized folder or hub name: a transformers model that runs packed, its tokenizer.
 
     dtype: of activations and unquantized weights; None is the checkpoint's own. device: "cpu", or
-    "cuda" for the Triton kernels. Raises CheckpointError if the folder is not a whole quantized
-    model, ConfigError for a device that is not there, AuditError if an expert would not run packed.
+    "cuda" for the Triton kernels. expert_memory: bytes of the GPU for routed experts; the rest stay
+    in host memory and come as they are needed. Raises CheckpointError if the folder is not a
+    whole quantized model, ConfigError for a device that is not there, AuditError if an expert would not run packed.
     """
     from qmoe.loading import load as run
     from qmoe.progress import on_terminal, silent
 
-    return run(path, dtype, device=device, track=on_terminal if progress else silent)
+    return run(
+        path,
+        dtype,
+        device=device,
+        expert_memory=expert_memory,
+        track=on_terminal if progress else silent,
+    )

@@ -62,6 +62,12 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--repeats", type=int, default=5, help="rounds; models take turns in each")
     for sub in (evaluate, bench):
         sub.add_argument("--device", default="cpu", help="cpu, or a GPU: cuda, cuda:1")
+        sub.add_argument(
+            "--expert-memory",
+            type=float,
+            metavar="GB",
+            help="GPU memory for routed experts; those beyond it wait in host memory",
+        )
     for sub in commands.choices.values():
         sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser

@@ -141,6 +141,7 @@ def eval(args: argparse.Namespace) -> dict[str, Any]:
         batch=args.batch,
         dtype=getattr(torch, args.dtype),
         device=args.device,
+        expert_memory=None if args.expert_memory is None else int(args.expert_memory * 1e9),
         track=on_terminal,
     )
 
@@ -183,6 +184,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         tokens=args.tokens,
         repeats=args.repeats,
         device=args.device,
+        expert_memory=None if args.expert_memory is None else int(args.expert_memory * 1e9),
         track=on_terminal,
     )
 

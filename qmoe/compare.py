@@ -85,14 +85,15 @@ def evaluate(
     batch: int = 8,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    expert_memory: int | None = None,
     track: Track = silent,
 ) -> dict[str, Any]:
     """Perplexity by domain of a quantized folder; with `against`, also KL and top-1 agreement.
 
     text: see qmoe.calibration.text.load_texts. The first `windows` windows of every domain are
     scored. dtype: of activations, for all models alike; float32 shows what the weights lost and
-    nothing else. device: of the quantized models. The original is streamed on the CPU, so it may be
-    larger than memory.
+    nothing else. device, expert_memory: of the quantized models (qmoe.load). The original is
+    streamed on the CPU, so it may be larger than memory.
     Returns scores by model and domain, their means over domains ("overall"), bytes on disk, and
     in words where the quantized model is not better than a baseline ("not_better").
     """
@@ -113,12 +114,12 @@ def evaluate(
         assert against is not None
         with rtn_twin(folder, against, track) as twin:
             models["rtn"], disk["rtn"] = (
-                load(twin, dtype, device=device, track=track)[0],
+                load(twin, dtype, device=device, expert_memory=expert_memory, track=track)[0],
                 _disk(twin),
             )
     if "nf4" in baselines:
         models["nf4"] = nf4(str(against), dtype, device)
-    models["qmoe"] = load(folder, dtype, device=device, track=track)[0]
+    models["qmoe"] = load(folder, dtype, device=device, expert_memory=expert_memory, track=track)[0]
     reference: Logits | None = None
     if against is not None:
         source = open_source(against, dtype)
@@ -145,6 +146,7 @@ def benchmark(
     tokens: int = 32,
     repeats: int = 5,
     device: str = "cpu",
+    expert_memory: int | None = None,
     track: Track = silent,
 ) -> dict[str, dict[str, float]]:
     """Speed and memory of a quantized folder beside the original and baselines, by model name.
@@ -156,7 +158,7 @@ def benchmark(
     folder = resolve(path)
     if against is not None:
         check_same_model(folder, resolve(against))
-    models = {"qmoe": load(folder, device=device, track=track)[0]}
+    models = {"qmoe": load(folder, device=device, expert_memory=expert_memory, track=track)[0]}
     measured = [("qmoe", "qmoe", folder)]
     used = {}
     with ExitStack() as stack:
@@ -169,7 +171,7 @@ def benchmark(
                 measured.append(("nf4", "nf4", source))
             if "rtn" in baselines:
                 twin = stack.enter_context(rtn_twin(folder, source, track))
-                models["rtn"] = load(twin, device=device)[0]
+                models["rtn"] = load(twin, device=device, expert_memory=expert_memory)[0]
                 measured.append(("rtn", "qmoe", twin))
         if device == "cpu":
             for name, kind, place in track(measured, "measuring memory"):

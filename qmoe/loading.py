@@ -10,7 +10,9 @@ from transformers import GenerationConfig
 from qmoe.audit import audit_model
 from qmoe.checkpoint import resolve
 from qmoe.errors import CheckpointError, ConfigError, OutputError
+from qmoe.kernels import uses_arena
 from qmoe.modules import PackedLinear, finish_experts
+from qmoe.offloading import offload_experts
 from qmoe.packed_skeleton import PackedSource, open_packed
 from qmoe.plan import check_complete, open_tokenizer
 from qmoe.progress import Track, silent
@@ -22,18 +24,24 @@ def load(
     dtype: torch.dtype | None = None,
     *,
     device: str | torch.device = "cpu",
+    expert_memory: int | None = None,
     track: Track = silent,
 ) -> tuple[Any, Any]:
     """Load a quantized model (folder or hub name) and its tokenizer.
 
     dtype: of activations and unquantized weights; None is the checkpoint's own. bfloat16 is the
     fast one on CPUs (kernels/stack.py). device: "cpu", or a GPU ("cuda", "cuda:1"), where packed
-    weights run through the Triton kernels. Layers are loaded and repacked one at a time, so memory
+    weights run through the Triton kernels. expert_memory: bytes of the GPU for routed experts; if
+    they need more they stay in pinned host memory, and those in use are copied to slots of that
+    size in all (qmoe/offloading.py). Layers are loaded and repacked one at a time, so memory
     stays near the checkpoint's size. Raises CheckpointError for a folder that is not a complete
     quantized model, ConfigError for a device that is not there, and AuditError if anything is left
     unpacked or without data.
     """
     place = usable_device(device)
+    home = None if expert_memory is None else torch.device("cpu")
+    if expert_memory is not None and not uses_arena(place):
+        raise ConfigError(f"expert_memory: of use with a GPU only, the device is {device}")
     folder = resolve(path)
     source = open_packed(folder, dtype)
     check_complete(source.weights)
@@ -44,10 +52,12 @@ def load(
         names = source.weights.sources(layer.name)
         in_layers.update(names)
         source.weights.load(names, dtype)
-        _finish(source, layer.name, place)
+        _finish(source, layer.name, place, home)
     source.weights.load([n for n in source.checkpoint.names() if n not in in_layers], dtype)
     source.weights.tie()
-    _finish(source, "", place)
+    _finish(source, "", place, home)
+    if expert_memory is not None:
+        offload_experts(source.model, source.structure, place, expert_memory, folder)
     source.model.to(place).requires_grad_(False)
     if generation is not None:
         source.model.generation_config = generation
@@ -94,13 +104,15 @@ def usable_device(device: str | torch.device) -> torch.device:
     return place
 
 
-def _finish(source: PackedSource, prefix: str, device: torch.device) -> None:
+def _finish(
+    source: PackedSource, prefix: str, device: torch.device, home: torch.device | None
+) -> None:
     experts = {n for layer in source.structure.layers for n in layer.experts}
     for name, module in source.model.named_modules():
         if prefix and not name.startswith(prefix + "."):
             continue
         if name in experts and hasattr(module, "down_proj_packed"):
-            finish_experts(module, name, device)
+            finish_experts(module, name, device, home)
         elif isinstance(module, PackedLinear) and hasattr(module, "weight_packed"):
             module.finish(name, device)
         for parameter in module.parameters(recurse=False):

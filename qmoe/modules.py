@@ -82,7 +82,7 @@ class PackedLinear(nn.Module):
         disagree."""
         (quantized,) = take_stored(self, where).values()
         if uses_arena(device):
-            self.stack: nn.Module = _arena_stack([quantized], device)
+            self.stack: Any = _arena_stack([quantized], device, None)
         else:
             self.stack = PackedStack(quantized, quantized.scale.dtype)
 
@@ -96,12 +96,15 @@ def declare_experts(experts: Any, scheme: Scheme) -> None:
         _declare(experts, name, tuple(weight.shape), scheme, parts, weight.dtype)
 
 
-def finish_experts(experts: Any, where: str, device: torch.device) -> None:
-    """Turn the loaded tensors into the runtime's form on `device`, route the forward to it."""
+def finish_experts(
+    experts: Any, where: str, device: torch.device, home: torch.device | None = None
+) -> None:
+    """Turn the loaded tensors into the runtime's form for `device`, route the forward to it. home:
+    the memory their bytes stay in, if it is another (qmoe/offloading.py)."""
     first, second = expert_weights(experts)
     stored = take_stored(experts, where)
     if uses_arena(device):
-        experts.qmoe_arena = _arena_stack([stored[first], stored[second]], device, experts)
+        experts.qmoe_arena = _arena_stack([stored[first], stored[second]], device, home, experts)
     else:
         experts.qmoe_first = PackedStack(stored[first], stored[first].scale.dtype)
         experts.qmoe_second = PackedStack(stored[second], stored[second].scale.dtype)
@@ -109,17 +112,19 @@ def finish_experts(experts: Any, where: str, device: torch.device) -> None:
     experts.config._experts_implementation = NAME
 
 
-def _arena_stack(stacks: list[Quantized], device: torch.device, experts: Any = None) -> nn.Module:
+def _arena_stack(
+    stacks: list[Quantized], device: torch.device, home: torch.device | None, experts: Any = None
+) -> nn.Module:
     """The form of the Triton kernels, which only machines that have Triton can import."""
     from qmoe.kernels.activation import recognize
     from qmoe.kernels.arena_stack import ArenaStack
 
     dtype = stacks[0].scale.dtype
     if experts is None or not experts.has_gate:
-        return ArenaStack(stacks, dtype, device)
+        return ArenaStack(stacks, dtype, device, home=home)
     width = stacks[0].q.shape[1]
     activation = recognize(lambda product: apply_activation(experts, product), width)
-    return ArenaStack(stacks, dtype, device, activation, paired=True)
+    return ArenaStack(stacks, dtype, device, activation, paired=True, home=home)
 
 
 def packed_experts(experts: nn.Module) -> list[Any]:

@@ -21,7 +21,7 @@ LAYERS = [
     {"kernels", "solvers", "calibration.text", "calibration.batches", "calibration.stats"},
     {"calibration.coverage", "calibration.collect", "checkpoint", "suspend", "output"},
     {"format", "structure", "skeleton"},
-    {"modules", "fold", "plan"},
+    {"modules", "fold", "plan", "offloading"},
     {"packed_skeleton", "layer"},
     {"audit"},
     {"report", "loading", "evaluate", "baselines"},

@@ -75,8 +75,8 @@ def cases(table: Table, full: bool = False) -> Iterator[Case]:
             if name == "light" and bm != 32:
                 yield Case(table, tile, 4, p2=0 if bm == 64 else 64)
             else:
-                bits = 8 if name == "heavy" else 3
-                yield Case(table, tile, bits, group=32 if name == "fine" else 64, **worst)
+                bits = 8 if "heavy" in name else 3
+                yield Case(table, tile, bits, group=32 if "fine" in name else 64, **worst)
     yield Case(table, table.tiles["heavy"][16], 0)
     if table.arch.startswith("sm"):
         for bits, zero in product((2, 3, 4, 8), (False, True)):
@@ -138,8 +138,8 @@ def _compile(case: Case) -> Compiled:
     )  # fmt: skip
     types = {n: types.get(n, "i32") for n in grouped_gemm.arg_names}
     strides = {"N", "K", "x_stride", "out_stride", "scale_stride", "split_stride"}
-    warps, stages = case.tile.warps, case.tile.stages
-    return compile_for(case.table.arch, grouped_gemm, types, constants, strides, warps, stages)
+    options = case.tile.options()
+    return compile_for(case.table.arch, grouped_gemm, types, constants, strides, options)
 
 
 def _check_loop(found: Finding, loop: list[Instruction]) -> None:

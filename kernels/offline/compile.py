@@ -39,11 +39,11 @@ def compile_for(
     types: dict[str, str],
     constants: dict[str, Any],
     divisible: set[str],
-    warps: int,
-    stages: int,
+    options: dict[str, int],
 ) -> Compiled:
     """Compile for "sm89" or "gfx1100". types: Triton type of each run-time argument; pointers and
-    the arguments in `divisible` are multiples of 16, as the launcher would find them."""
+    the arguments in `divisible` are multiples of 16, as the launcher would find them. options:
+    num_warps, num_stages, maxnreg."""
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
     attributes = {
@@ -53,9 +53,7 @@ def compile_for(
     }
     fixed = {(names.index(n),): value for n, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attributes)
-    done = triton.compile(
-        source, target=_target(arch), options={"num_warps": warps, "num_stages": stages}
-    )
+    done = triton.compile(source, target=_target(arch), options=options)
     if arch.startswith("gfx"):
         return _amd(done)
     return _nvidia(done)

@@ -82,9 +82,10 @@ def rival_rows(archs: Iterable[str]) -> Rows:
         for kernel, weight in ((rivals.byte_per_nibble, "*u8"), (rivals.interleaved, "*i32")):
             types = {"x_ptr": "*bf16", "w_ptr": weight, "s_ptr": "*bf16", "out_ptr": "*bf16"}
             types |= {n: "i32" for n in kernel.arg_names if n not in types}
+            options = {"num_warps": 4, "num_stages": 3}
             constants = {"BM": 16, "BN": 128, "BK": RIVAL_K, "GROUP": 128}
             strides = {n for n in kernel.arg_names if n == "K" or n.endswith("stride")}
-            done = compile_for(arch, kernel, types, constants, strides, 4, 3)
+            done = compile_for(arch, kernel, types, constants, strides, options)
             (loop,) = main_loops(done.assembly)
             row.append(f"{len(loop) / RIVAL_K:.2f} ({done.spilled})")
         rows.append(row)
