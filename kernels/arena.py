@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Int32, UInt8
 from torch import Tensor, nn
 
+from qmoe.kernels.device.target import Order
 from qmoe.kernels.layout import (
-    Order,
     matrix_bytes,
     pack,
     padded_rows,
@@ -165,13 +165,13 @@ def expand(arena: Arena, j: int, e: int) -> Tensor:
     if matrix.zero:
         zero = arena.buffer[zeros : zeros + count].view(values).T[: matrix.rows].float()
         q = q - (zero - (1 << (bits - 1)))[..., None]
-    weight = (q * scale[..., None]).flatten(1)
+    weight: Tensor = (q * scale[..., None]).flatten(1)
     if not matrix.paired:
         return weight
     rows = pair_rows(matrix.n).to(weight.device)
-    return torch.empty(matrix.n, matrix.k, device=weight.device).index_copy_(
-        0, rows[rows >= 0], weight[rows >= 0]
-    )
+    ordered = torch.empty(matrix.n, matrix.k, device=weight.device)
+    ordered[rows[rows >= 0]] = weight[rows >= 0]
+    return ordered
 
 
 def _aligned(size: int) -> int:

@@ -109,8 +109,9 @@ def unpack(
     back = torch.empty_like(blocks)
     back[..., block_order(order).to(stored.device)] = blocks
     back = back.view(values.shape)
-    q: Tensor = back.transpose(1, 2).reshape(rows, -1)[:n, :k].to(torch.int16) - (1 << (bits - 1))
-    return q.to(torch.int8)
+    q = back.transpose(1, 2).reshape(rows, -1)[:n, :k].to(torch.int16) - (1 << (bits - 1))
+    signed: Tensor = q.to(torch.int8)
+    return signed
 
 
 def _planes(tile: Tensor, bits: int) -> Tensor:
@@ -128,7 +129,7 @@ def _join(tile: Tensor, bits: int) -> Tensor:
     if short:
         tile = torch.cat((tile, torch.zeros_like(tile[:, :1]).expand(-1, short, -1, -1)), dim=1)
     grouped = tile.unflatten(1, (-1, fields))
-    plane = grouped[:, :, 0].clone()
+    plane: Tensor = grouped[:, :, 0].clone()
     for f in range(1, fields):
         plane |= grouped[:, :, f] << (bits * f)
     return plane

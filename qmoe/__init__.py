@@ -76,7 +76,8 @@ def load(
     dtype: of activations and unquantized weights; None is the checkpoint's own. device: "cpu", or
     "cuda" for the Triton kernels. expert_memory: bytes of the GPU for routed experts; the rest stay
     in host memory and come as they are needed. Raises CheckpointError if the folder is not a
-    whole quantized model, ConfigError for a device that is not there, AuditError if an expert would not run packed.
+    whole quantized model, ConfigError for a device that is not there, AuditError if an expert would
+    not run packed.
     """
     from qmoe.loading import load as run
     from qmoe.progress import on_terminal, silent

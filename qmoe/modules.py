@@ -36,12 +36,13 @@ def experts_forward(
 ) -> Float[Tensor, "T H"]:
     """The experts function registered with transformers for packed experts."""
     if hasattr(self, "qmoe_arena"):
-        return self.qmoe_arena.experts(  # type: ignore[no-any-return]
+        out: Tensor = self.qmoe_arena.experts(
             hidden_states,
             top_k_index,
             top_k_weights,
             lambda product: apply_activation(self, product),
         )
+        return out
     return moe_forward(
         hidden_states,
         top_k_index,
@@ -69,13 +70,14 @@ class PackedLinear(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
-        y = self.stack.matmul(x.reshape(-1, self.in_features), 0).view(*x.shape[:-1], -1)
+        y: Tensor = self.stack.matmul(x.reshape(-1, self.in_features), 0).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
     @property
     def weight(self) -> Float[Tensor, "N K"]:
         """The weight expanded, for code that multiplies with it by hand (Jamba's dt_proj)."""
-        return self.stack.expand(0)
+        weight: Tensor = self.stack.expand(0)
+        return weight
 
     def finish(self, where: str, device: torch.device) -> None:
         """Turn the loaded tensors into the runtime's form on `device`; CheckpointError if they

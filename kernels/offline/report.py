@@ -1,10 +1,10 @@
 """The report's tables: gates per configuration, figures per architecture, rivals, projections."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from qmoe.kernels.launch import Table, choose_split, choose_tile
 from qmoe.kernels.offline import rivals
-from qmoe.kernels.offline.cases import Case, Finding
+from qmoe.kernels.offline.cases import Finding
 from qmoe.kernels.offline.compile import compile_for
 from qmoe.kernels.offline.roofline import (
     GPUS,
@@ -44,27 +44,17 @@ def weight_rows(findings: list[Finding]) -> Rows:
     then groups of 64 and 32 at 4 bits; and per MMA at BM 64."""
     archs = sorted({f.case.table.arch for f in findings if f.per_weight}, key=lambda a: int(a[2:]))
 
-    def of(arch: str, wanted: Callable[[Case], bool], per_mma: bool = False) -> str:
+    def of(arch: str, BM: int, bits: int, group: int, zero: bool) -> str:
         for f in findings:
-            if f.case.table.arch == arch and wanted(f.case):
-                return f"{max(f.per_mma if per_mma else f.per_weight):.2f}"
+            c = f.case
+            key = (c.table.arch, c.tile.BM, c.bits, c.group, c.zero, c.tail, c.dtype)
+            if key == (arch, BM, bits, group, zero, 0, "bf16"):
+                return f"{max(f.per_mma if BM == 64 else f.per_weight):.2f}"
         return "-"
 
-    def plain(c: Case, BM: int, bits: int, group: int, zero: bool) -> bool:
-        key = (c.tile.BM, c.bits, c.group, c.zero, c.tail, c.dtype)
-        return key == (BM, bits, group, zero, 0, "bf16")
-
-    rows = []
-    for arch in archs:
-        row = [arch]
-        for bits in (2, 3, 4, 8):
-            for zero in (False, True):
-                row.append(of(arch, lambda c, b=bits, z=zero: plain(c, 16, b, 128, z)))
-        for group in (64, 32):
-            row.append(of(arch, lambda c, g=group: plain(c, 16, 4, g, False)))
-        row.append(of(arch, lambda c: plain(c, 64, 4, 128, False), per_mma=True))
-        rows.append(row)
-    return rows
+    wanted = [(16, bits, 128, zero) for bits in (2, 3, 4, 8) for zero in (False, True)]
+    wanted += [(16, 4, 64, False), (16, 4, 32, False), (64, 4, 128, False)]
+    return [[arch, *(of(arch, *key) for key in wanted)] for arch in archs]
 
 
 WEIGHT_HEADER = ["GPU", "int2", "asym", "int3", "asym", "int4", "asym", "int8", "asym",
