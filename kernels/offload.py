@@ -7,7 +7,7 @@ will probably want are copied already.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,7 @@ from qmoe.kernels.arena_stack import ArenaStack
 from qmoe.kernels.residency import Held, empty, fetch, guess, waves
 
 
+@runtime_checkable
 class Copier(Protocol):
     """Brings bytes from the slow memory to the fast one."""
 

@@ -1,7 +1,12 @@
 """Shared by all tests: the repository root off sys.path, seeds, a tiny model to quantize."""
 
+import importlib
+import os
 import sys
 from pathlib import Path
+
+# Triton kernels run on the CPU, in its interpreter; it decides that when they are defined.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
@@ -9,6 +14,15 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 # A folder named `kernels` on sys.path breaks transformers; `python -m pytest` would put it there.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+
+# Triton rewrites the source of its kernels and cannot if they are wrapped in type checks: they are
+# loaded with jaxtyping's import hook out of the way.
+importlib.import_module("qmoe.kernels.device")
+hooked = list(sys.meta_path)
+sys.meta_path[:] = [f for f in hooked if not type(f).__module__.startswith("jaxtyping")]
+for name in ("activation", "dequant", "gemm", "route", "unpack"):
+    importlib.import_module(f"qmoe.kernels.device.{name}")
+sys.meta_path[:] = hooked
 
 DEMO = ROOT / "tests" / "data" / "demo-moe"
 
