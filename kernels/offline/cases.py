@@ -169,7 +169,7 @@ def _check_limits(found: Finding) -> None:
     """Instructions per weight at BM 16 and g128, per matrix product at BM 64."""
     case = found.case
     if case.tile.BM == 64 and case.group == 128 and case.bits == 4 and not case.zero:
-        worst = max(found.per_mma)
+        worst = max(found.per_mma, default=0.0)
         if worst > MMA_LIMIT:
             found.failed.append(f"{worst:.2f} instructions per MMA, at most {MMA_LIMIT}")
     if case.tile.BM != 16 or case.group != 128:
@@ -177,5 +177,5 @@ def _check_limits(found: Finding) -> None:
     limits = [SYMMETRIC_LIMITS[case.bits]] if case.bits else [max(SYMMETRIC_LIMITS.values())]
     limit = SM100_LIMIT if case.table.arch == "sm100" else limits[0]
     limit += ASYMMETRIC_EXTRA if case.zero else 0
-    if max(found.per_weight) > limit:
+    if max(found.per_weight, default=0.0) > limit:
         found.failed.append(f"{max(found.per_weight):.2f} instructions per weight, at most {limit}")

@@ -1,6 +1,7 @@
 """The report's tables: gates per configuration, figures per architecture, rivals, projections."""
 
 from collections.abc import Iterable
+from math import nan
 
 from qmoe.kernels.launch import Table, choose_split, choose_tile
 from qmoe.kernels.offline import rivals
@@ -49,7 +50,7 @@ def weight_rows(findings: list[Finding]) -> Rows:
             c = f.case
             key = (c.table.arch, c.tile.BM, c.bits, c.group, c.zero, c.tail, c.dtype)
             if key == (arch, BM, bits, group, zero, 0, "bf16"):
-                return f"{max(f.per_mma if BM == 64 else f.per_weight):.2f}"
+                return f"{max(f.per_mma if BM == 64 else f.per_weight, default=nan):.2f}"
         return "-"
 
     wanted = [(16, bits, 128, zero) for bits in (2, 3, 4, 8) for zero in (False, True)]
@@ -115,7 +116,7 @@ def projection_rows(tables: dict[str, Table], findings: list[Finding]) -> Rows:
         row = [layer.name, str(layer.group)]
         for gpu in GPUS:
             cost = [
-                max(f.per_weight)
+                max(f.per_weight, default=nan)
                 for f in findings
                 if f.case.table.arch == gpu.arch
                 and (f.case.tile.BM, f.case.bits, f.case.zero, f.case.tail) == (16, 4, False, 0)
