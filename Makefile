@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint types check clean
+.PHONY: quickstart test lint types kernels check clean
 
 quickstart: .venv/ready
 	$(BIN)/python scripts/quickstart.py
@@ -20,7 +20,11 @@ types: .venv/ready
 	$(BIN)/pip install --quiet --no-deps --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy
 
-check: lint types test
+# No GPU needed: compiles the Triton kernels for nine GPUs and checks what came out.
+kernels: .venv/ready
+	$(BIN)/python -P scripts/kernel_report.py
+
+check: lint types kernels test
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -16,6 +16,7 @@ from qmoe.kernels import launch
 from qmoe.kernels.activation import NONE, Activation
 from qmoe.kernels.arena import Arena, Matrix
 from qmoe.kernels.grouped import (
+    Epilogue,
     Schedule,
     every_row,
     expanded,
@@ -123,7 +124,7 @@ def _first(
     width = matrix.n if activation.name == "none" else matrix.n // 2
     out = x.new_empty(1, plan.rows, width)
     table, _ = device_table(x.device)
-    product(x.contiguous(), plan, arena, 0, tile, table, out, activation=activation, bias=bias)
+    product(x.contiguous(), plan, arena, 0, tile, table, out, Epilogue(activation, bias=bias))
     return out[0]
 
 
@@ -136,10 +137,8 @@ def _second(
     small = P <= FLOAT32_ASSIGNMENTS or split > 1
     dtype = torch.float32 if small else mid.dtype
     parts = torch.empty(split, P, matrix.n, dtype=dtype, device=mid.device)
-    product(
-        mid.contiguous(), plan, arena, 1, tile, table, parts,
-        gates=gates.reshape(-1).contiguous(), bias=bias,
-    )  # fmt: skip
+    after = Epilogue(gates=gates.reshape(-1).contiguous(), bias=bias)
+    product(mid.contiguous(), plan, arena, 1, tile, table, parts, after)
     y = mid.new_empty(len(gates), matrix.n)
     sum_parts(parts, plan.ids, y, arena.experts)
     return y
@@ -160,12 +159,12 @@ def linear(x: Float[Tensor, "M K"], arena: Arena, bias: Tensor | None = None) ->
     blocks = -(-M // tile.BM)
     split = launch.choose_split(tile, blocks, blocks, matrix.n, matrix.k, multiprocessors)
     x = x.contiguous()
-    row_bias = None if bias is None else bias[None]
+    after = Epilogue(bias=None if bias is None else bias[None])
     if split == 1:
-        product(x, every_row(x, tile.BM), arena, 0, tile, table, y[None], bias=row_bias)
+        product(x, every_row(x, tile.BM), arena, 0, tile, table, y[None], after)
         return y
     parts = torch.empty(split, M, matrix.n, dtype=torch.float32, device=x.device)
-    product(x, every_row(x, tile.BM), arena, 0, tile, table, parts, bias=row_bias)
+    product(x, every_row(x, tile.BM), arena, 0, tile, table, parts, after)
     sum_parts(parts, None, y, 1)
     return y
 

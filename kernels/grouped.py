@@ -68,6 +68,16 @@ def place(ids: Tensor, E: int, BM: int, most: int) -> tuple[Tensor, Tensor, Tens
     return order, tiles, ends
 
 
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to a product before it is stored. bias [E, N] is added first; an activation
+    leaves I = N / 2 columns; gates [P] multiply rows."""
+
+    activation: Activation = NONE
+    gates: Tensor | None = None
+    bias: Tensor | None = None
+
+
 def product(
     x: Float[Tensor, "rows K"],
     plan: Schedule,
@@ -76,16 +86,13 @@ def product(
     tile: Tile,
     table: Table,
     out: Tensor,
-    *,
-    activation: Activation = NONE,
-    gates: Tensor | None = None,
-    bias: Tensor | None = None,
+    after: Epilogue,
 ) -> None:
     """out [split, P, N] = matrix j of each assignment's expert times its row of x.
 
-    x has a row per assignment or per token. gates [P] multiply rows, bias [E, N] is added before.
-    With an activation, out has I = N / 2 columns and no split.
+    x has a row per assignment or per token. With an activation there is no split.
     """
+    gates, bias, activation = after.gates, after.bias, after.activation
     matrix = arena.matrices[j]
     P, E = plan.rows, arena.experts
     fused = activation.name != "none"

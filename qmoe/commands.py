@@ -12,6 +12,7 @@ from qmoe.checkpoint import read_json, resolve
 from qmoe.cli import config_from
 from qmoe.compare import benchmark, evaluate
 from qmoe.errors import CheckpointError
+from qmoe.loading import Loading
 from qmoe.pipeline import quantize as run_quantize
 from qmoe.plan import open_source
 from qmoe.progress import on_terminal
@@ -139,11 +140,14 @@ def eval(args: argparse.Namespace) -> dict[str, Any]:
         windows=args.windows,
         window=args.window,
         batch=args.batch,
-        dtype=getattr(torch, args.dtype),
-        device=args.device,
-        expert_memory=None if args.expert_memory is None else int(args.expert_memory * 1e9),
+        loading=_loading(args, getattr(torch, args.dtype)),
         track=on_terminal,
     )
+
+
+def _loading(args: argparse.Namespace, dtype: torch.dtype | None) -> Loading:
+    memory = None if args.expert_memory is None else int(args.expert_memory * 1e9)
+    return Loading(dtype, args.device, memory)
 
 
 def show_eval(result: dict[str, Any]) -> None:
@@ -183,8 +187,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         prompt=args.prompt,
         tokens=args.tokens,
         repeats=args.repeats,
-        device=args.device,
-        expert_memory=None if args.expert_memory is None else int(args.expert_memory * 1e9),
+        loading=_loading(args, None),
         track=on_terminal,
     )
 

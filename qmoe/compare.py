@@ -28,7 +28,7 @@ from qmoe.evaluate import (
     streamed,
     summaries,
 )
-from qmoe.loading import load
+from qmoe.loading import Loading
 from qmoe.modules import packed_stacks
 from qmoe.pipeline import quantize
 from qmoe.plan import check_vocabulary, check_window, open_source, open_tokenizer
@@ -46,6 +46,10 @@ def rtn_twin(path: Path, against: str | Path, track: Track) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="qmoe-rtn-") as folder:
         quantize(against, Path(folder) / "rtn", config, track=track)
         yield Path(folder) / "rtn"
+
+
+IN_FLOAT32 = Loading(torch.float32)
+AS_STORED = Loading()
 
 
 def _check(baselines: Sequence[str], against: str | Path | None, **least_one: int) -> None:
@@ -83,17 +87,15 @@ def evaluate(
     windows: int = 16,
     window: int = 256,
     batch: int = 8,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    expert_memory: int | None = None,
+    loading: Loading = IN_FLOAT32,
     track: Track = silent,
 ) -> dict[str, Any]:
     """Perplexity by domain of a quantized folder; with `against`, also KL and top-1 agreement.
 
     text: see qmoe.calibration.text.load_texts. The first `windows` windows of every domain are
-    scored. dtype: of activations, for all models alike; float32 shows what the weights lost and
-    nothing else. device, expert_memory: of the quantized models (qmoe.load). The original is
-    streamed on the CPU, so it may be larger than memory.
+    scored. loading: how the quantized models are; its dtype is that of all models alike, float32
+    shows what the weights lost and nothing else. The original is streamed on the CPU, so it may be
+    larger than memory.
     Returns scores by model and domain, their means over domains ("overall"), bytes on disk, and
     in words where the quantized model is not better than a baseline ("not_better").
     """
@@ -113,15 +115,13 @@ def evaluate(
     if "rtn" in baselines:
         assert against is not None
         with rtn_twin(folder, against, track) as twin:
-            models["rtn"], disk["rtn"] = (
-                load(twin, dtype, device=device, expert_memory=expert_memory, track=track)[0],
-                _disk(twin),
-            )
+            models["rtn"], disk["rtn"] = loading(twin, track), _disk(twin)
     if "nf4" in baselines:
-        models["nf4"] = nf4(str(against), dtype, device)
-    models["qmoe"] = load(folder, dtype, device=device, expert_memory=expert_memory, track=track)[0]
+        models["nf4"] = nf4(str(against), loading.dtype, loading.device)
+    models["qmoe"] = loading(folder, track)
     reference: Logits | None = None
     if against is not None:
+        dtype = loading.dtype or torch.float32
         source = open_source(against, dtype)
         disk["original"] = source.checkpoint.nbytes()
         reference = streamed(source, batches, dtype, track)
@@ -145,8 +145,7 @@ def benchmark(
     prompt: int = 256,
     tokens: int = 32,
     repeats: int = 5,
-    device: str = "cpu",
-    expert_memory: int | None = None,
+    loading: Loading = AS_STORED,
     track: Track = silent,
 ) -> dict[str, dict[str, float]]:
     """Speed and memory of a quantized folder beside the original and baselines, by model name.
@@ -158,22 +157,22 @@ def benchmark(
     folder = resolve(path)
     if against is not None:
         check_same_model(folder, resolve(against))
-    models = {"qmoe": load(folder, device=device, expert_memory=expert_memory, track=track)[0]}
+    models = {"qmoe": loading(folder, track)}
     measured = [("qmoe", "qmoe", folder)]
     used = {}
     with ExitStack() as stack:
         if against is not None:
             source = resolve(against)
-            models["original"] = original(source).to(device)
+            models["original"] = original(source).to(loading.device)
             measured.append(("original", "original", source))
             if "nf4" in baselines:
-                models["nf4"] = nf4(source, device=device)
+                models["nf4"] = nf4(source, device=loading.device)
                 measured.append(("nf4", "nf4", source))
             if "rtn" in baselines:
                 twin = stack.enter_context(rtn_twin(folder, source, track))
-                models["rtn"] = load(twin, device=device, expert_memory=expert_memory)[0]
+                models["rtn"] = loading(twin)
                 measured.append(("rtn", "qmoe", twin))
-        if device == "cpu":
+        if loading.device == "cpu":
             for name, kind, place in track(measured, "measuring memory"):
                 used[name] = memory(kind, place)
     timed = speed(models, prompt=prompt, tokens=tokens, repeats=repeats, track=track)

