@@ -36,6 +36,8 @@ from qmoe.progress import Track, silent
 from qmoe.skeleton import read_config
 
 BASELINES = ("rtn", "nf4")
+IN_FLOAT32 = Loading(torch.float32)
+AS_STORED = Loading()
 
 
 @contextmanager
@@ -46,10 +48,6 @@ def rtn_twin(path: Path, against: str | Path, track: Track) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="qmoe-rtn-") as folder:
         quantize(against, Path(folder) / "rtn", config, track=track)
         yield Path(folder) / "rtn"
-
-
-IN_FLOAT32 = Loading(torch.float32)
-AS_STORED = Loading()
 
 
 def _check(baselines: Sequence[str], against: str | Path | None, **least_one: int) -> None:

@@ -16,6 +16,7 @@ import triton
 from qmoe.kernels.device.target import ARCHITECTURES
 from qmoe.kernels.offline import report
 from qmoe.kernels.offline.cases import cases, check, tables
+from qmoe.kernels.offline.others import compile_other, others
 from qmoe.kernels.offline.roofline import GPUS
 from qmoe.tables import show
 
@@ -31,9 +32,16 @@ def main() -> int:
     wanted = [case for table in known.values() for case in cases(table, args.full)]
     with Pool(args.jobs) as pool:
         findings = list(pool.imap(check, wanted))
+        small = [other for table in known.values() for other in others(table)]
+        compiled = list(zip(small, pool.imap(compile_other, small), strict=True))
 
     header = ["configuration", "registers", "spilled", "shared KiB", "per weight", "per MMA", ""]
     show(f"compiled with Triton {triton.__version__}", header, report.case_rows(findings))
+    show(
+        "routing, sums, expansion",
+        ["kernel", "registers", "spilled"],
+        [[str(other), str(c.registers), str(c.spilled)] for other, c in compiled],
+    )
     show(
         "instructions per dequantized weight, whole kernel, BM 16, bf16",
         report.WEIGHT_HEADER,
@@ -58,10 +66,11 @@ def main() -> int:
         report.projection_rows(known, findings),
     )
     failed = [f"{f.case}: {'; '.join(f.failed)}" for f in findings if f.failed] + too_much
+    failed += [f"{other}: spills {c.spilled}" for other, c in compiled if c.spilled]
     for line in failed:
         print("FAILED", line)
     seconds = time.monotonic() - start
-    print(f"{len(findings)} configurations, {len(failed)} failed, {seconds:.0f} s")
+    print(f"{len(findings) + len(compiled)} configurations, {len(failed)} failed, {seconds:.0f} s")
     return 1 if failed else 0
 
 

@@ -165,7 +165,8 @@ def _own_rows(ids, P, index, expert, BM: tl.constexpr, P2: tl.constexpr):
     return rank, tl.where(found > 0, found - 1, P)
 
 
-@triton.jit
+# P changes from call to call: it must not mean another compilation.
+@triton.jit(do_not_specialize=["P"])
 def grouped_gemm(
     x_ptr,
     arena_ptr,

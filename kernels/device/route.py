@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def count_assignments(ids_ptr, counts_ptr, P, E, BLOCK: tl.constexpr, E2: tl.constexpr):
     """counts (blocks, E2): how many of each block's assignments go to each expert; bin E: none."""
     block = tl.program_id(0)
@@ -23,7 +23,7 @@ def count_assignments(ids_ptr, counts_ptr, P, E, BLOCK: tl.constexpr, E2: tl.con
     tl.store(counts_ptr + block * E2 + tl.arange(0, E2), tl.histogram(ids, E2))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "blocks"])
 def place_assignments(
     ids_ptr,
     counts_ptr,
@@ -78,7 +78,7 @@ def _load_ids(ids_ptr, block, P, E, BLOCK: tl.constexpr):
     return tl.minimum(ids, E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split_stride"])
 def sum_contributions(
     parts_ptr,
     ids_ptr,

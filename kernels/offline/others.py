@@ -1,0 +1,54 @@
+"""The kernels beside the GEMM: they must compile everywhere and spill nowhere."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from qmoe.kernels.device.dequant import dequantize
+from qmoe.kernels.device.route import count_assignments, place_assignments, sum_contributions
+from qmoe.kernels.launch import Table
+from qmoe.kernels.offline.compile import Compiled, compile_for
+
+OPTIONS = {"num_warps": 4, "num_stages": 2}
+
+
+@dataclass(frozen=True)
+class Other:
+    """One compilation of a small kernel. types: of its pointers; other arguments are integers."""
+
+    table: Table
+    kernel: Any
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+
+    def __str__(self) -> str:
+        settings = " ".join(f"{name}={value}" for name, value in self.constants)
+        return f"{self.table.arch} {self.kernel.__name__} {settings}"
+
+
+def others(table: Table) -> Iterator[Other]:
+    """Routing for 128 experts and 1,024 assignments a block, sums, and expansion."""
+
+    def other(kernel: Any, types: dict[str, str], **constants: Any) -> Other:
+        return Other(table, kernel, tuple(types.items()), tuple(constants.items()))
+
+    ids = {"ids_ptr": "*i64"}
+    lists = {n: "*i32" for n in ("counts_ptr", "order_ptr", "tiles_ptr", "ends_ptr")}
+    yield other(count_assignments, ids | lists, BLOCK=1024, E2=256)
+    for BM, one in ((16, True), (64, False)):
+        yield other(place_assignments, ids | lists, BM=BM, BLOCK=1024, E2=256, ONE_BLOCK=one)
+    sums = ids | {"parts_ptr": "*fp32", "y_ptr": "*bf16"}
+    yield other(sum_contributions, sums, SPLIT=4, BLOCK=1024, ALL=False)
+    planes = {"arena_ptr": "*u8", "table_ptr": "*i32", "out_ptr": "*bf16"}
+    yield other(
+        dequantize, planes, GROUP=128, TAIL=2, ZERO=True, INTERLEAVED=True, ORDER=table.order
+    )
+
+
+def compile_other(case: Other) -> Compiled:
+    types = dict(case.types)
+    names = case.kernel.arg_names
+    types = {n: types.get(n, "i32") for n in names}
+    divisible = {n for n in names if n in ("N", "K") or n.endswith("stride")}
+    constants = dict(case.constants)
+    return compile_for(case.table.arch, case.kernel, types, constants, divisible, OPTIONS)
