@@ -82,8 +82,8 @@ def _ptx_bf16_bytes(zero: bool) -> str:
             "prmt.b32 z,p,m,0x4342; fma.rn.bf16x2 $0,y,o,u; fma.rn.bf16x2 $1,z,o,v; "
         )
     return low + (
-        "mov.b32 o,0x3f803f80; prmt.b32 p,$2,0,0x9988; lop3.b32 y,p,$5,$3,0xca; "
-        "prmt.b32 p,$2,0,0xbbaa; lop3.b32 z,p,$6,$4,0xca; "
+        "mov.b32 o,0x3f803f80; prmt.b32 p,$2,0,0x9988; lop3.b32 y,p,$3,$5,0xca; "
+        "prmt.b32 p,$2,0,0xbbaa; lop3.b32 z,p,$4,$6,0xca; "
         "fma.rn.bf16x2 $0,u,o,y; fma.rn.bf16x2 $1,v,o,z; "
     )
 
