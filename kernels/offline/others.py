@@ -9,6 +9,10 @@ from qmoe.kernels.device.route import count_assignments, place_assignments, sum_
 from qmoe.kernels.launch import Table
 from qmoe.kernels.offline.compile import Compiled, compile_for
 
+# By name: processes cannot hand kernels to each other.
+KERNELS: dict[str, Any] = {
+    k.fn.__name__: k for k in (count_assignments, place_assignments, sum_contributions, dequantize)
+}
 OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
@@ -17,20 +21,20 @@ class Other:
     """One compilation of a small kernel. types: of its pointers; other arguments are integers."""
 
     table: Table
-    kernel: Any
+    kernel: str
     types: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
 
     def __str__(self) -> str:
         settings = " ".join(f"{name}={value}" for name, value in self.constants)
-        return f"{self.table.arch} {self.kernel.__name__} {settings}"
+        return f"{self.table.arch} {self.kernel} {settings}"
 
 
 def others(table: Table) -> Iterator[Other]:
     """Routing for 128 experts and 1,024 assignments a block, sums, and expansion."""
 
     def other(kernel: Any, types: dict[str, str], **constants: Any) -> Other:
-        return Other(table, kernel, tuple(types.items()), tuple(constants.items()))
+        return Other(table, kernel.fn.__name__, tuple(types.items()), tuple(constants.items()))
 
     ids = {"ids_ptr": "*i64"}
     lists = {n: "*i32" for n in ("counts_ptr", "order_ptr", "tiles_ptr", "ends_ptr")}
@@ -47,8 +51,9 @@ def others(table: Table) -> Iterator[Other]:
 
 def compile_other(case: Other) -> Compiled:
     types = dict(case.types)
-    names = case.kernel.arg_names
+    kernel = KERNELS[case.kernel]
+    names = kernel.arg_names
     types = {n: types.get(n, "i32") for n in names}
     divisible = {n for n in names if n in ("N", "K") or n.endswith("stride")}
     constants = dict(case.constants)
-    return compile_for(case.table.arch, case.kernel, types, constants, divisible, OPTIONS)
+    return compile_for(case.table.arch, kernel, types, constants, divisible, OPTIONS)
