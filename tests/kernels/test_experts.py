@@ -1,0 +1,253 @@
+"""Routed experts and linears through Triton's interpreter, against the definition on the weights
+that the packed bytes stand for. Every buffer the kernels write lies between canaries and starts as
+NaN, so a store outside, or an element nobody wrote, is found."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import assert_close
+
+from qmoe.config import Scheme
+from qmoe.grid import dequantize
+from qmoe.kernels import experts, grouped
+from qmoe.kernels.activation import NONE, Activation
+from qmoe.kernels.arena import build_arena
+from qmoe.kernels.device.activation import FUSED
+from qmoe.kernels.grouped import Epilogue, every_row, product, sum_parts
+from qmoe.kernels.launch import Tile
+from qmoe.kernels.reference import moe_reference
+from qmoe.solvers.rtn import rtn
+
+CPU = torch.device("cpu")
+SILU = Activation("silu")
+# float16 products are summed in float32 here and there; what differs is where they are rounded.
+CLOSE = {torch.float32: (1e-4, 2e-5), torch.float16: (2e-2, 2e-3)}
+MARGIN = 64
+
+
+@pytest.fixture(autouse=True)
+def canaries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Buffers made by torch.empty and new_empty are NaN inside and guarded on both sides."""
+    original, made = torch.empty, []
+
+    def guarded(*size, dtype=None, device=None, **rest):
+        shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        count = int(torch.tensor(list(shape)).prod())
+        dtype = dtype or torch.get_default_dtype()
+        whole = original(count + 2 * MARGIN, dtype=dtype)
+        whole.fill_(float("nan") if dtype.is_floating_point else -77)
+        pattern = torch.arange(MARGIN).to(dtype)
+        whole[:MARGIN], whole[-MARGIN:] = pattern, pattern
+        made.append((whole, pattern))
+        return whole[MARGIN : MARGIN + count].view(*shape)
+
+    monkeypatch.setattr(torch, "empty", guarded)
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty",
+        lambda self, *size, dtype=None, device=None: guarded(*size, dtype=dtype or self.dtype),
+    )  # fmt: skip
+    yield
+    for whole, pattern in made:
+        assert torch.equal(whole[:MARGIN], pattern), "written before the buffer"
+        assert torch.equal(whole[-MARGIN:], pattern), "written behind the buffer"
+
+
+def make(E, H, I, schemes, dtype, order="mma"):  # noqa: E741
+    """An arena of E experts (schemes repeat over them) and its two weights in float32."""
+    first, second, weights = [], [], ([], [])
+    for e in range(E):
+        scheme = schemes[e % len(schemes)]
+        group = scheme.group_size if I % max(scheme.group_size, 1) == 0 else -1
+        inner = Scheme(scheme.bits, group, scheme.symmetric)
+        a = rtn(torch.randn(1, 2 * I, H) * H**-0.5, scheme, dtype)
+        b = rtn(torch.randn(1, H, I) * I**-0.5, inner, dtype)
+        first.append(a)
+        second.append(b)
+        weights[0].append(dequantize(a)[0].float())
+        weights[1].append(dequantize(b)[0].float())
+    arena = build_arena([first, second], dtype, order, CPU, paired=True)
+    return arena, torch.stack(weights[0]), torch.stack(weights[1])
+
+
+def check(arena, first, second, ids, dtype, activation=SILU):
+    T, A = ids.shape
+    x, gates = torch.randn(T, first.shape[2]).to(dtype), torch.rand(T, A)
+    before = x.clone()
+    got = experts.routed_experts(x, ids, gates, arena, activation)
+    wanted = moe_reference(x.float(), ids, gates, first, second, activation)
+    assert_close(got.float(), wanted, *CLOSE[dtype])
+    assert torch.equal(x, before)
+    again = experts.routed_experts(x, ids, gates, arena, activation)
+    assert torch.equal(got, again), "not the same bits twice"
+
+
+def some_ids(T, A, E):
+    """Expert E-1 gets nothing; sentinels E and beyond appear."""
+    ids = torch.stack([torch.randperm(max(E - 1, A))[:A] for _ in range(T)])
+    if T > 2:
+        ids[1, 0], ids[2, -1] = E, E + 3
+    return ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize(
+    "bits, group, H, I, order",
+    [
+        (2, 32, 288, 96, "plain"),
+        (3, 32, 320, 64, "wgmma"),
+        (4, 32, 64, 160, "mma"),
+        (8, 32, 288, 32, "wgmma"),
+        (2, 64, 320, 64, "mma"),
+        (3, 64, 64, 192, "plain"),
+        (4, 64, 576, 64, "wgmma"),
+        (8, 64, 320, 64, "mma"),
+        (2, 128, 384, 128, "wgmma"),
+        (3, 128, 128, 128, "mma"),
+        (4, 128, 384, 128, "plain"),
+        (8, 128, 128, 128, "plain"),
+        (2, -1, 77, 33, "plain"),
+        (3, -1, 300, 17, "mma"),
+        (4, -1, 41, 90, "wgmma"),
+        (8, -1, 270, 5, "mma"),
+    ],
+)
+def test_every_width_and_group(bits, group, H, I, order, symmetric, dtype):  # noqa: E741
+    E = 4
+    arena, first, second = make(E, H, I, [Scheme(bits, group, symmetric)], dtype, order)
+    check(arena, first, second, some_ids(5, 2, E), dtype)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("group", [32, 64, -1])
+def test_experts_of_all_widths_in_one_launch(group, symmetric):
+    schemes = [Scheme(bits, group, symmetric) for bits in (2, 3, 4, 8)]
+    arena, first, second = make(5, 320, 64, schemes, torch.float32)
+    assert arena.matrices[0].bits == 0
+    check(arena, first, second, some_ids(6, 3, 5), torch.float32)
+
+
+EDGES = {
+    "one token": torch.tensor([[2, 0]]),
+    "all tokens on one expert": torch.full((21, 1), 1),
+    "a token for one expert, the rest for another": torch.tensor([[0]] + [[3]] * 9),
+    "only sentinels": torch.full((3, 2), 4),
+    "top-1": torch.tensor([[3], [0], [3]]),
+    "every expert for every token": torch.arange(4).repeat(3, 1),
+    "more assignments than the ids are searched for": some_ids(129, 2, 4),
+    "a schedule of several blocks": some_ids(513, 2, 4),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_edges_of_routing(name):
+    arena, first, second = make(4, 64, 32, [Scheme(4, 32)], torch.float32)
+    check(arena, first, second, EDGES[name], torch.float32)
+
+
+def test_no_tokens():
+    arena, _, _ = make(4, 64, 32, [Scheme(4, 32)], torch.float32)
+    y = experts.routed_experts(
+        torch.zeros(0, 64), torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2), arena, SILU
+    )
+    assert y.shape == (0, 64)
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("I", [40, 33])
+def test_fused_activations(name, I):  # noqa: E741
+    arena, first, second = make(3, 96, I, [Scheme(4, -1)], torch.float32)
+    activation = Activation(name, 1.5, 0.7)  # a limit that clamps
+    check(arena, first, second, torch.tensor([[0, 1], [1, 2]]), torch.float32, activation)
+
+
+@pytest.mark.parametrize("T", [3, 200])
+def test_biases_and_gates(T):
+    E, H, I = 3, 96, 40  # noqa: E741
+    arena, first, second = make(E, H, I, [Scheme(4, -1, False)], torch.float32)
+    x, ids, gates = torch.randn(T, H), torch.randint(E, (T, 2)), torch.rand(T, 2)
+    b1, b2 = torch.randn(E, 2 * I), torch.randn(E, H)
+    got = experts.routed_experts(x, ids, gates, arena, SILU, b1, b2)
+    wanted = torch.zeros(T, H)
+    for t in range(T):
+        for a in range(2):
+            e = int(ids[t, a])
+            mid = SILU(first[e] @ x[t] + b1[e])
+            wanted[t] += gates[t, a] * (second[e] @ mid + b2[e])
+    assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_batches_expand_in_chunks(dtype, monkeypatch):
+    monkeypatch.setattr(experts, "DENSE_CHUNK", 2 * 64 * 64 * dtype.itemsize)
+    schemes = [Scheme(4, 32, False), Scheme(8, 32, False), Scheme(3, 32, False)]
+    arena, first, second = make(5, 64, 32, schemes, dtype)
+    ids = some_ids(9, 2, 5)
+    x, gates = torch.randn(9, 64).to(dtype), torch.rand(9, 2)
+    b1, b2 = torch.randn(5, 64).to(dtype), torch.randn(5, 64).to(dtype)
+    got = experts._by_expanding(x, ids, gates, arena, SILU, b1, b2)
+    if dtype == torch.float32:
+        assert_close(got, experts.routed_experts(x, ids, gates, arena, SILU, b1, b2))
+    else:
+        wanted = torch.zeros(9, 64)
+        for t in range(9):
+            for a in range(2):
+                e = int(ids[t, a])
+                if e < 5:
+                    mid = SILU(first[e] @ x[t].float() + b1[e].float())
+                    wanted[t] += gates[t, a] * (second[e] @ mid + b2[e].float())
+        assert_close(got.float(), wanted, 0.2, 2e-2)
+
+
+@pytest.mark.parametrize("split", [1, 2, 4])
+@pytest.mark.parametrize("K", [64, 256, 600, 1024])
+def test_shares_of_k_add_up(split, K):
+    """Also more shares than there are K tiles: some of them hold nothing but zeros."""
+    stored = rtn(torch.randn(1, 50, K), Scheme(4, -1, False), torch.float32)
+    arena = build_arena([[stored]], torch.float32, "mma", CPU, paired=False)
+    x, bias, y = torch.randn(3, K), torch.randn(1, 50), torch.empty(3, 50)
+    parts = torch.empty(split, 3, 50)
+    tile = Tile(8, 128, 4, 1)
+    product(x, every_row(x, 8), arena, 0, tile, experts.INTERPRETER, parts, Epilogue(bias=bias))
+    sum_parts(parts, None, y, 1)
+    assert_close(y, x @ dequantize(stored)[0].T + bias[0])
+
+
+@pytest.mark.parametrize("M", [1, 7, 65, 300])
+def test_linears(M):
+    stored = rtn(torch.randn(1, 130, 96), Scheme(3, 32), torch.float32)
+    arena = build_arena([[stored]], torch.float32, "mma", CPU, paired=False)
+    x, bias = torch.randn(M, 96), torch.randn(130)
+    assert_close(experts.linear(x, arena, bias), x @ dequantize(stored)[0].T + bias)
+    assert experts.linear(x[:0], arena).shape == (0, 130)
+
+
+def test_halves_of_a_tile():
+    stored = rtn(torch.randn(1, 200, 96), Scheme(4, 32), torch.float32)
+    arena = build_arena([[stored]], torch.float32, "mma", CPU, paired=False)
+    x, out = torch.randn(5, 96), torch.empty(1, 5, 200)
+    tile = Tile(16, 64, 4, 1)
+    product(x, every_row(x, 16), arena, 0, tile, experts.INTERPRETER, out, Epilogue(NONE))
+    assert_close(out[0], x @ dequantize(stored)[0].T)
+
+
+@pytest.mark.parametrize("P, E", [(1, 1), (5, 3), (257, 128), (1024, 3), (1025, 3)])
+@pytest.mark.parametrize("BM", [1, 16])
+@pytest.mark.parametrize("kind", ["random", "one expert", "no expert"])
+def test_schedules_hold_every_assignment_once(P, E, BM, kind):
+    ids = torch.randint(E + 1, (P,))  # E is nobody
+    if kind != "random":
+        ids[:] = 0 if kind == "one expert" else E
+    most = grouped.launch.most_tiles(P, E, BM)
+    order, tiles, ends = grouped.place(ids, E, BM, most)
+    at = 0
+    for e in range(E):
+        mine = torch.where(ids == e)[0].int()
+        padded = -(-len(mine) // BM) * BM
+        assert torch.equal(order[at : at + len(mine)], mine)
+        assert (order[at + len(mine) : at + padded] == P).all()
+        assert (tiles[1 + at // BM : 1 + (at + padded) // BM] == e).all()
+        at += padded
+        assert ends[e] == at
+    assert tiles[0] * BM == at
