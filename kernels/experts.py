@@ -68,7 +68,7 @@ def routed_experts(
     if T == 0:
         return x.new_empty(0, arena.matrices[-1].n)
     table, multiprocessors = device_table(x.device)
-    if launch.use_dense(table, T * A, arena.experts):
+    if launch.use_dense(table, T * A, arena.experts) and _grouped_takes(arena):
         return _by_expanding(x, ids, gates, arena, activation, first_bias, second_bias)
     flat, tiles = ids.reshape(-1).contiguous(), _tiles(table, arena, T * A)
     plan = schedule(flat, arena.experts, tiles[0].BM)
@@ -81,6 +81,8 @@ def first_product(
 ) -> Float[Tensor, "P N"]:
     """The first matrix of each assignment's expert, for activations that are not fused; rows
     without an expert hold whatever was in memory."""
+    if len(x) == 0:
+        return x.new_empty(0, arena.matrices[0].n)
     plan, tiles = _plan(ids, arena)
     return _first(x, plan, arena, tiles[0], NONE, bias)
 
@@ -93,6 +95,8 @@ def second_product(
     bias: Tensor | None = None,
 ) -> Float[Tensor, "T H2"]:
     """The second matrix, weighed by the gates and summed per token."""
+    if len(ids) == 0:
+        return mid.new_empty(0, arena.matrices[1].n)
     plan, tiles = _plan(ids, arena)
     return _second(mid, plan, gates, arena, tiles[1], bias)
 
@@ -203,6 +207,11 @@ def _by_expanding(
     y = x.new_empty(T, second.n)
     sum_parts(parts, flat, y, E)
     return y
+
+
+def _grouped_takes(arena: Arena) -> bool:
+    """torch's grouped product wants rows of whole 16 bytes."""
+    return all(m.k * arena.dtype.itemsize % 16 == 0 for m in arena.matrices)
 
 
 def _grouped(x: Tensor, weight: Float[Tensor, "E N K"], offsets: Tensor) -> Tensor:

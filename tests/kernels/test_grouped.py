@@ -272,11 +272,6 @@ def test_a_schedule_is_the_sorted_order(P, E, BM, kind, fence):
     assert tiles[1 : 1 + len(owners)].tolist() == owners
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="_by_expanding: grouped_mm wants rows of 16 bytes, the fused kernels take any size",
-)
 @pytest.mark.parametrize(
     "H, I, dtype",
     [(66, 32, torch.float32), (64, 33, torch.float32), (64, 36, torch.float16)],
@@ -290,11 +285,6 @@ def test_large_batches_of_odd_sizes(H, I, dtype):  # noqa: E741
     assert_close(got.float(), reference(x, ids, gates, first, second, silu), *CLOSE[dtype])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ZeroDivisionError,
-    reason="first_product: product() divides by the rows of x",
-)
 def test_no_tokens_through_an_unfused_activation():
     stored = [
         rtn(torch.randn(3, *size), Scheme(4, -1), torch.float32) for size in ((64, 40), (40, 32))
