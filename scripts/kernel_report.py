@@ -34,6 +34,7 @@ def main() -> int:
         findings = list(pool.imap(check, wanted))
         small = [other for table in known.values() for other in others(table)]
         compiled = list(zip(small, pool.imap(compile_other, small), strict=True))
+        rivals = pool.map(report.rival_row, [arch for arch in known if arch.startswith("sm")])
 
     header = ["configuration", "registers", "spilled", "shared KiB", "per weight", "per MMA", ""]
     show(f"compiled with Triton {triton.__version__}", header, report.case_rows(findings))
@@ -47,11 +48,10 @@ def main() -> int:
         report.WEIGHT_HEADER,
         report.weight_rows(findings),
     )
-    nvidia = [arch for arch in known if arch.startswith("sm")]
     show(
         "other loops by the same counter, int4, 16x128x128 (bytes spilled)",
         ["GPU", "a byte per nibble (vLLM's)", "interleaved columns"],
-        report.rival_rows(nvidia),
+        rivals,
     )
     rows, too_much = report.traffic_rows(known) if _known_gpu(known) else ([], [])
     show(

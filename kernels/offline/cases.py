@@ -6,7 +6,7 @@ zero points in the form that needs the most registers, and every activation.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -84,8 +84,6 @@ def cases(table: Table, full: bool = False) -> Iterator[Case]:
             if zero or bits in (2, 3):
                 yield Case(table, table.tiles[tile_class(bits, 128)][16], bits, zero=zero)
         yield Case(table, table.tiles["light"][16], 4, group=64)
-        fp16 = Case(table, table.tiles["light"][16], 4, dtype="fp16", activation="none", p2=-1)
-        yield replace(fp16, split=4)
     if full:
         yield from _all_cases(table)
 
