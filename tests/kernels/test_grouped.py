@@ -15,8 +15,8 @@ from qmoe.kernels import experts
 from qmoe.kernels.activation import Activation
 from qmoe.kernels.arena import Arena, build_arena
 from qmoe.kernels.arena_stack import ArenaStack
-from qmoe.kernels.grouped import Epilogue, expanded, place, product, schedule
-from qmoe.kernels.launch import Tile, most_tiles
+from qmoe.kernels.grouped import Epilogue, expanded, product, schedule
+from qmoe.kernels.launch import Tile
 from qmoe.kernels.layout import ORDERS
 from qmoe.solvers.rtn import rtn
 
@@ -154,8 +154,9 @@ def test_expanded_weights_are_exact(bits, order, shape, fence):
     assert torch.equal(expanded(fenced, 1, 1, 3), second[1:3].to(dtype))
 
 
-@pytest.mark.parametrize("T", [4, 140], ids=["inline", "sorted"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(
+    "T, dtype", [(4, torch.float16), (129, torch.float32)], ids=["inline fp16", "sorted fp32"]
+)
 @pytest.mark.parametrize("paired", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize("biased", [True, False], ids=["biases", ""])
 def test_the_products_apart(T, dtype, paired, biased, fence):
@@ -231,9 +232,9 @@ def test_no_byte_outside_is_read_or_written(bits, fence):
         assert_close(got, reference(x, ids, gates, first, second, silu, b1, b2))
 
 
-@pytest.mark.parametrize("BM", [8, 16, 32, 64])
+@pytest.mark.parametrize("BM", [8, 64])
 @pytest.mark.parametrize("BN", [64, 128])
-@pytest.mark.parametrize("P", [70, 300], ids=["inline", "sorted"])
+@pytest.mark.parametrize("P", [70, 260], ids=["inline", "sorted"])
 def test_every_tile(BM, BN, P, fence):
     """Rows of one expert that fill several tiles, and of one that fill none."""
     E, H, I = 3, 40, 70  # noqa: E741
@@ -247,34 +248,9 @@ def test_every_tile(BM, BN, P, fence):
     assert_close(out[0], silu((first[ids] @ x[..., None])[..., 0]))
 
 
-@pytest.mark.parametrize("P, E", [(1, 128), (257, 3), (1024, 128), (3000, 1), (3000, 128)])
-@pytest.mark.parametrize("BM", [1, 8, 64])
-@pytest.mark.parametrize("kind", ["random", "one expert", "no expert", "one each"])
-def test_a_schedule_is_the_sorted_order(P, E, BM, kind, fence):
-    ids = {
-        "random": torch.randint(E + 2, (P,)),
-        "one expert": torch.full((P,), E - 1),
-        "no expert": torch.full((P,), E + 7),
-        "one each": torch.arange(P),  # and those beyond E to nobody
-    }[kind]
-    most = most_tiles(P, E, BM)
-    order, tiles, ends = place(fence.around(ids), E, BM, most)
-    assert (len(order), len(tiles), len(ends)) == (most * BM, 1 + most, E)
-    expected, owners, wanted_ends = [], [], []
-    for e in range(E):
-        mine = (ids == e).nonzero().flatten().tolist()
-        count = -(-len(mine) // BM)
-        expected += mine + [P] * (count * BM - len(mine))
-        owners += [e] * count
-        wanted_ends.append(len(expected))
-    assert tiles[0] == len(owners) <= most and ends.tolist() == wanted_ends
-    assert order[: len(expected)].tolist() == expected
-    assert tiles[1 : 1 + len(owners)].tolist() == owners
-
-
 @pytest.mark.parametrize(
     "H, I, dtype",
-    [(66, 32, torch.float32), (64, 33, torch.float32), (64, 36, torch.float16)],
+    [(66, 32, torch.float32), (64, 36, torch.float16)],
     ids=str,
 )
 def test_large_batches_of_odd_sizes(H, I, dtype):  # noqa: E741
