@@ -107,13 +107,8 @@ def _plan(ids: Tensor, arena: Arena) -> tuple[Schedule, list[Tile]]:
 
 
 def _tiles(table: Table, arena: Arena, assignments: int) -> list[Tile]:
-    """A tile for each matrix, of one BM, so that they share a schedule."""
-    chosen = [
-        launch.choose_tile(table, m.bits, m.group, assignments, arena.experts)
-        for m in arena.matrices
-    ]
-    BM = min(tile.BM for tile in chosen)
-    return [table.tiles[launch.tile_class(m.bits, m.group)][BM] for m in arena.matrices]
+    matrices = [(m.bits, m.group) for m in arena.matrices]
+    return launch.choose_tiles(table, matrices, assignments, arena.experts)
 
 
 def _first(

@@ -18,7 +18,7 @@ from qmoe.kernels.device.gemm import grouped_gemm
 from qmoe.kernels.device.route import count_assignments, place_assignments, sum_contributions
 from qmoe.kernels.launch import Table, Tile
 
-ROUTE_BLOCK = 1024
+ROUTE_BLOCK = 512
 SUM_BLOCK = 1024
 
 

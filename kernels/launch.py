@@ -111,9 +111,18 @@ def mean_rows(assignments: int, experts: int) -> float:
 def choose_tile(table: Table, bits: int, group: int, assignments: int, experts: int) -> Tile:
     """The smallest BM that holds the mean expert's rows in one tile: padding is what small batches
     pay for, and weights read twice is what large ones do."""
-    tiles = table.tiles[tile_class(bits, group)]
+    return choose_tiles(table, [(bits, group)], assignments, experts)[0]
+
+
+def choose_tiles(
+    table: Table, matrices: list[tuple[int, int]], assignments: int, experts: int
+) -> list[Tile]:
+    """The same for the (bits, group) of several matrices that share a schedule, and so BM."""
+    classes = [table.tiles[tile_class(bits, group)] for bits, group in matrices]
+    shared = sorted(set.intersection(*map(set, classes)))
     rows = mean_rows(assignments, experts)
-    return next((tiles[bm] for bm in sorted(tiles) if bm >= rows), tiles[max(tiles)])
+    BM = next((bm for bm in shared if bm >= rows), shared[-1])
+    return [tiles[BM] for tiles in classes]
 
 
 def choose_split(

@@ -32,7 +32,7 @@ def main() -> int:
     wanted = [case for table in known.values() for case in cases(table, args.full)]
     with Pool(args.jobs) as pool:
         findings = list(pool.imap(check, wanted))
-        small = [other for table in known.values() for other in others(table)]
+        small = [other for table in known.values() for other in others(table, args.full)]
         compiled = list(zip(small, pool.imap(compile_other, small), strict=True))
         rivals = pool.map(report.rival_row, [arch for arch in known if arch.startswith("sm")])
 

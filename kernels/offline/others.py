@@ -6,6 +6,7 @@ from typing import Any
 
 from qmoe.kernels.device.dequant import dequantize
 from qmoe.kernels.device.route import count_assignments, place_assignments, sum_contributions
+from qmoe.kernels.grouped import ROUTE_BLOCK, SUM_BLOCK
 from qmoe.kernels.launch import Table
 from qmoe.kernels.offline.compile import Compiled, compile_for
 
@@ -30,19 +31,20 @@ class Other:
         return f"{self.table.arch} {self.kernel} {settings}"
 
 
-def others(table: Table) -> Iterator[Other]:
-    """Routing for 128 experts and 1,024 assignments a block, sums, and expansion."""
+def others(table: Table, full: bool = False) -> Iterator[Other]:
+    """Routing for 128 experts, sums, and expansion. full: also the placing by one block, which
+    the placing by several contains."""
 
     def other(kernel: Any, types: dict[str, str], **constants: Any) -> Other:
         return Other(table, kernel.fn.__name__, tuple(types.items()), tuple(constants.items()))
 
     ids = {"ids_ptr": "*i64"}
     lists = {n: "*i32" for n in ("counts_ptr", "order_ptr", "tiles_ptr", "ends_ptr")}
-    yield other(count_assignments, ids | lists, BLOCK=1024, E2=256)
-    for BM, one in ((16, True), (64, False)):
-        yield other(place_assignments, ids | lists, BM=BM, BLOCK=1024, E2=256, ONE_BLOCK=one)
+    yield other(count_assignments, ids | lists, BLOCK=ROUTE_BLOCK, E2=256)
+    for one in (False, True) if full else (False,):
+        yield other(place_assignments, ids | lists, BM=64, BLOCK=ROUTE_BLOCK, E2=256, ONE_BLOCK=one)
     sums = ids | {"parts_ptr": "*fp32", "y_ptr": "*bf16"}
-    yield other(sum_contributions, sums, SPLIT=4, BLOCK=1024, ALL=False)
+    yield other(sum_contributions, sums, SPLIT=4, BLOCK=SUM_BLOCK, ALL=False)
     planes = {"arena_ptr": "*u8", "table_ptr": "*i32", "out_ptr": "*bf16"}
     yield other(
         dequantize, planes, GROUP=128, TAIL=2, ZERO=True, INTERLEAVED=True, ORDER=table.order
@@ -56,4 +58,4 @@ def compile_other(case: Other) -> Compiled:
     types = {n: types.get(n, "i32") for n in names}
     divisible = {n for n in names if n in ("N", "K") or n.endswith("stride")}
     constants = dict(case.constants)
-    return compile_for(case.table.arch, kernel, types, constants, divisible, OPTIONS)
+    return compile_for(case.table.arch, kernel, types, constants, divisible, OPTIONS, False)

@@ -22,10 +22,7 @@ def test_every_table_is_whole(arch):
     table = TABLES[arch]
     assert table.arch == arch and table.ptx == arch.startswith("sm")
     assert set(table.tiles) == {"light", "heavy", "fine", "fine_heavy"}
-    sets = [sorted(tiles) for tiles in table.tiles.values()]
-    longest = max(sets, key=len)
-    for bms in sets:  # experts._tiles takes the smallest BM of two classes from both
-        assert 16 in bms and bms == longest[: len(bms)]
+    assert all(16 in tiles for tiles in table.tiles.values())  # so any two classes share a BM
 
 
 def test_tables_on_disk_are_those_of_the_architectures():
@@ -55,6 +52,15 @@ def test_the_class_of_a_tile():
     assert launch.tile_class(4, 128) == "light" and launch.tile_class(3, 0) == "light"
     assert launch.tile_class(8, 64) == "heavy" and launch.tile_class(0, 128) == "heavy"
     assert launch.tile_class(2, 32) == "fine" and launch.tile_class(0, 32) == "fine_heavy"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("assignments", [8, 400, 4000])
+def test_matrices_of_two_classes_share_a_block_size(arch, assignments):
+    pairs = [(4, 128), (0, 32)]
+    tiles = launch.choose_tiles(TABLES[arch], pairs, assignments, 16)
+    assert tiles[0].BM == tiles[1].BM
+    assert tiles == [TABLES[arch].tiles[launch.tile_class(*p)][tiles[0].BM] for p in pairs]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
