@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from qmoe import experts
 from qmoe.calibration.stats import ExpertStats, LayerStats, LinearStats
 
 NAME = "qmoe_collect"
@@ -25,30 +26,22 @@ def experts_forward(
     top_k_weights: Float[Tensor, "T A"],
 ) -> Float[Tensor, "T H"]:
     """Run plain experts one by one; tell the module's sink, if it has one, what each received."""
-    first, second = (self.gate_up_proj if self.has_gate else self.up_proj), self.down_proj
+    first, second = experts.expert_weights(self)
     sink = getattr(self, "_qmoe_sink", None)
     if sink is not None:
         sink.saw(hidden_states)
     out = torch.zeros_like(hidden_states)
     for e in top_k_index.unique().tolist():
-        if e >= len(first):  # a sentinel: this assignment goes to no expert
+        if e >= self.num_experts:  # a sentinel: this assignment goes to no expert
             continue
         token, slot = torch.where(top_k_index == e)
         x, gate = hidden_states[token], top_k_weights[token, slot]
-        mid = apply_activation(self, x @ first[e].T)
+        mid = experts.activation(self, experts.product(self, first, e, x))
         if sink is not None:
             sink.add(e, x, mid, gate)
-        y = mid @ second[e].T
-        if self.has_post_expert_norm:
-            y = self.post_expert_norm(y)
+        y = experts.after(self, experts.product(self, second, e, mid))
         out.index_add_(0, token, (y * gate[:, None]).to(out.dtype))
     return out
-
-
-def apply_activation(experts: Any, product: Tensor) -> Tensor:
-    """What the family does between its first and second matrix."""
-    mid: Tensor = experts._apply_gate(product) if experts.has_gate else experts.act_fn(product)
-    return mid
 
 
 class ExpertSink:
@@ -69,14 +62,14 @@ class ExpertSink:
 
 
 @contextmanager
-def collecting_experts(experts: list[Any]) -> Iterator[None]:
+def collecting_experts(modules: list[Any]) -> Iterator[None]:
     """Route these experts modules through `experts_forward`; restored on exit.
 
     The switch is a field of the config each instance holds, so set there it cannot be ignored, as
     `set_experts_implementation` silently is for classes transformers does not recognize.
     """
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
-    configs = {id(e.config): e.config for e in experts}.values()
+    configs = {id(m.config): m.config for m in modules}.values()
     before = [(config, config._experts_implementation) for config in configs]
     for config in configs:
         config._experts_implementation = NAME

@@ -11,6 +11,7 @@ from qmoe.kernels.activation import Activation
 from qmoe.kernels.arena import BITS, Arena, build_arena
 from qmoe.kernels.experts import device_table
 from qmoe.kernels.grouped import expanded
+from qmoe.kernels.moe import Biases
 from qmoe.types import Quantized
 
 
@@ -52,9 +53,11 @@ class ArenaStack(nn.Module):
         ids: Int[Tensor, "T A"],
         gates: Float[Tensor, "T A"],
         activation: Callable[[Tensor], Tensor],
+        biases: Biases = (None, None),
     ) -> Float[Tensor, "T H2"]:
-        """The routed experts; `activation` is called if it could not be fused."""
-        return self.run(self.buffer, self.table, x, ids, gates, activation)
+        """The routed experts; `activation` is called if it could not be fused. biases: [E, N] and
+        [E, H2]."""
+        return self.run(self.buffer, self.table, x, ids, gates, activation, biases)
 
     def run(
         self,
@@ -64,18 +67,19 @@ class ArenaStack(nn.Module):
         ids: Tensor,
         gates: Tensor,
         activation: Callable[[Tensor], Tensor],
+        biases: Biases = (None, None),
     ) -> Tensor:
         """`experts`, with their bytes in `buffer` where `table` says (offload.py)."""
         known = self.activation
         if known is not None:
             return ops.routed_experts(  # type: ignore[no-any-return]
                 x, ids, gates, buffer, table, self.numbers,
-                known.name, known.alpha, known.limit, None, None,
+                known.name, known.alpha, known.limit, *biases,
             )  # fmt: skip
-        mid = ops.first_product(x, ids, buffer, table, self.numbers, None)
+        mid = ops.first_product(x, ids, buffer, table, self.numbers, biases[0])
         mid = activation(mid)
         return ops.second_product(  # type: ignore[no-any-return]
-            mid, ids, gates, buffer, table, self.numbers, None
+            mid, ids, gates, buffer, table, self.numbers, biases[1]
         )
 
     def matmul(self, x: Float[Tensor, "M K"], e: int) -> Float[Tensor, "M N"]:

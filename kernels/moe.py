@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+Biases = tuple[Tensor | None, Tensor | None]
+
 
 @runtime_checkable
 class Stack(Protocol):
@@ -30,10 +32,12 @@ def moe_forward(
     first: Stack,
     second: Stack,
     activation: Callable[[Tensor], Tensor],
+    biases: Biases = (None, None),
 ) -> Float[Tensor, "T H"]:
     """y[t] = sum over a of gates[t, a] * second[e] @ activation(first[e] @ x[t]), e = ids[t, a].
 
     `activation` maps the first product [M, N] to the second's input [M, I] (gating included).
+    biases: [E, N] and [E, H], added to the first and second product.
     Contributions are summed in float32, expert by expert, and returned in the dtype of x.
     """
     E = first.shape[0]
@@ -47,7 +51,12 @@ def moe_forward(
     for e, count in enumerate(counts):
         if count:
             rows = token[start : start + count]
-            y = second.matmul(activation(first.matmul(x[rows], e)), e)
+            product = first.matmul(x[rows], e)
+            if biases[0] is not None:
+                product = product + biases[0][e]
+            y = second.matmul(activation(product), e)
+            if biases[1] is not None:
+                y = y + biases[1][e]
             out.index_add_(0, rows, y.float() * weight[start : start + count, None])
             start += count
     return out.to(x.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qmoe.kernels.arena import ALIGN, WEIGHTS
 from qmoe.kernels.arena_stack import ArenaStack
+from qmoe.kernels.moe import Biases
 from qmoe.kernels.residency import Held, empty, fetch, guess, waves
 
 
@@ -109,6 +110,7 @@ class SlotStack(nn.Module):
         ids: Int[Tensor, "T A"],
         gates: Float[Tensor, "T A"],
         activation: Callable[[Tensor], Tensor],
+        biases: Biases = (None, None),
     ) -> Float[Tensor, "T H2"]:
         """As ArenaStack.experts; in rounds if the tokens chose more experts than fit the slots."""
         E = len(self.ranges)
@@ -122,7 +124,8 @@ class SlotStack(nn.Module):
                 self._guess_next()  # its copies run beside this layer's products
             here = torch.isin(ids, torch.tensor(wave, device=ids.device, dtype=ids.dtype))
             mine = torch.where(here, ids, E)
-            total += self.stack[0].run(self.buffer, self.table, x, mine, gates, activation)
+            stack = self.stack[0]
+            total += stack.run(self.buffer, self.table, x, mine, gates, activation, biases)
         return total.to(x.dtype)
 
     def _learn(self, wanted: list[int]) -> None:

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from qmoe.errors import AuditError
+from qmoe.experts import is_experts
 from qmoe.format import SUFFIXES
 from qmoe.modules import PackedLinear, packed_experts, take_stored
 from qmoe.packed_skeleton import PackedSource, open_packed
 from qmoe.progress import Track, silent
 from qmoe.skeleton import free
-from qmoe.structure import is_experts
 from qmoe.types import digest
 
 KINDS = (

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
-from qmoe.calibration.collect import apply_activation
+from qmoe import experts
 from qmoe.checkpoint import resolve
+from qmoe.errors import UnsupportedModelError
 from qmoe.kernels.moe import moe_forward
-from qmoe.structure import expert_weights, find
+from qmoe.structure import find
 
 NAME = "qmoe_nf4"
 
@@ -62,10 +63,13 @@ def _forward(
     self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     def activation(product: Tensor) -> Tensor:
-        return apply_activation(self, product)
+        return experts.stack_activation(self, product)
 
+    names = experts.expert_weights(self)
+    biases = (experts.bias_stack(self, names[0]), experts.bias_stack(self, names[1]))
     first, second = self.nf4_first, self.nf4_second
-    return moe_forward(hidden_states, top_k_index, top_k_weights, first, second, activation)
+    ids, gates = top_k_index, top_k_weights
+    return moe_forward(hidden_states, ids, gates, first, second, activation, biases)
 
 
 class Nf4Linear(nn.Module):
@@ -86,13 +90,15 @@ def nf4(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu")
     ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
     for layer in find(model).layers:
         for name in layer.experts:
-            experts = model.get_submodule(name)
-            first, second = expert_weights(experts)
-            experts.nf4_first = Nf4Stack(getattr(experts, first))
-            experts.nf4_second = Nf4Stack(getattr(experts, second))
-            delattr(experts, first)
-            delattr(experts, second)
-            experts.config._experts_implementation = NAME
+            module = model.get_submodule(name)
+            if module.has_post_expert_norm:
+                raise UnsupportedModelError(f"{name}: no NF4 baseline for normed expert outputs")
+            first, second = experts.expert_weights(module)
+            module.nf4_first = Nf4Stack(experts.stack(module, first).contiguous())
+            module.nf4_second = Nf4Stack(experts.stack(module, second).contiguous())
+            delattr(module, first)
+            delattr(module, second)
+            module.config._experts_implementation = NAME
         for name in layer.dense:
             model.set_submodule(name, Nf4Linear(model.get_submodule(name)))
     return model

@@ -19,11 +19,11 @@ import torch
 
 from qmoe.baselines import nf4, original
 from qmoe.errors import QmoeError
+from qmoe.experts import is_experts
 from qmoe.loading import load
 from qmoe.modules import packed_stacks
 from qmoe.progress import Track
 from qmoe.skeleton import build, read_config
-from qmoe.structure import is_experts
 
 KINDS: dict[str, Callable[[Path], Any]] = {
     "qmoe": lambda path: load(path)[0],

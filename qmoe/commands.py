@@ -12,11 +12,11 @@ from qmoe.checkpoint import read_json, resolve
 from qmoe.cli import config_from
 from qmoe.compare import benchmark, evaluate
 from qmoe.errors import CheckpointError
+from qmoe.experts import expert_weights, stack
 from qmoe.loading import Loading
 from qmoe.pipeline import quantize as run_quantize
 from qmoe.plan import open_source
 from qmoe.progress import on_terminal
-from qmoe.structure import expert_weights
 
 
 def quantize(args: argparse.Namespace) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def _parts(path: Path) -> list[dict[str, Any]]:
     for layer in source.structure.layers:
         for name in layer.experts:
             module = source.model.get_submodule(name)
-            shapes = [list(getattr(module, w).shape) for w in expert_weights(module)]
+            shapes = [list(stack(module, w).shape) for w in expert_weights(module)]
             parts.append({"name": name, "shapes": shapes})
         for name in layer.dense:
             parts.append(

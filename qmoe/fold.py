@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from qmoe.calibration.stats import ExpertStats, LayerStats
 from qmoe.config import Scheme
+from qmoe.experts import bias, expert_weights, is_experts, rows, up_rows
 from qmoe.solvers.awq import Reader, awq_scales
-from qmoe.structure import expert_weights, is_experts
 
 TOLERANCE = 1e-3  # relative RMS change of the layer's output that float32 rounding may explain
 
@@ -80,7 +80,7 @@ def _fits(modules: dict[str, nn.Module], norm: str, readers: list[str]) -> bool:
 def _columns(module: nn.Module) -> Tensor | None:
     """The weight [.., K] of a module whose input features can be scaled."""
     if is_experts(module):
-        return getattr(module, expert_weights(module)[0])  # type: ignore[no-any-return]
+        return rows(module, expert_weights(module)[0])
     matrices = [p for p in module.parameters(recurse=False) if p.dim() == 2]
     return matrices[0] if len(matrices) == 1 else None
 
@@ -123,16 +123,18 @@ def fold_experts(
     experts: Any, stats: ExpertStats, scheme: Scheme, scale_dtype: torch.dtype
 ) -> Callable[[], None]:
     """Per expert: scale the columns of down up and the rows of up down; returns the undo."""
-    first, down = (getattr(experts, name) for name in expert_weights(experts))
+    name, second = expert_weights(experts)
+    first, down = rows(experts, name), rows(experts, second)
     s = awq_scales([Reader(down, stats.second, scheme)], scale_dtype=scale_dtype, shared=False)
-    up = first[:, first.shape[1] // 2 :]
-    return _apply(
-        [
-            (down, s[:, None]),
-            (up, 1 / s[:, :, None]),
-            (stats.second, 1 / (s[:, :, None] * s[:, None])),
-        ]
-    )
+    changes = [
+        (down, s[:, None]),
+        (up_rows(experts, first), 1 / s[:, :, None]),
+        (stats.second, 1 / (s[:, :, None] * s[:, None])),
+    ]
+    biases = bias(experts, name)
+    if biases is not None:
+        changes.append((up_rows(experts, biases), 1 / s))
+    return _apply(changes)
 
 
 def _apply(changes: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qmoe import experts as routed
 from qmoe.calibration.collect import (
     ExpertSink,
-    apply_activation,
     collecting_experts,
     collecting_linears,
 )
@@ -24,7 +24,7 @@ from qmoe.errors import CalibrationError, UnsupportedModelError
 from qmoe.fold import TOLERANCE, find_folds, fold_experts, fold_norm
 from qmoe.grid import dequantize
 from qmoe.solvers.solve import Solved, solve
-from qmoe.structure import Layer, expert_weights
+from qmoe.structure import Layer
 from qmoe.suspend import Call
 from qmoe.types import Quantized
 
@@ -106,7 +106,7 @@ def _gather(
     modules = {n: job.model.get_submodule(n) for n in names}
     for name in experts:
         module: Any = modules[name]
-        first, second = (getattr(module, w) for w in expert_weights(module))
+        first, second = (routed.stack(module, w) for w in routed.expert_weights(module))
         stats = ExpertStats.empty(len(first), first.shape[2], second.shape[2])
         result.stats.experts[name] = stats
         stride = max(1, job.tokens // SAMPLE)
@@ -132,10 +132,10 @@ def _gather(
 
 def _borrow(job: Job, name: str, result: Result) -> None:
     module: Any = job.model.get_submodule(name)
-    first = getattr(module, expert_weights(module)[0])
+    first = routed.expert_weights(module)[0]
     rare = borrow(
         result.stats.experts[name],
-        lambda e, x: apply_activation(module, x @ first[e].T),
+        lambda e, x: routed.activation(module, routed.product(module, first, e, x)),
         job.config.min_tokens,
     )
     result.record["experts"][name] = {"borrowed": rare}
@@ -174,7 +174,8 @@ def _fold(job: Job, names: list[str], forward: Forward, calls: list[Call], resul
         if module.has_gate:
             stats = result.stats.experts[name]
             undo = fold_experts(module, stats, job.schemes[name], job.scale_dtype)
-            keep_if_equal(undo, f"{name} (up to down)", set())
+            first = f"{name}.{routed.expert_weights(module)[0]}_bias"
+            keep_if_equal(undo, f"{name} (up to down)", {first} if module.has_bias else set())
 
 
 def _quantized_names(job: Job) -> list[str]:
@@ -182,7 +183,7 @@ def _quantized_names(job: Job) -> list[str]:
     names = []
     for name in job.schemes:
         module = job.model.get_submodule(name)
-        weights = expert_weights(module) if name in job.layer.experts else ("weight",)
+        weights = routed.expert_weights(module) if name in job.layer.experts else ("weight",)
         names += [f"{name}.{weight}" for weight in weights]
     return names
 
@@ -205,10 +206,10 @@ def _solve(job: Job, names: list[str], result: Result) -> None:
         if stats is not None:
             entry |= {"tokens": stats.tokens.tolist(), "gate_mass": stats.gate_mass.tolist()}
         hessians = (None, None) if stats is None else (stats.first, stats.second)
-        for weight, hessian in zip(expert_weights(module), hessians, strict=True):
-            parameter = getattr(module, weight)
-            solved = _solve_one(job, f"{name}.{weight}", parameter, hessian, result)
-            parameter.data.copy_(dequantize(solved.quantized))
+        for weight, hessian in zip(routed.expert_weights(module), hessians, strict=True):
+            stack = routed.stack(module, weight)
+            solved = _solve_one(job, f"{name}.{weight}", stack, hessian, result)
+            routed.put(module, weight, dequantize(solved.quantized))
             entry[weight] = _entry(solved, single=False)
 
 
@@ -243,10 +244,8 @@ def _entry(solved: Solved, single: bool) -> dict[str, Any]:
 
 def _check_given(job: Job, given: LayerStats) -> None:
     for name in job.layer.experts:
-        weights = [
-            getattr(job.model.get_submodule(name), w)
-            for w in expert_weights(job.model.get_submodule(name))
-        ]
+        module = job.model.get_submodule(name)
+        weights = [routed.stack(module, w) for w in routed.expert_weights(module)]
         stats = given.experts.get(name)
         found = None if stats is None else (stats.first.shape, stats.second.shape)
         wanted = tuple(torch.Size((len(w), w.shape[2], w.shape[2])) for w in weights)

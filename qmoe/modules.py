@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from qmoe.calibration.collect import apply_activation
+from qmoe import experts
 from qmoe.config import Scheme
 from qmoe.errors import CheckpointError
 from qmoe.format import SUFFIXES
@@ -22,7 +22,6 @@ from qmoe.kernels import uses_arena
 from qmoe.kernels.moe import moe_forward
 from qmoe.kernels.stack import PackedStack
 from qmoe.packing import packed_words, unpack_rows, unpack_zeros
-from qmoe.structure import expert_weights
 from qmoe.types import Quantized
 
 NAME = "qmoe_packed"
@@ -35,22 +34,25 @@ def experts_forward(
     top_k_weights: Float[Tensor, "T A"],
 ) -> Float[Tensor, "T H"]:
     """The experts function registered with transformers for packed experts."""
+    if not self.has_post_expert_norm:
+        return _routed(self, hidden_states, top_k_index, top_k_weights)
+    # The norm comes before the gate: every assignment is computed for itself.
+    T, A = top_k_index.shape
+    ones = torch.ones_like(top_k_weights).view(-1, 1)
+    each = _routed(self, hidden_states.repeat_interleave(A, 0), top_k_index.view(-1, 1), ones)
+    gates = torch.where(top_k_index < self.num_experts, top_k_weights, 0)
+    y = (experts.after(self, each).view(T, A, -1) * gates[..., None]).sum(1)
+    return y.to(hidden_states.dtype)
+
+
+def _routed(self: Any, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+    def between(product: Tensor) -> Tensor:
+        return experts.stack_activation(self, product)
+
+    biases = (getattr(self, "qmoe_first_bias", None), getattr(self, "qmoe_second_bias", None))
     if hasattr(self, "qmoe_arena"):
-        out: Tensor = self.qmoe_arena.experts(
-            hidden_states,
-            top_k_index,
-            top_k_weights,
-            lambda product: apply_activation(self, product),
-        )
-        return out
-    return moe_forward(
-        hidden_states,
-        top_k_index,
-        top_k_weights,
-        self.qmoe_first,
-        self.qmoe_second,
-        lambda product: apply_activation(self, product),
-    )
+        return self.qmoe_arena.experts(x, ids, gates, between, biases)  # type: ignore[no-any-return]
+    return moe_forward(x, ids, gates, self.qmoe_first, self.qmoe_second, between, biases)
 
 
 class PackedLinear(nn.Module):
@@ -89,52 +91,57 @@ class PackedLinear(nn.Module):
             self.stack = PackedStack(quantized, quantized.scale.dtype)
 
 
-def declare_experts(experts: Any, scheme: Scheme) -> None:
+def declare_experts(module: Any, scheme: Scheme) -> None:
     """Replace the weight stacks of an experts module by empty stored tensors on the meta device."""
-    for name in expert_weights(experts):
-        weight = getattr(experts, name)
-        delattr(experts, name)
-        parts = 2 if name == "gate_up_proj" else 1
-        _declare(experts, name, tuple(weight.shape), scheme, parts, weight.dtype)
+    for name in experts.expert_weights(module):
+        weight = experts.stack(module, name)
+        delattr(module, name)
+        parts = len(experts.parts(module, name))
+        _declare(module, name, tuple(weight.shape), scheme, parts, weight.dtype)
 
 
 def finish_experts(
-    experts: Any, where: str, device: torch.device, home: torch.device | None = None
+    module: Any, where: str, device: torch.device, home: torch.device | None = None
 ) -> None:
     """Turn the loaded tensors into the runtime's form for `device`, route the forward to it. home:
     the memory their bytes stay in, if it is another (qmoe/offloading.py)."""
-    first, second = expert_weights(experts)
-    stored = take_stored(experts, where)
+    first, second = experts.expert_weights(module)
+    stored = take_stored(module, where)
+    for name, ours in ((first, "qmoe_first_bias"), (second, "qmoe_second_bias")):
+        values = experts.bias_stack(module, name)
+        if values is not None:
+            delattr(module, f"{name}_bias")
+            setattr(module, ours, nn.Parameter(values.contiguous(), requires_grad=False))
     if uses_arena(device):
-        experts.qmoe_arena = _arena_stack([stored[first], stored[second]], device, home, experts)
+        module.qmoe_arena = _arena_stack([stored[first], stored[second]], device, home, module)
     else:
-        experts.qmoe_first = PackedStack(stored[first], stored[first].scale.dtype)
-        experts.qmoe_second = PackedStack(stored[second], stored[second].scale.dtype)
+        module.qmoe_first = PackedStack(stored[first], stored[first].scale.dtype)
+        module.qmoe_second = PackedStack(stored[second], stored[second].scale.dtype)
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
-    experts.config._experts_implementation = NAME
+    module.config._experts_implementation = NAME
 
 
 def _arena_stack(
-    stacks: list[Quantized], device: torch.device, home: torch.device | None, experts: Any = None
+    stacks: list[Quantized], device: torch.device, home: torch.device | None, module: Any = None
 ) -> nn.Module:
     """The form of the Triton kernels, which only machines that have Triton can import."""
     from qmoe.kernels.activation import recognize
     from qmoe.kernels.arena_stack import ArenaStack
 
     dtype = stacks[0].scale.dtype
-    if experts is None or not experts.has_gate:
+    if module is None or not module.has_gate:
         return ArenaStack(stacks, dtype, device, home=home)
     width = stacks[0].q.shape[1]
-    activation = recognize(lambda product: apply_activation(experts, product), width)
+    activation = recognize(lambda product: experts.stack_activation(module, product), width)
     return ArenaStack(stacks, dtype, device, activation, paired=True, home=home)
 
 
-def packed_experts(experts: nn.Module) -> list[Any]:
+def packed_experts(module: nn.Module) -> list[Any]:
     """The stacks of a finished experts module: an arena, or first and second; empty if it is not
     packed."""
-    if hasattr(experts, "qmoe_arena"):
-        return [experts.qmoe_arena]
-    stacks = [getattr(experts, name, None) for name in ("qmoe_first", "qmoe_second")]
+    if hasattr(module, "qmoe_arena"):
+        return [module.qmoe_arena]
+    stacks = [getattr(module, name, None) for name in ("qmoe_first", "qmoe_second")]
     return stacks if None not in stacks else []
 
 

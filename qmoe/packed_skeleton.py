@@ -10,10 +10,12 @@ from torch import nn
 from qmoe.checkpoint import Checkpoint
 from qmoe.config import Scheme
 from qmoe.errors import CheckpointError
+from qmoe.experts import expert_weights, stack
 from qmoe.format import SUFFIXES, Schemes
 from qmoe.modules import PackedLinear, declare_experts
-from qmoe.skeleton import WeightMap, build, original_names, read_config
-from qmoe.structure import Structure, expert_weights, find
+from qmoe.naming import packed_names
+from qmoe.skeleton import WeightMap, build, read_config
+from qmoe.structure import Structure, find
 
 
 @dataclass
@@ -51,7 +53,7 @@ def open_packed(path: Path, dtype: torch.dtype | None = None) -> PackedSource:
 
 
 def _module_names(model: nn.Module, target: str, weight: torch.Tensor) -> list[str]:
-    return [n.removesuffix(".weight") for n in original_names(model, target, weight)]
+    return [n.removesuffix(".weight") for n in packed_names(model, target, weight)]
 
 
 def _stack_scheme(model: Any, experts: str, schemes: Schemes, where: str) -> Scheme:
@@ -60,7 +62,7 @@ def _stack_scheme(model: Any, experts: str, schemes: Schemes, where: str) -> Sch
     found = {
         schemes.of(name)
         for weight in expert_weights(module)
-        for name in _module_names(model, f"{experts}.{weight}", getattr(module, weight))
+        for name in _module_names(model, f"{experts}.{weight}", stack(module, weight))
     }
     if None in found:
         raise CheckpointError(f"{where}: the experts of {experts} are not quantized")

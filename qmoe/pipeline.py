@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor
 
 import qmoe.calibration.stats as statistics
+from qmoe import experts
 from qmoe._version import __version__
 from qmoe.audit import audit_folder
 from qmoe.calibration.batches import fingerprint
@@ -17,6 +18,7 @@ from qmoe.config import QuantConfig
 from qmoe.errors import ConfigError, OutputError
 from qmoe.format import Schemes, packed_tensors, quantization_config, unpacked_tensors
 from qmoe.layer import Job, Result, quantize_layer
+from qmoe.naming import original_names, own_stack, packed_names
 from qmoe.output import OutputFolder
 from qmoe.plan import Source, prepare, schemes_of
 from qmoe.progress import Track, silent
@@ -183,6 +185,12 @@ class _Run:
         """The outputs of a layer that an earlier run quantized, from what it wrote."""
         weights = unpacked_tensors(self.out.read_shard(i), self.schemes)
         self.source.weights.load(self.source.weights.sources(layer.name), torch.float32, weights)
+        for name in layer.experts:
+            module = self.source.model.get_submodule(name)
+            for weight in experts.expert_weights(module):
+                stack = own_stack(self.source.model, f"{name}.{weight}", weights)
+                if stack is not None:
+                    experts.put(module, weight, stack)
         return [forward(*c.args, **c.kwargs) for c in calls]
 
     def _tensors(self, names: list[str], result: Result) -> dict[str, Tensor]:
@@ -191,9 +199,8 @@ class _Run:
         replaced = {n for target in result.weights for n in weights.targets[target]}
         out = {n: weights.checkpoint.tensor(n) for n in names if n not in replaced}
         for target in sorted(result.changed):
-            for name, tensor in weights.revert(
-                target, self.source.model.get_parameter(target)
-            ).items():
+            parameter = self.source.model.get_parameter(target)
+            for name, tensor in original_names(self.source.model, target, parameter).items():
                 out[name] = tensor.to(weights.checkpoint.tensor(name).dtype)
         for target, quantized in result.weights.items():
             out |= self._packed(target, quantized)
@@ -203,7 +210,7 @@ class _Run:
         single = target.endswith(".weight")  # a linear's parameter is 2-D, an experts stack 3-D
 
         def named(tensor: Tensor) -> dict[str, Tensor]:
-            return self.source.weights.revert(target, tensor[0] if single else tensor)
+            return packed_names(self.source.model, target, tensor[0] if single else tensor)
 
         scales = named(quantized.scale)
         zeros = named(quantized.zero) if quantized.zero is not None else {}

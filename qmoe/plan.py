@@ -14,10 +14,12 @@ from qmoe.calibration.text import load_texts
 from qmoe.checkpoint import Checkpoint, resolve
 from qmoe.config import CHANNEL, GROUPS, QuantConfig, Scheme
 from qmoe.errors import CheckpointError, ConfigError, UnsupportedModelError
+from qmoe.experts import expert_weights, stack
+from qmoe.naming import original_names
 from qmoe.output import check_destination
 from qmoe.progress import Track
-from qmoe.skeleton import WeightMap, build, original_names, read_config
-from qmoe.structure import Layer, Structure, expert_weights, find
+from qmoe.skeleton import WeightMap, build, read_config
+from qmoe.structure import Layer, Structure, find
 
 
 @dataclass
@@ -76,7 +78,7 @@ def open_source(path: str | Path, dtype: torch.dtype) -> Source:
     check_complete(weights)
     for name in checkpoint.names():
         checkpoint.dtype(name)
-    check_names(model, structure, weights)
+    check_routing(model, structure)
     return Source(checkpoint, model, weights, structure)
 
 
@@ -94,9 +96,8 @@ def check_complete(weights: WeightMap) -> None:
         raise CheckpointError(f"{where}: {misshapen[0]} (by config.json)")
 
 
-def check_names(model: Any, structure: Structure, weights: WeightMap) -> None:
-    """Every stack of experts is stored as one matrix per expert, the only form that all readers of
-    the format know. Raises UnsupportedModelError for a family that stores them fused."""
+def check_routing(model: Any, structure: Structure) -> None:
+    """Raises UnsupportedModelError if a token would go to more experts than there are."""
     for layer in structure.layers:
         for name in layer.experts:
             experts = model.get_submodule(name)
@@ -105,16 +106,6 @@ def check_names(model: Any, structure: Structure, weights: WeightMap) -> None:
                 raise UnsupportedModelError(
                     f"{name}: config.json sends a token to {top_k} of {experts.num_experts} experts"
                 )
-            for weight in expert_weights(experts):
-                target = f"{name}.{weight}"
-                named = original_names(model, target, getattr(experts, weight))
-                stored = weights.targets[target]
-                single = all(n.endswith(".weight") and t.dim() == 2 for n, t in named.items())
-                if not single or len(stored) != len(named):
-                    raise UnsupportedModelError(
-                        f"{name} ({type(experts).__name__}): its checkpoint stores all experts in "
-                        f"one tensor, {stored[0]!r}; only one matrix per expert is supported yet"
-                    )
 
 
 def open_tokenizer(path: Path) -> Any:
@@ -198,8 +189,9 @@ def check_schemes(source: Source, config: QuantConfig) -> None:
 
 def _shapes(model: nn.Module, name: str) -> list[tuple[str, tuple[int, ...]]]:
     module = model.get_submodule(name)
-    weights = ["weight"] if isinstance(module, nn.Linear) else list(expert_weights(module))
-    return [(f"{name}.{w}", tuple(getattr(module, w).shape)) for w in weights]
+    if isinstance(module, nn.Linear):
+        return [(f"{name}.weight", tuple(module.weight.shape))]
+    return [(f"{name}.{w}", tuple(stack(module, w).shape)) for w in expert_weights(module)]
 
 
 def _check_divides(name: str, in_features: int, scheme: Scheme) -> None:

@@ -1,8 +1,8 @@
 """A model on the meta device whose weights come and go one part at a time.
 
-Everything here leans on transformers' weight conversion, which is not a stable API: this is the
-only file that touches it (tested with the range pinned in pyproject.toml). It buys us every
-family's renames and merges, in both directions, without code per model.
+Everything here leans on transformers' weight conversion, which is not a stable API: only this file
+and naming.py touch it (tested with the range pinned in pyproject.toml). It buys us every family's
+renames and merges, in both directions, without code per model.
 """
 
 import re
@@ -20,13 +20,13 @@ from transformers.core_model_loading import (
     WeightRenaming,
     convert_and_load_state_dict_in_model,
     rename_source_key,
-    revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from qmoe.checkpoint import Checkpoint
 from qmoe.errors import CheckpointError, UnsupportedModelError
+from qmoe.naming import original_names, own_names, packed_names
 
 # A config that makes no sense fails wherever the family's code first trips over it.
 CONFIG_ERRORS = (
@@ -89,6 +89,12 @@ class WeightMap:
         self.suffixes = tuple(suffixes)
         self.rules = get_model_conversion_mapping(model)
         self.rules += _suffixed(self.rules, self.suffixes)
+        # Names that transformers does not know: matrices of families that store experts fused.
+        self.own = {
+            f"{name}{suffix}": (f"{stack}{suffix}", i)
+            for name, (stack, i) in (own_names(model) if self.suffixes else {}).items()
+            for suffix in self.suffixes
+        }
         expected = model.state_dict()
         self.targets: dict[str, list[str]] = {}
         self.unexpected: list[str] = []
@@ -107,6 +113,8 @@ class WeightMap:
     def _target(self, name: str, expected: dict[str, torch.Tensor]) -> str:
         if name in expected:
             return name
+        if name in self.own:
+            return self.own[name][0]
         renamings = [r for r in self.rules if isinstance(r, WeightRenaming)]
         converters = [r for r in self.rules if isinstance(r, WeightConverter)]
         prefix = self.model.base_model_prefix
@@ -123,7 +131,7 @@ class WeightMap:
         missing = sorted(set(expected) - found)
         for target, names in self.targets.items():
             # A stack of experts is stored whole or expert by expert, never in part.
-            parts = len(original_names(self.model, self._plain(target), expected[target]))
+            parts = len(self._named(target, expected[target]))
             if len(names) not in (1, parts):
                 missing.append(f"{target}: has {len(names)} of {parts} tensors")
         return missing
@@ -137,10 +145,8 @@ class WeightMap:
         found = []
         for target, parameter in self.model.state_dict().items():
             stored = self.targets.get(target, [])
-            named = original_names(self.model, self._plain(target), parameter)
-            # Splitting a packed stack names its parts without the packed suffix.
-            suffix = target.removeprefix(self._plain(target))
-            wanted = {name + suffix: tuple(part.shape) for name, part in named.items()}
+            named = self._named(target, parameter)
+            wanted = {name: tuple(part.shape) for name, part in named.items()}
             if set(stored) != set(wanted):
                 continue
             for name in stored:
@@ -152,10 +158,13 @@ class WeightMap:
                     found.append(f"{name}: is stored as {dtype}, the model needs {parameter.dtype}")
         return found
 
-    def _plain(self, target: str) -> str:
-        """`target` without the suffix of a packed tensor."""
+    def _named(self, target: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A parameter split and named as it is stored."""
         suffix = next((s for s in self.suffixes if target.endswith(s)), "")
-        return target.removesuffix(suffix)
+        if not suffix:
+            return original_names(self.model, target, tensor)
+        named = packed_names(self.model, target.removesuffix(suffix), tensor)
+        return {name + suffix: part for name, part in named.items()}
 
     def sources(self, prefix: str) -> list[str]:
         """Checkpoint tensors that feed the parameters below `prefix` (or that parameter)."""
@@ -170,6 +179,8 @@ class WeightMap:
         (None: the parameter's own). given: tensors to use in place of the checkpoint's. Raises
         CheckpointError on a shape or conversion problem."""
         given = given or {}
+        self._load_own([name for name in names if name in self.own], dtype)
+        names = [name for name in names if name not in self.own]
         tensors = {n: given[n] if n in given else self.checkpoint.lazy(n) for n in names}
         config = LoadStateDictConfig(weight_mapping=self.rules, dtype=dtype)
         shown = logging.is_progress_bar_enabled()
@@ -184,25 +195,23 @@ class WeightMap:
         if problems:
             raise CheckpointError(f"{self.checkpoint.path}: {problems[0]}")
 
-    def revert(self, target: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        """A tensor laid out like parameter `target`, split and named as in the family's checkpoint.
-
-        Only dimensions 0 and 1 may be split, so packed words, scales and zero points of a stack of
-        matrices [E, N, *] go the same way as the weights.
-        """
-        return original_names(self.model, target, tensor)
+    def _load_own(self, names: list[str], dtype: torch.dtype | None) -> None:
+        stored: dict[str, list[str]] = {}
+        for name in sorted(names, key=lambda n: self.own[n][1]):
+            stored.setdefault(self.own[name][0], []).append(name)
+        for target, matrices in stored.items():
+            owner, _, parameter = target.rpartition(".")
+            module = self.model.get_submodule(owner)
+            like = getattr(module, parameter)
+            whole = torch.cat([self.checkpoint.tensor(name) for name in matrices]).view(like.shape)
+            cast = whole.to(dtype or like.dtype) if whole.is_floating_point() else whole
+            module._parameters[parameter] = nn.Parameter(cast, requires_grad=False)
 
     def tie(self) -> None:
         self.model.tie_weights(missing_keys=set(self.missing_keys()), recompute_mapping=False)
 
     def missing_keys(self) -> list[str]:
         return sorted(set(self.model.state_dict()) - set(self.targets))
-
-
-def original_names(model: Any, target: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """`WeightMap.revert` without a checkpoint: in the names the family publishes its models in."""
-    out: dict[str, torch.Tensor] = revert_weight_conversion(model, {target: tensor})
-    return out
 
 
 def _suffixed(rules: list[Any], suffixes: Iterable[str]) -> list[Any]:

@@ -1,15 +1,11 @@
-"""Where the quantizable parts of a model are, found without code per model.
-
-transformers gives every decorated experts class the same interface and leaves its layout on the
-instance (`is_transposed`, `is_concatenated`, `has_bias`, `has_gate`); those attributes are read,
-shapes are never guessed at.
-"""
+"""Where the quantizable parts of a model are, found without code per model."""
 
 from dataclasses import dataclass
 
 from torch import nn
 
 from qmoe.errors import UnsupportedModelError
+from qmoe.experts import is_experts
 
 
 @dataclass(frozen=True)
@@ -34,21 +30,10 @@ class Structure:
     lm_head: str | None
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether transformers' `use_experts_implementation` decorates the module's class."""
-    return hasattr(module, "is_concatenated") and hasattr(module, "_apply_gate")
-
-
-def expert_weights(experts: nn.Module) -> tuple[str, str]:
-    """Names of the first (gate and up, or up) and second weight stack of an experts module."""
-    return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
-
-
 def find(model: nn.Module) -> Structure:
     """The decoder layers of a model and what is in them.
 
-    Raises UnsupportedModelError for a dense model, for experts that do not follow the interface,
-    and for layouts that cannot be packed yet.
+    Raises UnsupportedModelError for a dense model and for experts that do not follow the interface.
     """
     modules = dict(model.named_modules())
     experts = [name for name, module in modules.items() if is_experts(module)]
@@ -57,8 +42,6 @@ def find(model: nn.Module) -> Structure:
             f"{type(model).__name__}: found no fused experts; it is a dense model, or an MoE whose "
             "experts do not use transformers' experts interface"
         )
-    for name in experts:
-        _check_layout(name, modules[name])
     lists = {_outermost_list(name, modules) for name in experts}
     layers = []
     for holder in modules:  # module order, so encoder before decoder
@@ -68,20 +51,6 @@ def find(model: nn.Module) -> Structure:
         (n for n, m in modules.items() if n == "lm_head" and isinstance(m, nn.Linear)), None
     )
     return Structure(layers, head)
-
-
-def _check_layout(name: str, experts: nn.Module) -> None:
-    layout = {
-        "transposed": experts.is_transposed,
-        "interleaved": not experts.is_concatenated,
-        "biased": experts.has_bias,
-        "post-normed": experts.has_post_expert_norm,
-    }
-    odd = [word for word, present in layout.items() if present]
-    if odd:
-        raise UnsupportedModelError(
-            f"{name} ({type(experts).__name__}): {' and '.join(odd)} experts are not supported yet"
-        )
 
 
 def _outermost_list(name: str, modules: dict[str, nn.Module]) -> str:

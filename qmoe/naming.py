@@ -1,0 +1,102 @@
+"""What tensors are called on disk: in the family's own names.
+
+Packed weights are stored as one matrix per expert. Families that publish all experts of a layer in
+one tensor have no name for a single expert; theirs are called `<experts>.<e>.gate_proj.weight` and
+so on, as other tools call them when they take such a model apart.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from qmoe import experts
+from qmoe.experts import expert_weights, is_experts
+
+
+def original_names(model: Any, target: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor laid out like parameter `target`, split and named as the family publishes it."""
+    out: dict[str, Tensor] = revert_weight_conversion(model, {target: tensor})
+    return out
+
+
+def packed_names(model: Any, target: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor laid out like the stack `target` ([E, N, *], or a linear's [N, *]), split into
+    what is stored: by the name of each matrix's weight.
+
+    Only dimensions 0 and 1 are split, so packed words, scales and zero points of a stack go the
+    same way as its weights.
+    """
+    module_name, _, weight = target.rpartition(".")
+    module = model.get_submodule(module_name)
+    container = None if not is_experts(module) else _containers(model)[module_name]
+    if container is None:
+        return original_names(model, target, tensor)
+    names = experts.parts(module, weight)
+    return {
+        f"{container}.{e}.{name}.weight": part
+        for e, matrix in enumerate(tensor)
+        for name, part in zip(names, matrix.chunk(len(names)), strict=True)
+    }
+
+
+def own_names(model: Any) -> dict[str, tuple[str, int]]:
+    """Where each matrix with a name of ours belongs: stack and its index there, rows of one expert
+    being neighbours."""
+    found = {}
+    for module_name, container in _containers(model).items():
+        if container is None:
+            continue
+        module = model.get_submodule(module_name)
+        for weight in expert_weights(module):
+            names = experts.parts(module, weight)
+            for i in range(module.num_experts * len(names)):
+                e, part = divmod(i, len(names))
+                stored = f"{container}.{e}.{names[part]}.weight"
+                found[stored] = (f"{module_name}.{weight}", i)
+    return found
+
+
+def own_stack(model: Any, target: str, tensors: dict[str, Tensor]) -> Tensor | None:
+    """The stack [E, N, K] `target` from matrices with names of ours; None if the family's names
+    are used."""
+    index = {i: name for name, (stack, i) in own_names(model).items() if stack == target}
+    if not index:
+        return None
+    rows = torch.cat([tensors[index[i]] for i in range(len(index))])
+    experts_count = model.get_submodule(target.rpartition(".")[0]).num_experts
+    return rows.unflatten(0, (experts_count, -1))
+
+
+def _containers(model: Any) -> dict[str, str | None]:
+    """Of every experts module: the name its experts are stored under, None if its family stores one
+    matrix per expert. Found once, while the model still has its own weights."""
+    if not hasattr(model, "_qmoe_containers"):
+        model._qmoe_containers = {
+            name: _container(model, name, module)
+            for name, module in model.named_modules()
+            if is_experts(module)
+        }
+    found: dict[str, str | None] = model._qmoe_containers
+    return found
+
+
+def _container(model: Any, name: str, module: Any) -> str | None:
+    single = True
+    for weight in expert_weights(module):
+        like = torch.empty_like(experts.stack(module, weight), device="meta")
+        parts = len(experts.parts(module, weight))
+        stored = original_names(model, f"{name}.{weight}", like)
+        shape = (like.shape[1] // parts, like.shape[2])
+        single &= len(stored) == parts * len(like)
+        single &= all(n.endswith(".weight") and t.shape == shape for n, t in stored.items())
+    if single and not module.is_transposed and module.is_concatenated:
+        return None
+    # The layer as the family calls it on disk, then the experts as the model calls them.
+    on_disk = next(iter(stored))
+    layer = re.match(r"(.*\.\d+\.)", on_disk)
+    inside = re.match(r".*\.\d+\.(.*)", name)
+    container = layer[1] + inside[1] if layer and inside else name
+    return container if container.endswith("experts") else f"{container}.experts"
