@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qmoe.errors import AuditError
 from qmoe.experts import is_experts
@@ -64,7 +64,7 @@ def audit_folder(
     sha = hashlib.sha256()
     for target, stored in sorted(names.targets.items()):
         owner, _, parameter = target.rpartition(".")
-        kind = _kind(source, owner, parameter)
+        kind = _kind(source, owner, parameter, source.checkpoint.rank(stored[0]))
         for name in stored:
             tensor = source.checkpoint.tensor(name)
             audit.bytes[kind] += tensor.nbytes
@@ -106,7 +106,7 @@ def _decode(source: PackedSource, track: Track) -> dict[str, str]:
     return found
 
 
-def _kind(source: PackedSource, owner: str, parameter: str) -> str:
+def _kind(source: PackedSource, owner: str, parameter: str, rank: int) -> str:
     module = source.model.get_submodule(owner)
     suffix = next((s for s in SUFFIXES if parameter.endswith(s)), None)
     experts = is_experts(module)
@@ -114,7 +114,9 @@ def _kind(source: PackedSource, owner: str, parameter: str) -> str:
         tier = "experts" if experts else "dense"
         if suffix is not None:
             return f"{tier} packed" if suffix == "_packed" else f"{tier} scales"
-        return "norms and other" if parameter == "bias" else f"{tier} 16-bit"
+        # Biases of experts are a matrix [E, N], weights never less than one for each expert.
+        vector = parameter == "bias" or (experts and rank < 3 and parameter.endswith("_bias"))
+        return "norms and other" if vector else f"{tier} 16-bit"
     if isinstance(module, nn.Embedding) or owner == source.structure.lm_head:
         return "embeddings"
     if any(owner in layer.kept for layer in source.structure.layers) or _is_router(source, owner):
@@ -163,14 +165,14 @@ def audit_model(model: nn.Module, where: str) -> Audit:
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                audit.bytes[_resident_kind(name, module)] += parameter.nbytes
+                audit.bytes[_resident_kind(name, module, parameter)] += parameter.nbytes
     audit.require_clean(where)
     return audit
 
 
-def _resident_kind(name: str, module: nn.Module) -> str:
+def _resident_kind(name: str, module: nn.Module, parameter: Tensor) -> str:
     if is_experts(module):
-        return "experts 16-bit"
+        return "experts 16-bit" if parameter.dim() > 2 else "norms and other"
     if isinstance(module, nn.Embedding) or name == "lm_head":
         return "embeddings"
     return "dense 16-bit" if isinstance(module, nn.Linear) else "norms and other"

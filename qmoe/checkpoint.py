@@ -138,6 +138,10 @@ class Checkpoint:
             )
         return DTYPES[stored]
 
+    def rank(self, name: str) -> int:
+        """Number of dimensions."""
+        return len(self.lazy(name).get_shape())
+
     def tensor_bytes(self, name: str) -> int:
         """Bytes of one tensor's data, from the header alone."""
         return int(torch.Size(self.lazy(name).get_shape()).numel() * self.dtype(name).itemsize)

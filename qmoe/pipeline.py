@@ -15,7 +15,7 @@ from qmoe.audit import audit_folder
 from qmoe.calibration.batches import fingerprint
 from qmoe.calibration.stats import LayerStats, LinearStats
 from qmoe.config import QuantConfig
-from qmoe.errors import ConfigError, OutputError
+from qmoe.errors import ConfigError, OutputError, UnsupportedModelError
 from qmoe.format import Schemes, packed_tensors, quantization_config, unpacked_tensors
 from qmoe.layer import Job, Result, quantize_layer
 from qmoe.naming import original_names, own_stack, packed_names
@@ -23,7 +23,7 @@ from qmoe.output import OutputFolder
 from qmoe.plan import Source, prepare, schemes_of
 from qmoe.progress import Track, silent
 from qmoe.report import build_report
-from qmoe.skeleton import free
+from qmoe.skeleton import free, inputs_of
 from qmoe.solvers.solve import solve
 from qmoe.structure import Layer
 from qmoe.suspend import Call, suspended
@@ -127,12 +127,15 @@ class _Run:
         source, self.tokens = self.source, windows.numel()
         source.weights.load(source.resident(), torch.float32)
         source.weights.tie()
-        layers = iter(track(source.structure.layers, "quantizing layers"))
+        progress = iter(track(source.structure.layers, "quantizing layers"))
+        reached: set[int] = set()
         modules = source.stages()
         head = self._watch_head()
 
         def visit(i: int, forward: Any, calls: list[Call]) -> list[Any] | None:
-            layer, note = next(layers), self.out.finished(i)
+            next(progress)
+            reached.add(i)
+            layer, note = source.structure.layers[i], self.out.finished(i)
             if note is None:
                 outputs = self._layer(i, layer, forward, calls)
             else:
@@ -148,10 +151,14 @@ class _Run:
                 visit(i, module.forward, [])
         else:
             batches = windows.split(self.config.calibration.batch)
-            inputs = [{"input_ids": ids, "use_cache": False} for ids in batches]
+            inputs = [inputs_of(source.model, ids) for ids in batches]
             for _ in suspended(source.model, modules, inputs, visit):
                 pass
-        next(layers, None)  # lets the progress bar close
+        next(progress, None)  # lets the progress bar close
+        if missed := [
+            layer.name for i, layer in enumerate(source.structure.layers) if i not in reached
+        ]:
+            raise UnsupportedModelError(f"{missed[0]}: text does not reach this layer of the model")
         self._solve_head(head)
         self.out.write_shard(len(modules), self._resident_tensors(), {})
 

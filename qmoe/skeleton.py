@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -56,15 +57,38 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def model_class(config: Any) -> Any:
+    """The class of the whole model by what config.json says, so that a multimodal or an
+    encoder-decoder model is complete; AutoModelForCausalLM's choice if it says nothing."""
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if named is not None and issubclass(named, PreTrainedModel):
+        return named
+    chosen = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config))
+    if chosen is None:
+        raise UnsupportedModelError(
+            f"{config.model_type}: transformers has no causal language model of this type"
+        )
+    return chosen
+
+
+def inputs_of(model: Any, ids: torch.Tensor) -> dict[str, Any]:
+    """Arguments of a forward pass over token ids [B, L]; a decoder that has an encoder reads the
+    same text."""
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    return inputs
+
+
 def build(config: Any, dtype: torch.dtype) -> Any:
     """The model with every parameter on the meta device and its computed buffers (rotary
     frequencies and the like) real."""
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: Any = model_class(config)._from_config(config, dtype=dtype)
     except CONFIG_ERRORS as error:
         raise UnsupportedModelError(
-            f"{config.model_type}: transformers cannot build a causal language model from this "
+            f"{config.model_type}: transformers cannot build a language model from this "
             f"config: {type(error).__name__}: {_first_line(error)}"
         ) from error
     # As from_pretrained does after loading: buffers that no checkpoint holds are computed by the

@@ -1,0 +1,194 @@
+"""Which MoE families the installed transformers has, and a proof per family that qmoe handles it.
+
+`check` makes a tiny random model of a family, quantizes, saves and reloads it, and compares its
+logits with those of the original class holding the same dequantized weights.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import (
+    CONFIG_MAPPING_NAMES,
+    model_type_to_module_name,
+)
+
+from qmoe import experts
+from qmoe.audit import audit_model
+from qmoe.config import CHANNEL, CalibrationConfig, QuantConfig, Scheme
+from qmoe.errors import AuditError
+from qmoe.grid import dequantize
+from qmoe.loading import load
+from qmoe.modules import take_stored
+from qmoe.packed_skeleton import open_packed
+from qmoe.pipeline import quantize
+from qmoe.skeleton import inputs_of, model_class
+
+EXPERTS = re.compile(r"^class \w*(?:Experts|CDMoE)\(", re.MULTILINE)
+# Model heads by what they read; a family is checked with the first that it has.
+HEADS = {
+    "text": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "text to text": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "image and text": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+}
+
+# Sizes of a tiny model, by the names that families give them.
+VOCABULARY, POSITIONS = 512, 512
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model", "out_hidden_size", "text_hidden_size"), 64),
+    **dict.fromkeys(("intermediate_size", "d_ff", "ffn_hidden_size", "encoder_ffn_dim"), 96),
+    **dict.fromkeys(("decoder_ffn_dim", "expert_ffn_hidden_size"), 96),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("num_hidden_layers", "n_layers", "num_layers", "num_decoder_layers"), 2),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "depth"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("head_dim", "v_head_dim", "qk_rope_head_dim", "qk_nope_head_dim"), 16),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "d_kv"), 32),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 6),
+    **dict.fromkeys(("moe_num_experts",), 6),
+    **dict.fromkeys(("num_experts_per_tok", "moe_top_k", "moe_k", "num_experts_per_token"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "first_k_dense_replace"), 1),
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": POSITIONS,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+# Lists with an entry per layer: left out, so that each family makes its own for two layers.
+PER_LAYER = ("layer_types", "mlp_layer_types")
+
+# What the sizes above leave inconsistent.
+CHANGES: dict[str, dict[str, Any]] = {}
+
+CONFIG = QuantConfig(
+    experts=Scheme(4, 32),
+    dense=Scheme(8, CHANNEL),
+    calibration=CalibrationConfig(windows=4, window=64, batch=2),
+)
+TOLERANCE = 1e-4  # relative RMS of logits in float32
+
+
+@dataclass(frozen=True)
+class Family:
+    """model_type as in config.json; reads: a key of HEADS; head: the class of the whole model."""
+
+    model_type: str
+    reads: str
+    head: str
+
+
+@cache
+def families() -> tuple[Family, ...]:
+    """Every language model with routed experts, found in the sources of transformers."""
+    folder = Path(transformers.__file__).parent / "models"
+    found = []
+    for model_type in CONFIG_MAPPING_NAMES:
+        module = model_type_to_module_name(model_type)
+        source = folder / module / f"modeling_{module}.py"
+        if not source.is_file() or not EXPERTS.search(source.read_text(encoding="utf-8")):
+            continue
+        composite = "text_config" in CONFIG_MAPPING[model_type].sub_configs
+        for reads in sorted(HEADS, reverse=not composite):
+            head = HEADS[reads].get(model_type)
+            if head is not None:
+                found.append(Family(model_type, reads, head))
+                break
+    return tuple(sorted(found, key=lambda family: family.model_type))
+
+
+def tiny_config(family: Family) -> Any:
+    """A config of the family with every size small, and two layers."""
+    kind = CONFIG_MAPPING[family.model_type]
+    values = _shrunk(kind().to_dict()) | CHANGES.get(family.model_type, {})
+    for name in ("model_type", "architectures", "transformers_version", "dtype"):
+        values.pop(name, None)
+    config = kind(**values)
+    config.architectures = [family.head]
+    return config
+
+
+def _shrunk(values: dict[str, Any]) -> dict[str, Any]:
+    out = {}
+    depth = values.get("num_hidden_layers")
+    for name, value in values.items():
+        if name in PER_LAYER or name == "per_layer_config":
+            continue
+        if isinstance(value, dict) and name.endswith("_config"):
+            out[name] = _shrunk(value)
+        elif name in SMALL and value is not None:
+            out[name] = [SMALL[name]] * 2 if isinstance(value, list) else SMALL[name]
+        elif isinstance(value, list) and len(value) == depth:
+            out[name] = value[:2]
+        else:
+            out[name] = value
+    return out
+
+
+@torch.no_grad()
+def save_tiny(family: Family, path: Path, seed: int = 0) -> None:
+    """Write a random tiny model of the family, in float32, as its authors would, with a tokenizer
+    of bytes."""
+    config = tiny_config(family)
+    torch.manual_seed(seed)
+    model: Any = model_class(config)._from_config(config, dtype=torch.float32)
+    for name, tensor in model.named_parameters():
+        if tensor.dim() > 1:  # default initialization is so small that routing is a tie
+            tensor.normal_(std=tensor.shape[-1] ** -0.5)
+        elif "norm" in name:
+            tensor.normal_().exp_()
+        else:
+            tensor.normal_(std=0.1)
+    model.save_pretrained(path)
+    bytes_only = Tokenizer(
+        models.BPE(
+            {c: i + 1 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []
+        )
+    )
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=bytes_only).save_pretrained(path)
+
+
+@torch.no_grad()
+def check(family: Family, folder: Path, config: QuantConfig = CONFIG) -> dict[str, Any]:
+    """Quantize, save, reload and compare a tiny model in the empty `folder`; returns the report.
+
+    Raises a QmoeError where the family is refused, and AuditError if the reloaded model is not
+    the original with dequantized weights.
+    """
+    source, quantized = folder / "source", folder / "quantized"
+    save_tiny(family, source)
+    report = quantize(source, quantized, config)
+    model, _ = load(quantized)
+    audit_model(model, family.model_type)
+    inputs = inputs_of(model, torch.arange(1, 65).view(2, 32) * 3)
+    found, expected = model(**inputs).logits, _twin(source, quantized)(**inputs).logits
+    lost = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+    if not lost <= TOLERANCE:
+        raise AuditError(f"{family.model_type}: logits are off by {lost:.1e}, RMS")
+    return report
+
+
+def _twin(source: Path, quantized: Path) -> nn.Module:
+    """The original, loaded by transformers, with every quantized weight dequantized."""
+    packed = open_packed(quantized, torch.float32)
+    twin: Any = model_class(packed.model.config).from_pretrained(source, dtype=torch.float32)
+    packed.weights.load(packed.checkpoint.names(), torch.float32)
+    for name, module in packed.model.named_modules():
+        for weight, stored in take_stored(module, name).items():
+            target = twin.get_submodule(name)
+            if isinstance(target, nn.Linear):
+                target.weight.copy_(dequantize(stored)[0])
+            else:
+                experts.put(target, weight, dequantize(stored))
+    return twin.eval()  # type: ignore[no-any-return]
