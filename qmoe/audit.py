@@ -73,7 +73,11 @@ def audit_folder(
                 sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
             if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
                 audit.findings.append(f"holds NaN or Inf: {name}")
-            if name.endswith("_scale") and not (tensor.float() > 0).all():
+            if (
+                kind.endswith("scales")
+                and name.endswith("_scale")
+                and not (tensor.float() > 0).all()
+            ):
                 audit.findings.append(f"has a scale that is not positive: {name}")
         if kind == "experts 16-bit":
             audit.findings.append(f"routed experts left unquantized: {stored[0]} ({target})")
@@ -110,8 +114,9 @@ def _kind(source: PackedSource, owner: str, parameter: str, rank: int) -> str:
     module = source.model.get_submodule(owner)
     suffix = next((s for s in SUFFIXES if parameter.endswith(s)), None)
     experts = is_experts(module)
-    if experts or isinstance(module, PackedLinear):
-        tier = "experts" if experts else "dense"
+    loose = any(owner in layer.loose_linears() for layer in source.structure.layers)
+    if experts or loose or isinstance(module, PackedLinear):
+        tier = "experts" if experts or loose else "dense"
         if suffix is not None:
             return f"{tier} packed" if suffix == "_packed" else f"{tier} scales"
         # Biases of experts are a matrix [E, N], weights never less than one for each expert.

@@ -15,6 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
 from qmoe import experts
+from qmoe.adapters import adapt
 from qmoe.checkpoint import resolve
 from qmoe.errors import UnsupportedModelError
 from qmoe.kernels.moe import moe_forward
@@ -87,6 +88,7 @@ class Nf4Linear(nn.Module):
 def nf4(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
     """The original with experts and the dense linears that qmoe quantizes in NF4."""
     model = original(path, dtype).to(device)
+    adapt(model)
     ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
     for layer in find(model).layers:
         for name in layer.experts:
@@ -99,6 +101,6 @@ def nf4(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu")
             delattr(module, first)
             delattr(module, second)
             module.config._experts_implementation = NAME
-        for name in layer.dense:
+        for name in [*layer.dense, *layer.loose_linears()]:
             model.set_submodule(name, Nf4Linear(model.get_submodule(name)))
     return model

@@ -85,7 +85,7 @@ def _parts(path: Path) -> list[dict[str, Any]]:
             module = source.model.get_submodule(name)
             shapes = [list(stack(module, w).shape) for w in expert_weights(module)]
             parts.append({"name": name, "shapes": shapes})
-        for name in layer.dense:
+        for name in [*layer.loose_linears(), *layer.dense]:
             parts.append(
                 {"name": name, "shapes": [list(source.model.get_submodule(name).weight.shape)]}
             )

@@ -41,34 +41,52 @@ HEADS = {
 }
 
 # Sizes of a tiny model, by the names that families give them.
-VOCABULARY, POSITIONS = 512, 512
-SMALL: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "d_model", "out_hidden_size", "text_hidden_size"), 64),
-    **dict.fromkeys(("intermediate_size", "d_ff", "ffn_hidden_size", "encoder_ffn_dim"), 96),
-    **dict.fromkeys(("decoder_ffn_dim", "expert_ffn_hidden_size"), 96),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
-    **dict.fromkeys(("num_hidden_layers", "n_layers", "num_layers", "num_decoder_layers"), 2),
-    **dict.fromkeys(("encoder_layers", "decoder_layers", "depth"), 2),
-    **dict.fromkeys(("num_attention_heads", "n_heads", "num_heads"), 4),
-    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("head_dim", "v_head_dim", "qk_rope_head_dim", "qk_nope_head_dim"), 16),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "d_kv"), 32),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 6),
-    **dict.fromkeys(("moe_num_experts",), 6),
-    **dict.fromkeys(("num_experts_per_tok", "moe_top_k", "moe_k", "num_experts_per_token"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "first_k_dense_replace"), 1),
-    "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": POSITIONS,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
+SIZES: dict[int, str] = {
+    512: "vocab_size vocab_size_per_layer_input max_position_embeddings max_seq_len",
+    96: "intermediate_size d_ff ffn_hidden_size encoder_ffn_dim decoder_ffn_dim",
+    64: "hidden_size d_model out_hidden_size text_hidden_size moe_hidden_size "
+    "projector_hidden_size",
+    32: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size "
+    "moe_shared_expert_intermediate_size q_lora_rank kv_lora_rank d_kv o_lora_rank "
+    "router_hidden_size hidden_size_per_layer_input index_topk",
+    16: "head_dim v_head_dim qk_rope_head_dim qk_nope_head_dim swa_head_dim linear_head_dim "
+    "index_head_dim mamba_head_dim mamba_d_head ssm_state_size mamba_d_state rel_extent",
+    8: "mamba_num_heads mamba_n_heads",
+    6: "num_experts num_local_experts n_routed_experts moe_num_experts",
+    4: "num_attention_heads n_heads num_heads encoder_attention_heads decoder_attention_heads "
+    "swa_num_attention_heads linear_num_heads index_n_heads",
+    2: "num_hidden_layers n_layers num_layers num_decoder_layers encoder_layers decoder_layers "
+    "depth num_experts_per_tok moe_top_k moe_topk moe_k num_experts_per_token top_k_experts "
+    "num_key_value_heads swa_num_key_value_heads kv_n_heads n_groups zero_expert_num o_groups "
+    "num_dense_layers",
+    1: "n_group topk_group num_expert_group first_k_dense_replace",
+    0: "bos_token_id eos_token_id pad_token_id",
 }
-# Lists with an entry per layer: left out, so that each family makes its own for two layers.
-PER_LAYER = ("layer_types", "mlp_layer_types")
+SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
+# Lists with a kind per layer: the first and the last kind there is.
+KINDS = ("layer_types", "mlp_layer_types")
 
-# What the sizes above leave inconsistent.
-CHANGES: dict[str, dict[str, Any]] = {}
+# What the sizes above leave inconsistent or switched off. Latent attention has no grouped heads.
+LATENT = dict.fromkeys(
+    ["axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "mistral4", "mistral_large4", "dots3_note", "dots3_note_text", "glm5_next", "deepseek_ocr2", "longcat_flash"],
+    {"num_key_value_heads": 4},
+)
+MOE = {"num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 32}
+CHANGES: dict[str, dict[str, Any]] = LATENT | {
+    "gemma4": MOE | {"enable_moe_block": True},
+    "gemma4_text": MOE | {"enable_moe_block": True},
+    "diffusion_gemma": MOE,
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}},
+    "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2,
+                      "num_key_value_heads": 4, "n_group": 1, "topk_group": 1},
+    "dots1": {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "flint": {"mlp_only_layers": [0]},
+    "glm4v_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
+                                      "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}},
+    "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
 
 CONFIG = QuantConfig(
     experts=Scheme(4, 32),
@@ -109,7 +127,8 @@ def families() -> tuple[Family, ...]:
 def tiny_config(family: Family) -> Any:
     """A config of the family with every size small, and two layers."""
     kind = CONFIG_MAPPING[family.model_type]
-    values = _shrunk(kind().to_dict()) | CHANGES.get(family.model_type, {})
+    values = _shrunk(kind().to_dict())
+    values.get("text_config", values).update(CHANGES.get(family.model_type, {}))
     for name in ("model_type", "architectures", "transformers_version", "dtype"):
         values.pop(name, None)
     config = kind(**values)
@@ -121,10 +140,13 @@ def _shrunk(values: dict[str, Any]) -> dict[str, Any]:
     out = {}
     depth = values.get("num_hidden_layers")
     for name, value in values.items():
-        if name in PER_LAYER or name == "per_layer_config":
+        if name == "per_layer_config":
             continue
         if isinstance(value, dict) and name.endswith("_config"):
             out[name] = _shrunk(value)
+        elif name in KINDS and value:
+            kinds = list(dict.fromkeys(value))
+            out[name] = [kinds[0], kinds[-1]]
         elif name in SMALL and value is not None:
             out[name] = [SMALL[name]] * 2 if isinstance(value, list) else SMALL[name]
         elif isinstance(value, list) and len(value) == depth:

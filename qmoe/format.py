@@ -21,8 +21,9 @@ from qmoe.packing import pack_rows, pack_zeros, unpack_rows, unpack_zeros
 from qmoe.types import Quantized
 
 SUFFIXES = ("_packed", "_scale", "_zero_point", "_shape")
-# A routed expert's module in a checkpoint: `experts.7.up_proj`, but not `shared_experts.up_proj`.
-EXPERTS_TARGET = r"re:.*\.experts\.\d+\..*"
+# A routed expert's module in a checkpoint: `experts.7.up_proj` (or `experts.expert_7.wi`), but not
+# `shared_experts.up_proj`.
+EXPERTS_TARGET = r"re:.*\.experts\.(expert_)?\d+\..*"
 
 
 def packed_tensors(

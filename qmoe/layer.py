@@ -72,7 +72,7 @@ def quantize_layer(
             _check_given(job, given)
     before: list[Any] | None = None
     outside = [n for n in layer.dense if n not in layer.in_block]
-    parts = [outside, [*layer.experts, *layer.in_block]]
+    parts = [outside, [*layer.experts, *layer.loose_linears(), *layer.in_block]]
     parts = [[n for n in part if n in job.schemes] for part in parts]
     if job.save is not None and not any(parts):
         job.save(result.stats)
@@ -120,6 +120,9 @@ def _gather(
             raise CalibrationError(
                 f"{name.partition('|')[0]}: calibration gave NaN or Inf; the model overflows on it"
             )
+    for name, linears in job.layer.loose.items():
+        if linears[0][0] in names and not _count_loose(name, linears, result):
+            raise UnsupportedModelError(f"{name}: no calibration token reached its experts")
     for name in experts:
         del modules[name]._qmoe_sink
         if not int(result.stats.experts[name].tokens.sum()):
@@ -128,6 +131,14 @@ def _gather(
                 f"{name} ({kind}): no calibration token reached its experts"
             )
     return outputs
+
+
+def _count_loose(name: str, linears: list[list[str]], result: Result) -> int:
+    """Record how many tokens each expert of a list saw; returns the sum."""
+    seen = [result.stats.linears.get(each[0]) for each in linears]
+    tokens = [0 if stats is None else int(stats.tokens) for stats in seen]
+    result.record["experts"][name] = {"tokens": tokens}
+    return sum(tokens)
 
 
 def _borrow(job: Job, name: str, result: Result) -> None:

@@ -56,9 +56,10 @@ def _routed(self: Any, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
 
 
 class PackedLinear(nn.Module):
-    """A linear whose weight is a packed stack with E = 1."""
+    """A linear whose weight is a packed stack with E = 1. parts: matrices that its rows are stored
+    as (a fused gate and up)."""
 
-    def __init__(self, linear: nn.Linear, scheme: Scheme):
+    def __init__(self, linear: nn.Linear, scheme: Scheme, parts: int = 1):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
@@ -67,7 +68,7 @@ class PackedLinear(nn.Module):
             "weight",
             (linear.out_features, linear.in_features),
             scheme,
-            1,
+            parts,
             linear.weight.dtype,
         )
 

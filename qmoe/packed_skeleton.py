@@ -46,9 +46,10 @@ def open_packed(path: Path, dtype: torch.dtype | None = None) -> PackedSource:
             declare_experts(model.get_submodule(name), scheme)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
-            linear_scheme = schemes.of(_module_names(model, f"{name}.weight", module.weight)[0])
+            stored = _module_names(model, f"{name}.weight", module.weight)
+            linear_scheme = schemes.of(stored[0])
             if linear_scheme is not None:
-                model.set_submodule(name, PackedLinear(module, linear_scheme))
+                model.set_submodule(name, PackedLinear(module, linear_scheme, len(stored)))
     return PackedSource(checkpoint, model, WeightMap(model, checkpoint, SUFFIXES), structure)
 
 

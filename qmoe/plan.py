@@ -37,8 +37,8 @@ class Source:
 
     def weight_dtype(self) -> torch.dtype:
         """Of the routed experts as stored; scales are stored in it too, as engines expect."""
-        experts = next(layer.experts for layer in self.structure.layers if layer.experts)
-        return self.checkpoint.dtype(self.weights.sources(experts[0])[0])
+        experts = next(e for n in self.structure.layers for e in [*n.experts, *n.loose])
+        return self.checkpoint.dtype(self.weights.sources(experts)[0])
 
     def kept_linears(self, config: QuantConfig) -> list[str]:
         """Everything with a linear's weight that is not quantized, by model and checkpoint name:
@@ -162,7 +162,7 @@ def check_vocabulary(config: Any, windows: Tensor) -> None:
 
 def schemes_of(source: Source, layer: Layer, config: QuantConfig) -> dict[str, Scheme]:
     """Scheme of every weight to quantize in a layer: experts modules and dense linears by name."""
-    found = dict.fromkeys(layer.experts, config.experts)
+    found = dict.fromkeys([*layer.experts, *layer.loose_linears()], config.experts)
     if config.dense is not None:
         found |= dict.fromkeys(layer.dense, config.dense)
     return found

@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
+from qmoe.adapters import adapt
 from qmoe.checkpoint import Checkpoint
 from qmoe.errors import CheckpointError, UnsupportedModelError
 from qmoe.naming import original_names, own_names, packed_names
@@ -93,6 +94,7 @@ def build(config: Any, dtype: torch.dtype) -> Any:
         ) from error
     # As from_pretrained does after loading: buffers that no checkpoint holds are computed by the
     # model's own initialization, which leaves alone whatever is marked as initialized.
+    adapt(model)
     model._move_missing_keys_from_meta_to_device(set(), None, None, None)
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True

@@ -1,9 +1,12 @@
 """Where the quantizable parts of a model are, found without code per model."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from qmoe.adapters import linears_of, loose_experts
 from qmoe.errors import UnsupportedModelError
 from qmoe.experts import is_experts
 
@@ -12,16 +15,21 @@ from qmoe.experts import is_experts
 class Layer:
     """One decoder layer. Names are relative to the model.
 
-    experts: fused experts modules. dense: linears to quantize with the dense scheme, in module
-    order. in_block: those of `dense` inside the block that holds the experts (shared experts).
-    kept: linears that stay as they are, with the reason.
+    experts: fused experts modules. loose: lists of experts that are modules of their own, and the
+    linears of each. dense: linears to quantize with the dense scheme, in module order. in_block:
+    those of `dense` inside the block that holds the experts (shared experts). kept: linears that
+    stay as they are, with the reason.
     """
 
     name: str
     experts: list[str]
+    loose: dict[str, list[list[str]]]
     dense: list[str]
     in_block: list[str]
     kept: dict[str, str]
+
+    def loose_linears(self) -> list[str]:
+        return [n for experts in self.loose.values() for linears in experts for n in linears]
 
 
 @dataclass(frozen=True)
@@ -33,14 +41,14 @@ class Structure:
 def find(model: nn.Module) -> Structure:
     """The decoder layers of a model and what is in them.
 
-    Raises UnsupportedModelError for a dense model and for experts that do not follow the interface.
+    Raises UnsupportedModelError for a dense model and for experts in a form that is not known.
     """
     modules = dict(model.named_modules())
-    experts = [name for name, module in modules.items() if is_experts(module)]
+    experts = [name for name, module in modules.items() if _holds_experts(name, module)]
     if not experts:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: found no fused experts; it is a dense model, or an MoE whose "
-            "experts do not use transformers' experts interface"
+            f"{type(model).__name__}: found no routed experts; it is a dense model, or an MoE whose "
+            "experts neither use transformers' interface nor are lists of linears"
         )
     lists = {_outermost_list(name, modules) for name in experts}
     layers = []
@@ -53,6 +61,10 @@ def find(model: nn.Module) -> Structure:
     return Structure(layers, head)
 
 
+def _holds_experts(name: str, module: nn.Module) -> bool:
+    return is_experts(module) or (name.endswith("experts") and loose_experts(module))
+
+
 def _outermost_list(name: str, modules: dict[str, nn.Module]) -> str:
     parts = name.split(".")
     for i in range(1, len(parts)):
@@ -63,23 +75,33 @@ def _outermost_list(name: str, modules: dict[str, nn.Module]) -> str:
 
 def _layer(name: str, modules: dict[str, nn.Module]) -> Layer:
     inside = {n: m for n, m in modules.items() if n.startswith(name + ".")}
-    experts = [n for n, m in inside.items() if is_experts(m)]
-    blocks = {n.rpartition(".")[0]: inside[n] for n in experts}
+    holders = {n: m for n, m in inside.items() if _holds_experts(n, m)}
+    experts = [n for n, m in holders.items() if is_experts(m)]
+    loose = {n: list(_each_expert(n, m)) for n, m in holders.items() if n not in experts}
+    taken = {n for experts in loose.values() for linears in experts for n in linears}
+    blocks = {n.rpartition(".")[0]: m for n, m in holders.items()}
     dense, in_block, kept = [], [], {}
     for linear, module in inside.items():
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear) or linear in taken:
             continue
         block = next((b for b in blocks if linear.startswith(b + ".")), None)
-        if block is not None and _routes(module, blocks[block]):
+        if block is not None and module.out_features in _choices(blocks[block]):
             kept[linear] = "router"
             continue
         dense.append(linear)
         if block is not None:
             in_block.append(linear)
-    return Layer(name, experts, dense, in_block, kept)
+    return Layer(name, experts, loose, dense, in_block, kept)
 
 
-def _routes(linear: nn.Linear, experts: nn.Module) -> bool:
-    """A linear beside the experts with one output per expert is their router; one with a single
-    output is the gate of a shared expert. Both decide where tokens go, for a handful of bytes."""
-    return linear.out_features in (1, experts.num_experts)
+def _each_expert(name: str, container: nn.Module) -> Iterator[list[str]]:
+    for child, module in container.named_children():
+        yield [f"{name}.{child}.{linear}" for linear in linears_of(module)]
+
+
+def _choices(experts: Any) -> set[int]:
+    """Output sizes of routers. A linear beside the experts with one output per expert (and per
+    identity expert) is their router; one with a single output is the gate of a shared expert. Both
+    decide where tokens go, for a handful of bytes."""
+    count = experts.num_experts if is_experts(experts) else len(experts)
+    return {1, count, getattr(experts, "router_outputs", count)}

@@ -19,7 +19,7 @@ LAYERS = [
     {"config"},
     {"types", "grid", "packing"},
     {"kernels", "solvers", "calibration.text", "calibration.batches", "calibration.stats"},
-    {"experts"},
+    {"experts", "adapters"},
     {"calibration.coverage", "calibration.collect", "checkpoint", "suspend", "output", "naming"},
     {"format", "structure", "skeleton"},
     {"modules", "fold", "plan", "offloading"},
