@@ -99,12 +99,18 @@ def loose_experts(module: nn.Module) -> bool:
     """Whether a module is a list of small MLPs, one per expert, as older families and code that
     comes with a model have them: at least two children of one class, of linears and nothing else
     with weights."""
-    children = list(module.children())
-    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) or len(children) < 2:
+    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return False
-    if len({type(child) for child in children}) > 1:
+    children = [module.get_submodule(name) for name in each_expert(module)]
+    if len(children) < 2 or len({type(child) for child in children}) > 1:
         return False
     return all(len(linears_of(child)) > 1 and _only_linears(child) for child in children)
+
+
+def each_expert(container: nn.Module) -> list[str]:
+    """Names of the children of a list of experts that have weights."""
+    children = container.named_children()
+    return [n for n, child in children if next(child.parameters(), None) is not None]
 
 
 def linears_of(module: nn.Module) -> list[str]:

@@ -124,7 +124,8 @@ def _kind(source: PackedSource, owner: str, parameter: str, rank: int) -> str:
         return "norms and other" if vector else f"{tier} 16-bit"
     if isinstance(module, nn.Embedding) or owner == source.structure.lm_head:
         return "embeddings"
-    if any(owner in layer.kept for layer in source.structure.layers) or _is_router(source, owner):
+    kept = [layer.kept[owner] for layer in source.structure.layers if owner in layer.kept]
+    if "router" in kept or _is_router(source, owner):
         return "router"
     return "dense 16-bit" if isinstance(module, nn.Linear) else "norms and other"
 

@@ -22,6 +22,7 @@ from transformers.models.auto.configuration_auto import (
 )
 
 from qmoe import experts
+from qmoe.adapters import adapt
 from qmoe.audit import audit_model
 from qmoe.config import CHANNEL, CalibrationConfig, QuantConfig, Scheme
 from qmoe.errors import AuditError
@@ -45,10 +46,10 @@ SIZES: dict[int, str] = {
     512: "vocab_size vocab_size_per_layer_input max_position_embeddings max_seq_len",
     96: "intermediate_size d_ff ffn_hidden_size encoder_ffn_dim decoder_ffn_dim",
     64: "hidden_size d_model out_hidden_size text_hidden_size moe_hidden_size "
-    "projector_hidden_size",
+    "projector_hidden_size adapter_in_dim adapter_input_size",
     32: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size "
     "moe_shared_expert_intermediate_size q_lora_rank kv_lora_rank d_kv o_lora_rank "
-    "router_hidden_size hidden_size_per_layer_input index_topk",
+    "router_hidden_size hidden_size_per_layer_input index_topk qk_head_dim",
     16: "head_dim v_head_dim qk_rope_head_dim qk_nope_head_dim swa_head_dim linear_head_dim "
     "index_head_dim mamba_head_dim mamba_d_head ssm_state_size mamba_d_state rel_extent",
     8: "mamba_num_heads mamba_n_heads",
@@ -68,9 +69,11 @@ KINDS = ("layer_types", "mlp_layer_types")
 
 # What the sizes above leave inconsistent or switched off. Latent attention has no grouped heads.
 LATENT = dict.fromkeys(
-    ["axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "mistral4", "mistral_large4", "dots3_note", "dots3_note_text", "glm5_next", "deepseek_ocr2", "longcat_flash"],
+    ("axk1", "axk2", "bailing_hybrid", "deepseek_ocr2", "deepseek_v2", "deepseek_v3",
+     "deepseek_v32", "dots3_note", "dots3_note_text", "glm4_moe_lite", "glm5_next", "glm_moe_dsa",
+     "kimi_linear", "longcat_flash", "mistral4", "mistral_large4"),
     {"num_key_value_heads": 4},
-)
+)  # fmt: skip
 MOE = {"num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 32}
 CHANGES: dict[str, dict[str, Any]] = LATENT | {
     "gemma4": MOE | {"enable_moe_block": True},
@@ -85,6 +88,12 @@ CHANGES: dict[str, dict[str, Any]] = LATENT | {
                                       "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}},
     "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "ernie4_5_vl_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
+                                            "mrope_section": [3, 3, 2]}},
+    "glm5_next": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "head_dim": 0,
+                  "qk_head_dim": 16},
+    "mistral4": {"num_key_value_heads": 4, "head_dim": 32},
+    "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
@@ -205,6 +214,7 @@ def _twin(source: Path, quantized: Path) -> nn.Module:
     """The original, loaded by transformers, with every quantized weight dequantized."""
     packed = open_packed(quantized, torch.float32)
     twin: Any = model_class(packed.model.config).from_pretrained(source, dtype=torch.float32)
+    adapt(twin)
     packed.weights.load(packed.checkpoint.names(), torch.float32)
     for name, module in packed.model.named_modules():
         for weight, stored in take_stored(module, name).items():

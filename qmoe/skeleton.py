@@ -149,7 +149,7 @@ class WeightMap:
 
     def missing(self) -> list[str]:
         """Parameters that lack checkpoint tensors; tied ones count as fed by their partner."""
-        found = set(self.targets)
+        found = set(self.targets) | self._split()
         for target, source in self.model.all_tied_weights_keys.items():
             if target in found or source in found:
                 found |= {target, source}
@@ -162,14 +162,26 @@ class WeightMap:
                 missing.append(f"{target}: has {len(names)} of {parts} tensors")
         return missing
 
+    def _split(self) -> set[str]:
+        """Parameters fed by a part of a checkpoint tensor; `targets` has the first of them only."""
+        out = set()
+        for rule in self.rules:
+            first, *others = rule.target_patterns
+            if others and isinstance(rule, WeightConverter):
+                fed = [target for target in self.targets if first in target]
+                out |= {t.replace(first, other) for t in fed for other in (first, *others)}
+        return out
+
     def misshapen(self) -> list[str]:
         """Checkpoint tensors whose shape, or kind of number, is not what the model needs.
 
         Read from headers. Tensors that a family stores in another layout than its published one
         are left to the conversion, which checks them when they are loaded.
         """
-        found = []
+        found, split = [], self._split()
         for target, parameter in self.model.state_dict().items():
+            if target in split:
+                continue
             stored = self.targets.get(target, [])
             named = self._named(target, parameter)
             wanted = {name: tuple(part.shape) for name, part in named.items()}

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from qmoe.adapters import linears_of, loose_experts
+from qmoe.adapters import each_expert, linears_of, loose_experts
 from qmoe.errors import UnsupportedModelError
 from qmoe.experts import is_experts
 
@@ -47,8 +47,8 @@ def find(model: nn.Module) -> Structure:
     experts = [name for name, module in modules.items() if _holds_experts(name, module)]
     if not experts:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: found no routed experts; it is a dense model, or an MoE whose "
-            "experts neither use transformers' interface nor are lists of linears"
+            f"{type(model).__name__}: found no routed experts; it is a dense model, or an MoE "
+            "whose experts neither use transformers' interface nor are lists of linears"
         )
     lists = {_outermost_list(name, modules) for name in experts}
     layers = []
@@ -88,6 +88,9 @@ def _layer(name: str, modules: dict[str, nn.Module]) -> Layer:
         if block is not None and module.out_features in _choices(blocks[block]):
             kept[linear] = "router"
             continue
+        if type(module).forward is not nn.Linear.forward:
+            kept[linear] = f"{type(module).__name__} multiplies in its own way"
+            continue
         dense.append(linear)
         if block is not None:
             in_block.append(linear)
@@ -95,13 +98,14 @@ def _layer(name: str, modules: dict[str, nn.Module]) -> Layer:
 
 
 def _each_expert(name: str, container: nn.Module) -> Iterator[list[str]]:
-    for child, module in container.named_children():
-        yield [f"{name}.{child}.{linear}" for linear in linears_of(module)]
+    for child in each_expert(container):
+        inside = linears_of(container.get_submodule(child))
+        yield [f"{name}.{child}.{linear}" for linear in inside]
 
 
 def _choices(experts: Any) -> set[int]:
     """Output sizes of routers. A linear beside the experts with one output per expert (and per
     identity expert) is their router; one with a single output is the gate of a shared expert. Both
     decide where tokens go, for a handful of bytes."""
-    count = experts.num_experts if is_experts(experts) else len(experts)
+    count = experts.num_experts if is_experts(experts) else len(each_expert(experts))
     return {1, count, getattr(experts, "router_outputs", count)}
