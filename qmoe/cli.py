@@ -68,6 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
             metavar="GB",
             help="GPU memory for routed experts; those beyond it wait in host memory",
         )
+    families = commands.add_parser("families", help="MoE families of the installed transformers")
+    families.add_argument("names", nargs="*", help="model types; all if none is given")
+    families.add_argument(
+        "--check",
+        action="store_true",
+        help="quantize, save, reload and compare a tiny random model of each (minutes)",
+    )
     for sub in commands.choices.values():
         sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser

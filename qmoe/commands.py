@@ -2,16 +2,18 @@
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import transformers
 
 from qmoe import tables
 from qmoe.audit import audit_folder
 from qmoe.checkpoint import read_json, resolve
 from qmoe.cli import config_from
 from qmoe.compare import benchmark, evaluate
-from qmoe.errors import CheckpointError
+from qmoe.errors import CheckpointError, ConfigError, QmoeError
 from qmoe.experts import expert_weights, stack
 from qmoe.loading import Loading
 from qmoe.pipeline import quantize as run_quantize
@@ -49,6 +51,47 @@ def _show_lines(lines: list[str], most: int = 20) -> None:
         print(f"  {line}")
     if len(lines) > most:
         print(f"  and {len(lines) - most} more: see qmoe_report.json, or --json")
+
+
+def families(args: argparse.Namespace) -> dict[str, Any]:
+    """`qmoe families`: what is known, and with --check proven, of each."""
+    from qmoe import families as known
+
+    found = {family.model_type: family for family in known.families()}
+    if unknown := [name for name in args.names if name not in found]:
+        raise ConfigError(f"{unknown[0]}: not an MoE language model of this transformers")
+    rows = []
+    for family in on_terminal([found[name] for name in args.names or found], "families"):
+        row = {"family": family.model_type, "reads": family.reads, "model": family.head}
+        try:
+            row["experts"] = known.layout(family)
+            if args.check:
+                with TemporaryDirectory(prefix="qmoe-families-") as folder:
+                    known.check(family, Path(folder))
+            row["result"] = "passed" if args.check else "supported"
+        except QmoeError as error:
+            row["result"] = str(error)
+        rows.append(row)
+    return {"transformers": transformers.__version__, "families": rows}
+
+
+def show_families(result: dict[str, Any]) -> None:
+    rows = result["families"]
+    good = [row for row in rows if row["result"] in ("passed", "supported")]
+    tables.show(
+        f"MoE language models of transformers {result['transformers']}",
+        ["family", "reads", "experts", "result"],
+        [
+            [row["family"], row["reads"], row.get("experts", ""), row["result"]]
+            if row in good
+            else [row["family"], row["reads"], row.get("experts", ""), "refused, see below"]
+            for row in rows
+        ],
+    )
+    for row in rows:
+        if row not in good:
+            print(f"{row['family']}: {row['result']}")
+    print(f"{len(good)} of {len(rows)} {good[0]['result'] if good else 'supported'}")
 
 
 def _share(error: float | None) -> str:

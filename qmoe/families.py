@@ -29,9 +29,11 @@ from qmoe.errors import AuditError
 from qmoe.grid import dequantize
 from qmoe.loading import load
 from qmoe.modules import take_stored
+from qmoe.naming import own_names
 from qmoe.packed_skeleton import open_packed
 from qmoe.pipeline import quantize
-from qmoe.skeleton import inputs_of, model_class
+from qmoe.skeleton import build, inputs_of, model_class
+from qmoe.structure import find
 
 EXPERTS = re.compile(r"^class \w*(?:Experts|CDMoE)\(", re.MULTILINE)
 # Model heads by what they read; a family is checked with the first that it has.
@@ -46,7 +48,8 @@ SIZES: dict[int, str] = {
     512: "vocab_size vocab_size_per_layer_input max_position_embeddings max_seq_len",
     96: "intermediate_size d_ff ffn_hidden_size encoder_ffn_dim decoder_ffn_dim",
     64: "hidden_size d_model out_hidden_size text_hidden_size moe_hidden_size "
-    "projector_hidden_size adapter_in_dim adapter_input_size",
+    "projector_hidden_size adapter_in_dim adapter_input_size "
+    "adapter_out_dim",
     32: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size "
     "moe_shared_expert_intermediate_size q_lora_rank kv_lora_rank d_kv o_lora_rank "
     "router_hidden_size hidden_size_per_layer_input index_topk qk_head_dim",
@@ -58,9 +61,8 @@ SIZES: dict[int, str] = {
     "swa_num_attention_heads linear_num_heads index_n_heads",
     2: "num_hidden_layers n_layers num_layers num_decoder_layers encoder_layers decoder_layers "
     "depth num_experts_per_tok moe_top_k moe_topk moe_k num_experts_per_token top_k_experts "
-    "num_key_value_heads swa_num_key_value_heads kv_n_heads n_groups zero_expert_num o_groups "
-    "num_dense_layers",
-    1: "n_group topk_group num_expert_group first_k_dense_replace",
+    "num_key_value_heads swa_num_key_value_heads kv_n_heads n_groups zero_expert_num o_groups",
+    1: "num_dense_layers n_group topk_group num_expert_group first_k_dense_replace",
     0: "bos_token_id eos_token_id pad_token_id",
 }
 SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
@@ -74,6 +76,8 @@ LATENT = dict.fromkeys(
      "kimi_linear", "longcat_flash", "mistral4", "mistral_large4"),
     {"num_key_value_heads": 4},
 )  # fmt: skip
+INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
+           "indexer_budget": 32, "indexer_compress_ratio": 1}  # fmt: skip
 MOE = {"num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 32}
 CHANGES: dict[str, dict[str, Any]] = LATENT | {
     "gemma4": MOE | {"enable_moe_block": True},
@@ -87,13 +91,16 @@ CHANGES: dict[str, dict[str, Any]] = LATENT | {
     "glm4v_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
                                       "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}},
     "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": 2},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "ernie4_5_vl_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
                                             "mrope_section": [3, 3, 2]}},
     "glm5_next": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "head_dim": 0,
                   "qk_head_dim": 16},
     "mistral4": {"num_key_value_heads": 4, "head_dim": 32},
     "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
+    "step3p7": {"sliding_window": 32},
+    "qwen4_exp": INDEXER,
+    "qwen4_exp_text": INDEXER,
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
@@ -165,6 +172,27 @@ def _shrunk(values: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def layout(family: Family) -> str:
+    """How the family's experts are stored and computed, in a few words. Raises
+    UnsupportedModelError if qmoe cannot handle it."""
+    model = build(tiny_config(family), torch.float32)
+    words: dict[str, None] = {}
+    for layer in find(model).layers:
+        words |= dict.fromkeys(["a module per expert"] * bool(layer.loose))
+        for name in layer.experts:
+            module = model.get_submodule(name)
+            told = {
+                "fused": own_names(model),
+                "transposed": module.is_transposed,
+                "interleaved": not module.is_concatenated,
+                "biased": module.has_bias,
+                "ungated": not module.has_gate,
+                "post-normed": module.has_post_expert_norm,
+            }
+            words |= dict.fromkeys(word for word, present in told.items() if present)
+    return ", ".join(words) or "a matrix per expert"
+
+
 @torch.no_grad()
 def save_tiny(family: Family, path: Path, seed: int = 0) -> None:
     """Write a random tiny model of the family, in float32, as its authors would, with a tokenizer
@@ -197,6 +225,7 @@ def check(family: Family, folder: Path, config: QuantConfig = CONFIG) -> dict[st
     Raises a QmoeError where the family is refused, and AuditError if the reloaded model is not
     the original with dequantized weights.
     """
+    find(build(tiny_config(family), torch.float32))
     source, quantized = folder / "source", folder / "quantized"
     save_tiny(family, source)
     report = quantize(source, quantized, config)

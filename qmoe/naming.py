@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from qmoe import experts
+from qmoe.errors import UnsupportedModelError
 from qmoe.experts import expert_weights, is_experts
 
 
@@ -44,7 +45,8 @@ def packed_names(model: Any, target: str, tensor: Tensor) -> dict[str, Tensor]:
 
 def own_names(model: Any) -> dict[str, tuple[str, int]]:
     """Where each matrix with a name of ours belongs: stack and its index there, rows of one expert
-    being neighbours."""
+    being neighbours. Raises UnsupportedModelError for a family that does not store the experts of
+    each module for themselves."""
     found = {}
     for module_name, container in _containers(model).items():
         if container is None:
@@ -88,7 +90,13 @@ def _container(model: Any, name: str, module: Any) -> str | None:
     for weight in expert_weights(module):
         like = torch.empty_like(experts.stack(module, weight), device="meta")
         parts = len(experts.parts(module, weight))
-        stored = original_names(model, f"{name}.{weight}", like)
+        try:
+            stored = original_names(model, f"{name}.{weight}", like)
+        except ValueError as error:
+            raise UnsupportedModelError(
+                f"{name} ({type(module).__name__}): its family stores these experts together with "
+                "those of another module; such models are not supported"
+            ) from error
         shape = (like.shape[1] // parts, like.shape[2])
         single &= len(stored) == parts * len(like)
         single &= all(n.endswith(".weight") and t.shape == shape for n, t in stored.items())

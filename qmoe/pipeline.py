@@ -1,6 +1,7 @@
 """`quantize`: the whole way from a model folder to a quantized one."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,15 +156,34 @@ class _Run:
             for _ in suspended(source.model, modules, inputs, visit):
                 pass
         next(progress, None)  # lets the progress bar close
-        if missed := [
-            layer.name for i, layer in enumerate(source.structure.layers) if i not in reached
-        ]:
-            raise UnsupportedModelError(f"{missed[0]}: text does not reach this layer of the model")
+        self._unreached(reached)
         self._solve_head(head)
         self.out.write_shard(len(modules), self._resident_tensors(), {})
 
+    def _unreached(self, reached: set[int]) -> None:
+        """Round the layers of a part of the model that no text reaches, such as a vision tower.
+
+        In a list of layers that text does run through, all must have been reached.
+        """
+        layers = self.source.structure.layers
+        lists = {layers[i].name.rpartition(".")[0] for i in reached}
+        for i, layer in enumerate(layers):
+            if i in reached:
+                continue
+            if layer.name.rpartition(".")[0] in lists:
+                raise UnsupportedModelError(f"{layer.name}: text runs past this layer of the model")
+            note = self.out.finished(i)
+            if note is None:
+                self._layer(i, layer, None, [])
+            else:
+                self.out.read_shard(i)
+                self.records.append(note["record"])
+                self.digests |= note["digests"]
+            free(self.source.model.get_submodule(layer.name))
+
     def _layer(self, i: int, layer: Layer, forward: Any, calls: list[Call]) -> list[Any]:
-        """Load, quantize, pack and write one layer; returns its outputs."""
+        """Load, quantize, pack and write one layer; returns its outputs. Without calls and given
+        statistics it is rounded to nearest."""
         source = self.source
         names = source.weights.sources(layer.name)
         source.weights.load(names, torch.float32)
@@ -175,12 +195,16 @@ class _Run:
             else (lambda stats: statistics.save(stats, saved / _stats_file(i), self.about))
         )
         dtype = source.weight_dtype()
-        job = Job(source.model, layer, self.config, schemes, dtype, self.tokens, save)
-        given = None if calls else LayerStats()
+        blind = not calls and not self.given
+        config = replace(self.config, method="rtn") if blind else self.config
+        job = Job(source.model, layer, config, schemes, dtype, self.tokens, save)
+        given = LayerStats() if blind else None
         if self.given:
             parts = [statistics.load(p / _stats_file(i), self.about) for p in self.given]
             given = statistics.merge(parts)
         result, outputs = quantize_layer(job, forward, calls, given)
+        if config.method != self.config.method:
+            result.record["unreached"] = True
         tensors = self._tensors(names, result)
         digests = {target: digest(quantized) for target, quantized in result.weights.items()}
         self.out.write_shard(i, tensors, {"record": result.record, "digests": digests})

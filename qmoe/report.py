@@ -48,6 +48,11 @@ def fallbacks(record: dict[str, Any]) -> list[str]:
                 lines += _trouble(f"{name}.{weight}", part)
     for name, part in record.get("dense", {}).items():
         lines += _trouble(name, part)
+    if record.get("unreached"):
+        lines.append(f"{record['name']}: no text reaches it; rounded to nearest")
+    for name, reason in record.get("kept", {}).items():
+        if reason != "router":
+            lines.append(f"{name}: left in 16 bits, {reason}")
     for name in record.get("not_folded", []):
         lines.append(f"{name}: no AWQ scale folded in")
     return lines

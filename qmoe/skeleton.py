@@ -40,6 +40,7 @@ CONFIG_ERRORS = (
     ArithmeticError,
     AssertionError,
     OSError,
+    ImportError,
     StrictDataclassError,
 )
 
@@ -149,20 +150,22 @@ class WeightMap:
 
     def missing(self) -> list[str]:
         """Parameters that lack checkpoint tensors; tied ones count as fed by their partner."""
-        found = set(self.targets) | self._split()
+        found = set(self.targets) | self.split_targets()
         for target, source in self.model.all_tied_weights_keys.items():
             if target in found or source in found:
                 found |= {target, source}
         expected = self.model.state_dict()
         missing = sorted(set(expected) - found)
         for target, names in self.targets.items():
+            if target in self.split_targets():
+                continue
             # A stack of experts is stored whole or expert by expert, never in part.
             parts = len(self._named(target, expected[target]))
             if len(names) not in (1, parts):
                 missing.append(f"{target}: has {len(names)} of {parts} tensors")
         return missing
 
-    def _split(self) -> set[str]:
+    def split_targets(self) -> set[str]:
         """Parameters fed by a part of a checkpoint tensor; `targets` has the first of them only."""
         out = set()
         for rule in self.rules:
@@ -178,7 +181,7 @@ class WeightMap:
         Read from headers. Tensors that a family stores in another layout than its published one
         are left to the conversion, which checks them when they are loaded.
         """
-        found, split = [], self._split()
+        found, split = [], self.split_targets()
         for target, parameter in self.model.state_dict().items():
             if target in split:
                 continue

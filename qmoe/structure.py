@@ -50,6 +50,13 @@ def find(model: nn.Module) -> Structure:
             f"{type(model).__name__}: found no routed experts; it is a dense model, or an MoE "
             "whose experts neither use transformers' interface nor are lists of linears"
         )
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for name in experts:
+        if any(key.startswith(f"{name}.") for key in tied):
+            raise UnsupportedModelError(
+                f"{name} ({type(modules[name]).__name__}): its weights are tied to another part of "
+                "the model; such models are not supported"
+            )
     lists = {_outermost_list(name, modules) for name in experts}
     layers = []
     for holder in modules:  # module order, so encoder before decoder

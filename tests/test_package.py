@@ -27,7 +27,7 @@ LAYERS = [
     {"audit"},
     {"report", "loading", "evaluate", "baselines"},
     {"pipeline", "bench"},
-    {"compare", "tables"},
+    {"compare", "tables", "families"},
     {"cli", "commands"},
     {""},
 ]
