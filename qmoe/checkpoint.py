@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from qmoe.decoding import Decoded, decoded
 from qmoe.errors import CheckpointError
 from qmoe.progress import Track
 
@@ -73,6 +74,14 @@ class Checkpoint:
             self._files[file] = handle
             self._where |= dict.fromkeys(handle.keys(), file)
         self._check_index()
+        self._decoded: dict[str, Decoded] = {}
+
+    def decode(self) -> None:
+        """Show tensors stored in a published 8- or 4-bit format as the 16-bit ones they stand for;
+        CheckpointError for any other quantized checkpoint."""
+        slices = {name: self.lazy(name) for name in self._where}
+        encoding = self.config.get("quantization_config")
+        self._decoded = decoded(encoding, str(self.path), slices)
 
     def _shards(self) -> list[str]:
         if (self.path / INDEX).is_file():
@@ -119,13 +128,18 @@ class Checkpoint:
                 )
 
     def names(self) -> list[str]:
-        return list(self._where)
+        hidden = {part for virtual in self._decoded.values() for part in virtual.parts}
+        return [*(name for name in self._where if name not in hidden), *self._decoded]
 
     def lazy(self, name: str) -> Any:
         """A safetensors slice: shape and dtype now, data when indexed."""
+        if name in self._decoded:
+            return self._decoded[name]
         return self._files[self._where[name]].get_slice(name)
 
     def tensor(self, name: str) -> torch.Tensor:
+        if name in self._decoded:
+            return self._decoded[name][...]
         tensor: torch.Tensor = self._files[self._where[name]].get_tensor(name)
         return tensor
 
@@ -143,7 +157,11 @@ class Checkpoint:
         return len(self.lazy(name).get_shape())
 
     def tensor_bytes(self, name: str) -> int:
-        """Bytes of one tensor's data, from the header alone."""
+        """Bytes of one tensor's data as stored, from the header alone."""
+        if name in self._decoded:
+            files = {part: self._files[self._where[part]] for part in self._decoded[name].parts}
+            shapes = [file.get_slice(part).get_shape() for part, file in files.items()]
+            return sum(torch.Size(shape).numel() for shape in shapes)  # a byte each, nearly
         return int(torch.Size(self.lazy(name).get_shape()).numel() * self.dtype(name).itemsize)
 
     def nbytes(self) -> int:

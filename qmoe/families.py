@@ -153,7 +153,7 @@ def tiny_config(family: Family) -> Any:
 
 
 def _shrunk(values: dict[str, Any]) -> dict[str, Any]:
-    out = {}
+    out: dict[str, Any] = {}
     depth = values.get("num_hidden_layers")
     for name, value in values.items():
         if name == "per_layer_config":

@@ -120,8 +120,8 @@ def _gather(
             raise CalibrationError(
                 f"{name.partition('|')[0]}: calibration gave NaN or Inf; the model overflows on it"
             )
-    for name, linears in job.layer.loose.items():
-        if linears[0][0] in names and not _count_loose(name, linears, result):
+    for name, each in job.layer.loose.items():
+        if each[0][0] in names and not _count_loose(name, each, result):
             raise UnsupportedModelError(f"{name}: no calibration token reached its experts")
     for name in experts:
         del modules[name]._qmoe_sink

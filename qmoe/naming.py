@@ -69,7 +69,8 @@ def own_stack(model: Any, target: str, tensors: dict[str, Tensor]) -> Tensor | N
         return None
     rows = torch.cat([tensors[index[i]] for i in range(len(index))])
     experts_count = model.get_submodule(target.rpartition(".")[0]).num_experts
-    return rows.unflatten(0, (experts_count, -1))
+    whole: Tensor = rows.unflatten(0, (experts_count, -1))
+    return whole
 
 
 def _containers(model: Any) -> dict[str, str | None]:

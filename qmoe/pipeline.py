@@ -10,20 +10,19 @@ import transformers
 from torch import Tensor
 
 import qmoe.calibration.stats as statistics
-from qmoe import experts
 from qmoe._version import __version__
 from qmoe.audit import audit_folder
 from qmoe.calibration.batches import fingerprint
 from qmoe.calibration.stats import LayerStats, LinearStats
 from qmoe.config import QuantConfig
 from qmoe.errors import ConfigError, OutputError, UnsupportedModelError
-from qmoe.format import Schemes, packed_tensors, quantization_config, unpacked_tensors
-from qmoe.layer import Job, Result, quantize_layer
-from qmoe.naming import original_names, own_stack, packed_names
+from qmoe.format import Schemes, quantization_config, unpacked_tensors
+from qmoe.layer import Job, quantize_layer
 from qmoe.output import OutputFolder
 from qmoe.plan import Source, prepare, schemes_of
 from qmoe.progress import Track, silent
 from qmoe.report import build_report
+from qmoe.shard import restore, shard_tensors
 from qmoe.skeleton import free, inputs_of
 from qmoe.solvers.solve import solve
 from qmoe.structure import Layer
@@ -205,7 +204,7 @@ class _Run:
         result, outputs = quantize_layer(job, forward, calls, given)
         if config.method != self.config.method:
             result.record["unreached"] = True
-        tensors = self._tensors(names, result)
+        tensors = shard_tensors(source, names, result.weights, result.changed)
         digests = {target: digest(quantized) for target, quantized in result.weights.items()}
         self.out.write_shard(i, tensors, {"record": result.record, "digests": digests})
         self.records.append(result.record)
@@ -214,41 +213,8 @@ class _Run:
 
     def _again(self, i: int, layer: Layer, forward: Any, calls: list[Call]) -> list[Any]:
         """The outputs of a layer that an earlier run quantized, from what it wrote."""
-        weights = unpacked_tensors(self.out.read_shard(i), self.schemes)
-        self.source.weights.load(self.source.weights.sources(layer.name), torch.float32, weights)
-        for name in layer.experts:
-            module = self.source.model.get_submodule(name)
-            for weight in experts.expert_weights(module):
-                stack = own_stack(self.source.model, f"{name}.{weight}", weights)
-                if stack is not None:
-                    experts.put(module, weight, stack)
+        restore(self.source, layer, unpacked_tensors(self.out.read_shard(i), self.schemes))
         return [forward(*c.args, **c.kwargs) for c in calls]
-
-    def _tensors(self, names: list[str], result: Result) -> dict[str, Tensor]:
-        """Packed weights in the family's names; everything else byte for byte from the source."""
-        weights = self.source.weights
-        replaced = {n for target in result.weights for n in weights.targets[target]}
-        out = {n: weights.checkpoint.tensor(n) for n in names if n not in replaced}
-        for target in sorted(result.changed):
-            parameter = self.source.model.get_parameter(target)
-            for name, tensor in original_names(self.source.model, target, parameter).items():
-                out[name] = tensor.to(weights.checkpoint.tensor(name).dtype)
-        for target, quantized in result.weights.items():
-            out |= self._packed(target, quantized)
-        return out
-
-    def _packed(self, target: str, quantized: Quantized) -> dict[str, Tensor]:
-        single = target.endswith(".weight")  # a linear's parameter is 2-D, an experts stack 3-D
-
-        def named(tensor: Tensor) -> dict[str, Tensor]:
-            return packed_names(self.source.model, target, tensor[0] if single else tensor)
-
-        scales = named(quantized.scale)
-        zeros = named(quantized.zero) if quantized.zero is not None else {}
-        out: dict[str, Tensor] = {}
-        for name, q in named(quantized.q).items():
-            out |= packed_tensors(name, q, scales[name], zeros.get(name), quantized.scheme.bits)
-        return out
 
     def _watch_head(self) -> LinearStats | None:
         """Statistics of the output projection's inputs, filled while batches finish."""
@@ -283,8 +249,8 @@ class _Run:
         self.digests[f"{name}.weight"] = digest(solved.quantized)
 
     def _resident_tensors(self) -> dict[str, Tensor]:
-        result = Result(weights=dict([self.head]) if self.head else {})
-        return self._tensors(self.source.resident(), result)
+        head = dict([self.head]) if self.head else {}
+        return shard_tensors(self.source, self.source.resident(), head, set())
 
     def new_config(self) -> dict[str, Any]:
         """The source's config.json with `quantization_config` added."""

@@ -65,11 +65,10 @@ class Source:
 def open_source(path: str | Path, dtype: torch.dtype) -> Source:
     """Open an unquantized MoE model folder (or hub name) and find its parts; loads no weights."""
     checkpoint = Checkpoint(resolve(path))
-    if checkpoint.config.get("quantization_config") is not None:
-        entry = checkpoint.config["quantization_config"]
-        method = entry.get("quant_method") if isinstance(entry, dict) else entry
-        raise CheckpointError(f"{path}: already quantized ({method}); give the original model")
+    checkpoint.decode()
     config = read_config(checkpoint.path)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the tensors are shown decoded
     model = build(config, dtype)
     # Router logits kept for a training loss cost memory, and no layer reports them while suspended.
     model.config.output_router_logits = False

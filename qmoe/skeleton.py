@@ -231,6 +231,9 @@ class WeightMap:
         finally:
             if shown:
                 logging.enable_progress_bar()
+            # It notes which rules this checkpoint used; what things are called (naming.py) must
+            # not depend on that, nor on when it is asked.
+            vars(self.model).pop("_weight_conversions", None)
         problems = [*map(str, info.mismatched_keys), *info.conversion_errors.values()]
         problems += [f"unexpected {key}" for key in sorted(info.unexpected_keys)]
         if problems:

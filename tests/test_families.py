@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
-from qmoe.errors import OutputError, UnsupportedModelError
+from qmoe.errors import OutputError
 
 CALIBRATION = CalibrationConfig(windows=6, window=64, batch=2)
 IDS = torch.arange(1, 33).view(2, 16) * 37
@@ -226,12 +226,20 @@ def test_linears_of_odd_sizes(dtype, tmp_path, demo):
         assert error.median() < (1e-4 if dtype == torch.float32 else 0.05)
 
 
-def test_experts_stored_in_one_tensor_are_refused_before_work(tmp_path, demo):
+def test_experts_stored_in_one_tensor_give_the_same_as_expert_by_expert(tmp_path, demo):
+    """A family that publishes single experts, but saved in the layout it has in memory."""
     source = save_random("qwen3_moe", tmp_path / "s", demo, torch.float32)
+    config = QuantConfig("rtn", Scheme(4, 32))
+    qmoe.quantize(source, tmp_path / "single", config, progress=False)
     whole = AutoModelForCausalLM.from_pretrained(source).state_dict()
     save_file(whole, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UnsupportedModelError, match="stores all experts in one tensor"):
-        qmoe.quantize(source, tmp_path / "q", QuantConfig("rtn", Scheme(4, 32)), progress=False)
+    qmoe.quantize(source, tmp_path / "fused", config, progress=False)
+    found = []
+    for folder in ("single", "fused"):
+        files = sorted((tmp_path / folder).glob("*.safetensors"))
+        found.append({k: v for file in files for k, v in load_file(file).items()})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
 def test_saving_a_loaded_model_is_refused(tmp_path, demo):

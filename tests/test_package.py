@@ -16,14 +16,14 @@ FOLDERS = {"qmoe": "qmoe", "kernels": "qmoe.kernels", "calibration": "qmoe.calib
 # Lowest first; a module may import only from its own layer or below.
 LAYERS = [
     {"_version", "errors", "progress", "storage"},
-    {"config"},
+    {"config", "decoding"},
     {"types", "grid", "packing"},
     {"kernels", "solvers", "calibration.text", "calibration.batches", "calibration.stats"},
     {"experts", "adapters"},
     {"calibration.coverage", "calibration.collect", "checkpoint", "suspend", "output", "naming"},
     {"format", "structure", "skeleton"},
     {"modules", "fold", "plan", "offloading"},
-    {"packed_skeleton", "layer"},
+    {"packed_skeleton", "layer", "shard"},
     {"audit"},
     {"report", "loading", "evaluate", "baselines"},
     {"pipeline", "bench"},
