@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint types kernels check clean
+.PHONY: quickstart test lint types kernels families check clean
 
 quickstart: .venv/ready
 	$(BIN)/python scripts/quickstart.py
@@ -25,7 +25,11 @@ types: .venv/ready
 kernels: .venv/ready
 	$(BIN)/python -P scripts/kernel_report.py
 
-check: lint types kernels test
+# Every MoE family of the installed transformers: a tiny random model, there and back.
+families: .venv/ready
+	$(BIN)/qmoe families --check
+
+check: lint types kernels test families
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

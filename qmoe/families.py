@@ -29,7 +29,7 @@ from qmoe.errors import AuditError
 from qmoe.grid import dequantize
 from qmoe.loading import load
 from qmoe.modules import take_stored
-from qmoe.naming import own_names
+from qmoe.naming import stored_fused
 from qmoe.packed_skeleton import open_packed
 from qmoe.pipeline import quantize
 from qmoe.skeleton import build, inputs_of, model_class
@@ -83,6 +83,7 @@ CHANGES: dict[str, dict[str, Any]] = LATENT | {
     "gemma4": MOE | {"enable_moe_block": True},
     "gemma4_text": MOE | {"enable_moe_block": True},
     "diffusion_gemma": MOE,
+    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}},
     "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2,
                       "num_key_value_heads": 4, "n_group": 1, "topk_group": 1},
@@ -182,7 +183,7 @@ def layout(family: Family) -> str:
         for name in layer.experts:
             module = model.get_submodule(name)
             told = {
-                "fused": own_names(model),
+                "fused": stored_fused(model),
                 "transposed": module.is_transposed,
                 "interleaved": not module.is_concatenated,
                 "biased": module.has_bias,

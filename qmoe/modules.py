@@ -177,6 +177,14 @@ def _declare(
     module._qmoe_stored[name] = (shape, scheme, parts)
 
 
+def stored_stacks(model: nn.Module) -> Iterator[tuple[str, int | None, int]]:
+    """Every weight with stored tensors: its parameter, experts (None for a linear), and of how many
+    matrices its rows (per expert) are made."""
+    for name, module in model.named_modules():
+        for weight, (shape, _, parts) in getattr(module, "_qmoe_stored", {}).items():
+            yield f"{name}.{weight}", shape[0] if len(shape) == 3 else None, parts
+
+
 def take_stored(module: nn.Module, where: str) -> dict[str, Quantized]:
     """Remove the stored tensors of a module's weights and read them, by weight name, as stacks
     [E, N, K]. Raises CheckpointError if they contradict the model or each other."""

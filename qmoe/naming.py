@@ -43,34 +43,18 @@ def packed_names(model: Any, target: str, tensor: Tensor) -> dict[str, Tensor]:
     }
 
 
-def own_names(model: Any) -> dict[str, tuple[str, int]]:
-    """Where each matrix with a name of ours belongs: stack and its index there, rows of one expert
-    being neighbours. Raises UnsupportedModelError for a family that does not store the experts of
-    each module for themselves."""
-    found = {}
-    for module_name, container in _containers(model).items():
-        if container is None:
-            continue
-        module = model.get_submodule(module_name)
-        for weight in expert_weights(module):
-            names = experts.parts(module, weight)
-            for i in range(module.num_experts * len(names)):
-                e, part = divmod(i, len(names))
-                stored = f"{container}.{e}.{names[part]}.weight"
-                found[stored] = (f"{module_name}.{weight}", i)
-    return found
+def matrix_names(model: Any, target: str, experts_count: int | None, count: int) -> list[str]:
+    """Names of the matrices that the stack `target` is stored as, in the order of its rows. count:
+    matrices per expert, or of a linear (experts_count None)."""
+    marker = torch.arange((experts_count or 1) * count).view(-1, count, 1)
+    named = packed_names(model, target, marker if experts_count else marker[0])
+    return sorted(named, key=lambda name: int(named[name].flatten()[0]))
 
 
-def own_stack(model: Any, target: str, tensors: dict[str, Tensor]) -> Tensor | None:
-    """The stack [E, N, K] `target` from matrices with names of ours; None if the family's names
-    are used."""
-    index = {i: name for name, (stack, i) in own_names(model).items() if stack == target}
-    if not index:
-        return None
-    rows = torch.cat([tensors[index[i]] for i in range(len(index))])
-    experts_count = model.get_submodule(target.rpartition(".")[0]).num_experts
-    whole: Tensor = rows.unflatten(0, (experts_count, -1))
-    return whole
+def stored_fused(model: Any) -> bool:
+    """Whether the family stores the experts of a layer in one tensor. Raises UnsupportedModelError
+    for a family that stores them together with those of another module."""
+    return any(container is not None for container in _containers(model).values())
 
 
 def _containers(model: Any) -> dict[str, str | None]:

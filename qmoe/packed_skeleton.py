@@ -11,8 +11,8 @@ from qmoe.checkpoint import Checkpoint
 from qmoe.config import Scheme
 from qmoe.errors import CheckpointError
 from qmoe.experts import expert_weights, stack
-from qmoe.format import SUFFIXES, Schemes
-from qmoe.modules import PackedLinear, declare_experts
+from qmoe.format import Schemes
+from qmoe.modules import PackedLinear, declare_experts, stored_stacks
 from qmoe.naming import packed_names
 from qmoe.skeleton import WeightMap, build, read_config
 from qmoe.structure import Structure, find
@@ -50,7 +50,8 @@ def open_packed(path: Path, dtype: torch.dtype | None = None) -> PackedSource:
             linear_scheme = schemes.of(stored[0])
             if linear_scheme is not None:
                 model.set_submodule(name, PackedLinear(module, linear_scheme, len(stored)))
-    return PackedSource(checkpoint, model, WeightMap(model, checkpoint, SUFFIXES), structure)
+    weights = WeightMap(model, checkpoint, stored_stacks(model))
+    return PackedSource(checkpoint, model, weights, structure)
 
 
 def _module_names(model: nn.Module, target: str, weight: torch.Tensor) -> list[str]:

@@ -173,7 +173,8 @@ class _Run:
                 raise UnsupportedModelError(f"{layer.name}: text runs past this layer of the model")
             note = self.out.finished(i)
             if note is None:
-                self._layer(i, layer, None, [])
+                module = self.source.model.get_submodule(layer.name)
+                self._layer(i, layer, module.forward, [])
             else:
                 self.out.read_shard(i)
                 self.records.append(note["record"])

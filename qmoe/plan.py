@@ -15,7 +15,7 @@ from qmoe.checkpoint import Checkpoint, resolve
 from qmoe.config import CHANNEL, GROUPS, QuantConfig, Scheme
 from qmoe.errors import CheckpointError, ConfigError, UnsupportedModelError
 from qmoe.experts import expert_weights, stack
-from qmoe.naming import original_names, own_names
+from qmoe.naming import original_names, stored_fused
 from qmoe.output import check_destination
 from qmoe.progress import Track
 from qmoe.skeleton import WeightMap, build, read_config
@@ -77,7 +77,7 @@ def open_source(path: str | Path, dtype: torch.dtype) -> Source:
     check_complete(weights)
     for name in checkpoint.names():
         checkpoint.dtype(name)
-    own_names(model)  # refuses families whose experts cannot be told apart on disk
+    stored_fused(model)  # refuses families whose experts cannot be told apart on disk
     check_routing(model, structure)
     return Source(checkpoint, model, weights, structure)
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from qmoe import experts
 from qmoe.format import packed_tensors
-from qmoe.naming import original_names, own_stack, packed_names
+from qmoe.naming import matrix_names, original_names, packed_names
 from qmoe.plan import Source
 from qmoe.structure import Layer
 from qmoe.types import Quantized
@@ -48,6 +48,7 @@ def restore(source: Source, layer: Layer, tensors: dict[str, Tensor]) -> None:
     for name in layer.experts:
         module = source.model.get_submodule(name)
         for weight in experts.expert_weights(module):
-            stack = own_stack(source.model, f"{name}.{weight}", tensors)
-            if stack is not None:
-                experts.put(module, weight, stack)
+            E, count = module.num_experts, len(experts.parts(module, weight))
+            names = matrix_names(source.model, f"{name}.{weight}", E, count)
+            rows = torch.cat([tensors[stored] for stored in names])
+            experts.put(module, weight, rows.unflatten(0, (E, -1)))

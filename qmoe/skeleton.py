@@ -28,7 +28,8 @@ from transformers.utils import logging
 from qmoe.adapters import adapt
 from qmoe.checkpoint import Checkpoint
 from qmoe.errors import CheckpointError, UnsupportedModelError
-from qmoe.naming import original_names, own_names, packed_names
+from qmoe.format import SUFFIXES
+from qmoe.naming import matrix_names, original_names, packed_names
 
 # A config that makes no sense fails wherever the family's code first trips over it.
 CONFIG_ERRORS = (
@@ -103,25 +104,26 @@ def build(config: Any, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
+Stacked = tuple[str, int | None, int]
+
+
 class WeightMap:
     """Which checkpoint tensors make up which parameters of a model.
 
-    `suffixes` are added for packed checkpoints: for a converter that merges `...gate_proj.weight`
-    of all experts into `...gate_up_proj`, a copy merges `weight_packed` into `gate_up_proj_packed`.
+    stacks: what is packed: the weight's parameter, its experts (None for a linear), and of how many
+    matrices its rows (per expert) are made.
     """
 
-    def __init__(self, model: Any, checkpoint: Checkpoint, suffixes: Iterable[str] = ()):
+    def __init__(self, model: Any, checkpoint: Checkpoint, stacks: Iterable[Stacked] = ()):
         self.model = model
         self.checkpoint = checkpoint
-        self.suffixes = tuple(suffixes)
         self.rules = get_model_conversion_mapping(model)
-        self.rules += _suffixed(self.rules, self.suffixes)
-        # Names that transformers does not know: matrices of families that store experts fused.
-        self.own = {
-            f"{name}{suffix}": (f"{stack}{suffix}", i)
-            for name, (stack, i) in (own_names(model) if self.suffixes else {}).items()
-            for suffix in self.suffixes
-        }
+        # Packed tensors, which transformers' rules do not know: their parameter, and the place of
+        # each among the matrices stacked there.
+        self.packed: dict[str, tuple[str, int]] = {}
+        for target, experts_count, count in stacks:
+            for i, name in enumerate(matrix_names(model, target, experts_count, count)):
+                self.packed |= {f"{name}{s}": (f"{target}{s}", i) for s in SUFFIXES}
         expected = model.state_dict()
         self.targets: dict[str, list[str]] = {}
         self.unexpected: list[str] = []
@@ -140,8 +142,8 @@ class WeightMap:
     def _target(self, name: str, expected: dict[str, torch.Tensor]) -> str:
         if name in expected:
             return name
-        if name in self.own:
-            return self.own[name][0]
+        if name in self.packed:
+            return self.packed[name][0]
         renamings = [r for r in self.rules if isinstance(r, WeightRenaming)]
         converters = [r for r in self.rules if isinstance(r, WeightConverter)]
         prefix = self.model.base_model_prefix
@@ -201,8 +203,8 @@ class WeightMap:
 
     def _named(self, target: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """A parameter split and named as it is stored."""
-        suffix = next((s for s in self.suffixes if target.endswith(s)), "")
-        if not suffix:
+        suffix = next((s for s in SUFFIXES if target.endswith(s)), "")
+        if not suffix or not self.packed:
             return original_names(self.model, target, tensor)
         named = packed_names(self.model, target.removesuffix(suffix), tensor)
         return {name + suffix: part for name, part in named.items()}
@@ -220,8 +222,8 @@ class WeightMap:
         (None: the parameter's own). given: tensors to use in place of the checkpoint's. Raises
         CheckpointError on a shape or conversion problem."""
         given = given or {}
-        self._load_own([name for name in names if name in self.own], dtype)
-        names = [name for name in names if name not in self.own]
+        self._load_packed([name for name in names if name in self.packed], dtype)
+        names = [name for name in names if name not in self.packed]
         tensors = {n: given[n] if n in given else self.checkpoint.lazy(n) for n in names}
         config = LoadStateDictConfig(weight_mapping=self.rules, dtype=dtype)
         shown = logging.is_progress_bar_enabled()
@@ -239,10 +241,10 @@ class WeightMap:
         if problems:
             raise CheckpointError(f"{self.checkpoint.path}: {problems[0]}")
 
-    def _load_own(self, names: list[str], dtype: torch.dtype | None) -> None:
+    def _load_packed(self, names: list[str], dtype: torch.dtype | None) -> None:
         stored: dict[str, list[str]] = {}
-        for name in sorted(names, key=lambda n: self.own[n][1]):
-            stored.setdefault(self.own[name][0], []).append(name)
+        for name in sorted(names, key=lambda n: self.packed[n][1]):
+            stored.setdefault(self.packed[name][0], []).append(name)
         for target, matrices in stored.items():
             owner, _, parameter = target.rpartition(".")
             module = self.model.get_submodule(owner)
@@ -256,25 +258,6 @@ class WeightMap:
 
     def missing_keys(self) -> list[str]:
         return sorted(set(self.model.state_dict()) - set(self.targets))
-
-
-def _suffixed(rules: list[Any], suffixes: Iterable[str]) -> list[Any]:
-    extra = []
-    for rule in rules:
-        if not isinstance(rule, WeightConverter):
-            continue
-        sources, targets = rule._original_source_patterns, rule._original_target_patterns
-        if not all(s.endswith(".weight") for s in sources):
-            continue
-        for suffix in suffixes:
-            extra.append(
-                rule.copy(
-                    [s + suffix for s in sources],
-                    [t + suffix for t in targets],
-                    operations=list(rule.operations),
-                )
-            )
-    return extra
 
 
 def free(module: nn.Module) -> None:
