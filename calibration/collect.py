@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qmoe import experts
-from qmoe.calibration.stats import ExpertStats, LayerStats, LinearStats
+from qmoe.calibration.stats import LayerStats, LinearStats
 
 NAME = "qmoe_collect"
 
@@ -25,11 +25,11 @@ def experts_forward(
     top_k_index: Int[Tensor, "T A"],
     top_k_weights: Float[Tensor, "T A"],
 ) -> Float[Tensor, "T H"]:
-    """Run plain experts one by one; tell the module's sink, if it has one, what each received."""
+    """Run plain experts one by one; keep what they received if the module is to be captured."""
     first, second = experts.expert_weights(self)
-    sink = getattr(self, "_qmoe_sink", None)
-    if sink is not None:
-        sink.saw(hidden_states)
+    captured = getattr(self, "_qmoe_captured", None)
+    if captured is not None:
+        captured.saw(hidden_states, top_k_index, top_k_weights)
     out = torch.zeros_like(hidden_states)
     for e in top_k_index.unique().tolist():
         if e >= self.num_experts:  # a sentinel: this assignment goes to no expert
@@ -37,28 +37,9 @@ def experts_forward(
         token, slot = torch.where(top_k_index == e)
         x, gate = hidden_states[token], top_k_weights[token, slot]
         mid = experts.activation(self, experts.product(self, first, e, x))
-        if sink is not None:
-            sink.add(e, x, mid, gate)
         y = experts.after(self, experts.product(self, second, e, mid))
         out.index_add_(0, token, (y * gate[:, None]).to(out.dtype))
     return out
-
-
-class ExpertSink:
-    """Receives routed tokens of one experts module, and every stride-th token for its sample."""
-
-    def __init__(self, stats: ExpertStats, gate_weighted: bool, stride: int):
-        self.stats, self.gate_weighted, self.stride = stats, gate_weighted, stride
-        self._seen = 0
-
-    def saw(self, x: Tensor) -> None:
-        first = -self._seen % self.stride
-        self.stats.sample = torch.cat([self.stats.sample, x[first :: self.stride].float()])
-        self._seen += len(x)
-
-    def add(self, e: int, x: Tensor, mid: Tensor, gate: Tensor) -> None:
-        weight = gate.float().square() if self.gate_weighted else torch.ones_like(gate)
-        self.stats.add(e, x, mid, gate, weight)
 
 
 @contextmanager

@@ -12,23 +12,30 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qmoe.calibration.capture import Captured
 from qmoe.calibration.stats import ExpertStats
 
 
 def borrow(
-    stats: ExpertStats, middle: Callable[[int, Tensor], Tensor], min_tokens: int
+    stats: ExpertStats,
+    middle: Callable[[int, Tensor], Tensor],
+    min_tokens: int,
+    average: float,
 ) -> list[int]:
     """Top up the Hessians of rare experts, in place; returns which experts those were.
 
-    middle(e, x) gives the inputs [B, I] of expert e's second matrix. The average weight of a token
-    is taken over the layer, since a rare expert's own average means nothing.
+    middle(e, x) gives the inputs [B, I] of expert e's second matrix. average: weight of a token
+    (`average_weight` of the whole layer, since a rare expert's own average means nothing).
     """
     rare = [e for e, n in enumerate(stats.tokens.tolist()) if n < min_tokens]
-    routed = max(int(stats.tokens.sum()), 1)
-    average = float(stats.weight.sum()) / routed
     sample = stats.sample
     for e in rare:
         total = (min_tokens - int(stats.tokens[e])) * average
         weight = torch.full((len(sample),), total / len(sample))
         stats.add_weighted(e, sample, middle(e, sample), weight)
     return rare
+
+
+def average_weight(stats: ExpertStats | Captured) -> float:
+    """Of a routed token of the layer."""
+    return float(stats.weight.sum()) / max(int(stats.tokens.sum()), 1)

@@ -42,6 +42,13 @@ class ExpertStats:
             torch.zeros(0, hidden),
         )
 
+    def part(self, start: int, end: int) -> "ExpertStats":
+        """Views of the statistics of experts start to end."""
+        shared = {"sample": self.sample}
+        return ExpertStats(
+            **{k: v[start:end] for k, v in vars(self).items() if k not in shared}, **shared
+        )
+
     def add(self, e: int, x: Tensor, mid: Tensor, gate: Tensor, weight: Tensor) -> None:
         """Account for tokens x [M, H] of expert e, second inputs mid [M, I], gate, weight [M]."""
         self.tokens[e] += len(x)

@@ -73,7 +73,7 @@ def put(experts: Any, name: str, weight: Float[Tensor, "E N K"]) -> None:
 
 def product(experts: Any, name: str, e: int, x: Float[Tensor, "M K"]) -> Float[Tensor, "M N"]:
     """x through one expert's matrix and bias, features in the family's order."""
-    y = x @ matrix(experts, name, e).T
+    y = x @ matrix(experts, name, e).T.to(x.dtype)
     values = bias(experts, name)
     return y if values is None else y + values[e]
 

@@ -4,56 +4,25 @@ After `quantize_layer` the layer holds the dequantized weights, so that the laye
 what they will see at run time.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qmoe import experts as routed
-from qmoe.calibration.collect import (
-    ExpertSink,
-    collecting_experts,
-    collecting_linears,
-)
-from qmoe.calibration.coverage import borrow
-from qmoe.calibration.stats import ExpertStats, LayerStats
-from qmoe.config import QuantConfig, Scheme
+from qmoe.calibration.capture import Captured
+from qmoe.calibration.collect import collecting_experts, collecting_linears
+from qmoe.calibration.stats import LayerStats
 from qmoe.errors import CalibrationError, UnsupportedModelError
 from qmoe.fold import TOLERANCE, find_folds, fold_experts, fold_norm
-from qmoe.grid import dequantize
-from qmoe.solvers.solve import Solved, solve
+from qmoe.job import Job, Result
+from qmoe.solving import borrow_rare, solve_parts
 from qmoe.structure import Layer
 from qmoe.suspend import Call
-from qmoe.types import Quantized
 
 Forward = Callable[..., Any]
 SAMPLE = 256  # tokens of the layer kept for experts that saw too few of their own
-
-
-@dataclass
-class Result:
-    """Of one layer. weights: quantized stacks by parameter name. changed: other parameters that
-    AWQ rescaled. record: what goes into the report."""
-
-    stats: LayerStats = field(default_factory=LayerStats)
-    weights: dict[str, Quantized] = field(default_factory=dict)
-    changed: set[str] = field(default_factory=set)
-    record: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is the same for every part of a layer. tokens: of calibration text, in all batches."""
-
-    model: nn.Module
-    layer: Layer
-    config: QuantConfig
-    schemes: dict[str, Scheme]
-    scale_dtype: torch.dtype
-    tokens: int
-    save: Callable[[LayerStats], None] | None = None
 
 
 def quantize_layer(
@@ -80,41 +49,48 @@ def quantize_layer(
         if not names:
             continue
         if given is None:
-            outputs = _gather(job, names, forward, calls, result)
+            outputs = _gather(job, names, forward, calls, result, keep=before is None)
             before = before if before is not None else outputs
             if job.save is not None and not any(parts[i + 1 :]):
                 job.save(result.stats)
-        for name in names:
-            if name in result.stats.experts:
-                _borrow(job, name, result)
         if job.config.method == "awq":
+            _borrow_whole(job, names, result)
             _fold(job, names, forward, calls, result)
-        _solve(job, names, result)
+        solve_parts(job, names, result)
     if given is not None:
         result.record["error"] = None
         return result, []
-    after = [forward(*c.args, **c.kwargs) for c in calls]
+    result.captured.clear()
+    after = list(run_layer(job.model, job.layer, forward, calls))
     result.record["error"] = _relative_rms(after, before or after)
     return result, after
 
 
+def run_layer(model: nn.Module, layer: Layer, forward: Forward, calls: list[Call]) -> Iterator[Any]:
+    """The layer's output for each batch, with experts run by qmoe: they may be in 16 bits, whatever
+    the activations are."""
+    with collecting_experts([model.get_submodule(n) for n in layer.experts]):
+        for call in calls:
+            yield forward(*call.args, **call.kwargs)
+
+
 def _gather(
-    job: Job, names: list[str], forward: Forward, calls: list[Call], result: Result
+    job: Job, names: list[str], forward: Forward, calls: list[Call], result: Result, keep: bool
 ) -> list[Any]:
-    """Run the layer on all batches and add the statistics of `names` to the result."""
+    """Run the layer on all batches and add the statistics of `names` to the result; returns the
+    outputs if they are to be kept."""
     experts = [n for n in names if n in job.layer.experts]
-    modules = {n: job.model.get_submodule(n) for n in names}
+    modules: dict[str, Any] = {n: job.model.get_submodule(n) for n in names}
     for name in experts:
-        module: Any = modules[name]
-        first, second = (routed.stack(module, w) for w in routed.expert_weights(module))
-        stats = ExpertStats.empty(len(first), first.shape[2], second.shape[2])
-        result.stats.experts[name] = stats
         stride = max(1, job.tokens // SAMPLE)
-        module._qmoe_sink = ExpertSink(stats, job.config.gate_weighted, stride)
+        captured = Captured(modules[name], job.config.gate_weighted, stride)
+        result.captured[name] = modules[name]._qmoe_captured = captured
     linears = {n: m for n, m in modules.items() if n not in experts}
-    every = [job.model.get_submodule(n) for n in job.layer.experts]
-    with collecting_experts(every), collecting_linears(linears, result.stats):
-        outputs = [forward(*c.args, **c.kwargs) for c in calls]
+    with collecting_linears(linears, result.stats):
+        outputs = [out if keep else None for out in run_layer(job.model, job.layer, forward, calls)]
+    for name in experts:
+        del modules[name]._qmoe_captured
+        _finish(job, name, modules[name], result)
     for name, tensor in result.stats.tensors()[0].items():
         if not tensor.isfinite().all():
             raise CalibrationError(
@@ -123,14 +99,21 @@ def _gather(
     for name, each in job.layer.loose.items():
         if each[0][0] in names and not _count_loose(name, each, result):
             raise UnsupportedModelError(f"{name}: no calibration token reached its experts")
-    for name in experts:
-        del modules[name]._qmoe_sink
-        if not int(result.stats.experts[name].tokens.sum()):
-            kind = type(modules[name]).__name__
-            raise UnsupportedModelError(
-                f"{name} ({kind}): no calibration token reached its experts"
-            )
-    return outputs
+    return outputs if keep else []
+
+
+def _finish(job: Job, name: str, module: nn.Module, result: Result) -> None:
+    """All batches ran: have the statistics of an experts module ready."""
+    captured = result.captured[name]
+    if not captured.called():
+        kind = type(module).__name__
+        raise UnsupportedModelError(f"{name} ({kind}): no calibration token reached its experts")
+    captured.finish()
+    if not captured.finite():
+        raise CalibrationError(f"{name}: calibration gave NaN or Inf; the model overflows on it")
+    if job.whole:
+        result.stats.experts[name] = captured.part(0, len(captured.tokens))
+        del result.captured[name]
 
 
 def _count_loose(name: str, linears: list[list[str]], result: Result) -> int:
@@ -141,23 +124,17 @@ def _count_loose(name: str, linears: list[list[str]], result: Result) -> int:
     return sum(tokens)
 
 
-def _borrow(job: Job, name: str, result: Result) -> None:
-    module: Any = job.model.get_submodule(name)
-    first = routed.expert_weights(module)[0]
-    rare = borrow(
-        result.stats.experts[name],
-        lambda e, x: routed.activation(module, routed.product(module, first, e, x)),
-        job.config.min_tokens,
-    )
-    result.record["experts"][name] = {"borrowed": rare}
+def _borrow_whole(job: Job, names: list[str], result: Result) -> None:
+    for name in (n for n in names if n in result.stats.experts):
+        stats, module = result.stats.experts[name], job.model.get_submodule(name)
+        result.record["experts"][name] = {"borrowed": borrow_rare(job, module, stats, stats, 0)}
 
 
 def _fold(job: Job, names: list[str], forward: Forward, calls: list[Call], result: Result) -> None:
     """Fold AWQ's scales wherever that leaves the layer's output as it is."""
 
     def run(some: list[Call]) -> list[Any]:
-        with collecting_experts([job.model.get_submodule(n) for n in job.layer.experts]):
-            return [forward(*c.args, **c.kwargs) for c in some]
+        return list(run_layer(job.model, job.layer, forward, some))
 
     plain = run(calls)
     not_folded = result.record.setdefault("not_folded", [])
@@ -197,60 +174,6 @@ def _quantized_names(job: Job) -> list[str]:
         weights = routed.expert_weights(module) if name in job.layer.experts else ("weight",)
         names += [f"{name}.{weight}" for weight in weights]
     return names
-
-
-def _solve(job: Job, names: list[str], result: Result) -> None:
-    for name in names:
-        module: Any = job.model.get_submodule(name)
-        if name not in job.layer.experts:
-            linear = result.stats.linears.get(name)
-            hessian = linear.hessian[None] if linear is not None else None
-            solved = _solve_one(job, f"{name}.weight", module.weight[None], hessian, result)
-            if hessian is None and job.config.method != "rtn":
-                # Its family multiplies with the weight by hand; nothing was seen of its inputs.
-                solved = replace(solved, rounded=[0])
-            module.weight.data.copy_(dequantize(solved.quantized)[0])
-            result.record["dense"][name] = _entry(solved, single=True)
-            continue
-        stats = result.stats.experts.get(name)
-        entry = result.record["experts"].setdefault(name, {})
-        if stats is not None:
-            entry |= {"tokens": stats.tokens.tolist(), "gate_mass": stats.gate_mass.tolist()}
-        hessians = (None, None) if stats is None else (stats.first, stats.second)
-        for weight, hessian in zip(routed.expert_weights(module), hessians, strict=True):
-            stack = routed.stack(module, weight)
-            solved = _solve_one(job, f"{name}.{weight}", stack, hessian, result)
-            routed.put(module, weight, dequantize(solved.quantized))
-            entry[weight] = _entry(solved, single=False)
-
-
-def _solve_one(
-    job: Job, target: str, weight: Tensor, hessian: Tensor | None, result: Result
-) -> Solved:
-    config = job.config
-    solved = solve(
-        weight,
-        hessian,
-        job.schemes[target.rpartition(".")[0]],
-        config.method,
-        scale_dtype=job.scale_dtype,
-        act_order=config.act_order,
-        damp=config.damp,
-    )
-    result.weights[target] = solved.quantized
-    return solved
-
-
-def _entry(solved: Solved, single: bool) -> dict[str, Any]:
-    error = [round(e, 6) for e in solved.error]
-    entry: dict[str, Any] = {}
-    if error:
-        entry["error"] = error[0] if single else error
-    if solved.damped:
-        entry["damped"] = {str(e): amount for e, amount in solved.damped.items()}
-    if solved.rounded:
-        entry["rounded"] = solved.rounded
-    return entry
 
 
 def _check_given(job: Job, given: LayerStats) -> None:

@@ -17,12 +17,13 @@ from qmoe.calibration.stats import LayerStats, LinearStats
 from qmoe.config import QuantConfig
 from qmoe.errors import ConfigError, OutputError, UnsupportedModelError
 from qmoe.format import Schemes, quantization_config, unpacked_tensors
-from qmoe.layer import Job, quantize_layer
+from qmoe.job import Job
+from qmoe.layer import quantize_layer, run_layer
 from qmoe.output import OutputFolder
 from qmoe.plan import Source, prepare, schemes_of
 from qmoe.progress import Track, silent
 from qmoe.report import build_report
-from qmoe.shard import restore, shard_tensors
+from qmoe.shard import load_layer, restore, shard_tensors
 from qmoe.skeleton import free, inputs_of
 from qmoe.solvers.solve import solve
 from qmoe.structure import Layer
@@ -186,7 +187,7 @@ class _Run:
         statistics it is rounded to nearest."""
         source = self.source
         names = source.weights.sources(layer.name)
-        source.weights.load(names, torch.float32)
+        load_layer(source, layer, self._experts_dtype())
         schemes = schemes_of(source, layer, self.config)
         saved = self.saved
         save = (
@@ -214,8 +215,13 @@ class _Run:
 
     def _again(self, i: int, layer: Layer, forward: Any, calls: list[Call]) -> list[Any]:
         """The outputs of a layer that an earlier run quantized, from what it wrote."""
-        restore(self.source, layer, unpacked_tensors(self.out.read_shard(i), self.schemes))
-        return [forward(*c.args, **c.kwargs) for c in calls]
+        weights = unpacked_tensors(self.out.read_shard(i), self.schemes)
+        restore(self.source, layer, weights, self._experts_dtype())
+        return list(run_layer(self.source.model, layer, forward, calls))
+
+    def _experts_dtype(self) -> torch.dtype:
+        """Of routed experts in memory: as stored, but for AWQ, whose scales must not be rounded."""
+        return torch.float32 if self.config.method == "awq" else self.source.weight_dtype()
 
     def _watch_head(self) -> LinearStats | None:
         """Statistics of the output projection's inputs, filled while batches finish."""

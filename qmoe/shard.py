@@ -1,7 +1,9 @@
 """What a part of the model is stored as once it is quantized, and the way back."""
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qmoe import experts
 from qmoe.format import packed_tensors
@@ -42,13 +44,42 @@ def _packed(source: Source, target: str, quantized: Quantized) -> dict[str, Tens
     return out
 
 
-def restore(source: Source, layer: Layer, tensors: dict[str, Tensor]) -> None:
+def load_layer(source: Source, layer: Layer, experts_dtype: torch.dtype) -> None:
+    """Load a layer: routed experts, most of its bytes, in `experts_dtype`, the rest in float32."""
+    stacks = {n for target in _stacks(source, layer) for n in source.weights.targets[target]}
+    names = source.weights.sources(layer.name)
+    for target in _stacks(source, layer):
+        _place(source, target, experts_dtype, "meta")  # transformers keeps to the parameter's dtype
+    source.weights.load([n for n in names if n in stacks], experts_dtype)
+    source.weights.load([n for n in names if n not in stacks], torch.float32)
+
+
+def restore(
+    source: Source, layer: Layer, tensors: dict[str, Tensor], experts_dtype: torch.dtype
+) -> None:
     """Load a layer as it was after it was quantized. tensors: of its shard, unpacked."""
-    source.weights.load(source.weights.sources(layer.name), torch.float32, tensors)
-    for name in layer.experts:
-        module = source.model.get_submodule(name)
-        for weight in experts.expert_weights(module):
-            E, count = module.num_experts, len(experts.parts(module, weight))
-            names = matrix_names(source.model, f"{name}.{weight}", E, count)
-            rows = torch.cat([tensors[stored] for stored in names])
-            experts.put(module, weight, rows.unflatten(0, (E, -1)))
+    stacks = _stacks(source, layer)
+    replaced = {n for target in stacks for n in source.weights.targets[target]}
+    names = [n for n in source.weights.sources(layer.name) if n not in replaced]
+    source.weights.load(names, torch.float32, tensors)
+    for target in stacks:
+        module, weight = _place(source, target, experts_dtype, "cpu")
+        E, count = module.num_experts, len(experts.parts(module, weight))
+        matrices = matrix_names(source.model, target, E, count)
+        rows = torch.cat([tensors[stored] for stored in matrices])
+        experts.put(module, weight, rows.unflatten(0, (E, -1)))
+
+
+def _place(source: Source, target: str, dtype: torch.dtype, device: str) -> tuple[Any, str]:
+    """Put an empty parameter where a stack of experts is; returns its module and name there."""
+    owner, _, weight = target.rpartition(".")
+    module: Any = source.model.get_submodule(owner)
+    empty = torch.zeros_like(getattr(module, weight), dtype=dtype, device=device)
+    module._parameters[weight] = nn.Parameter(empty, requires_grad=False)
+    return module, weight
+
+
+def _stacks(source: Source, layer: Layer) -> list[str]:
+    """Parameters that hold the layer's routed experts."""
+    modules = [(name, source.model.get_submodule(name)) for name in layer.experts]
+    return [f"{name}.{weight}" for name, m in modules for weight in experts.expert_weights(m)]

@@ -13,7 +13,7 @@ from qmoe.solvers.gptq import gptq
 from qmoe.solvers.rtn import rtn
 from qmoe.types import Quantized
 
-CHUNK_BYTES = 1 << 28  # of Hessians solved at once; the solver's peak is about eight times that
+CHUNK_BYTES = 1 << 27  # of Hessians solved at once; the solver's peak is about eight times that
 
 
 @dataclass(frozen=True)
@@ -39,29 +39,42 @@ def solve(
 ) -> Solved:
     """Quantize a stack. AWQ's scales are already in the weights, so it rounds to nearest here.
 
-    Only plain rounding can do without a Hessian.
+    Only plain rounding can do without a Hessian. Takes several copies of the Hessians: give it
+    `experts_at_once` of a large stack, and `join` what comes back.
     """
     if hessian is None:
         return Solved(rtn(weight, scheme, scale_dtype), [])
-    # GPTQ needs several copies of the Hessians it works on: a chunk of experts at a time.
-    chunk = max(1, CHUNK_BYTES // (4 * hessian.shape[-1] ** 2))
-    parts, errors = [], []
+    W = weight.float()
     damped: dict[int, float] = {}
     rounded: list[int] = []
-    for start in range(0, len(weight), chunk):
-        W, H = weight[start : start + chunk].float(), hessian[start : start + chunk]
-        if method == "gptq":
-            result = gptq(W, H, scheme, scale_dtype=scale_dtype, act_order=act_order, damp=damp)
-            damped |= {start + e: amount for e, amount in result.damped.items()}
-            rounded += [start + e for e in result.rounded]
-            parts.append(result.quantized)
-        else:
-            parts.append(rtn(W, scheme, scale_dtype))
-        lost = output_error(dequantize(parts[-1]) - W, H)
-        total = output_error(W, H)
-        ratio = torch.where(total > 0, lost.clamp(min=0) / total.clamp(min=1e-30), 0.0)
-        errors += ratio.sqrt().tolist()
-    return Solved(_join(parts), errors, damped, rounded)
+    if method == "gptq":
+        result = gptq(W, hessian, scheme, scale_dtype=scale_dtype, act_order=act_order, damp=damp)
+        quantized, damped, rounded = result.quantized, result.damped, result.rounded
+    else:
+        quantized = rtn(W, scheme, scale_dtype)
+    lost = output_error(dequantize(quantized) - W, hessian)
+    total = output_error(W, hessian)
+    ratio = torch.where(total > 0, lost.clamp(min=0) / total.clamp(min=1e-30), 0.0)
+    return Solved(quantized, ratio.sqrt().tolist(), damped, rounded)
+
+
+def experts_at_once(in_features: int) -> int:
+    """How many matrices of a stack to solve in one call."""
+    return max(1, CHUNK_BYTES // (4 * in_features**2))
+
+
+def join(parts: list[Solved]) -> Solved:
+    """The solution of a stack from those of its parts, in order."""
+    errors: list[float] = []
+    damped: dict[int, float] = {}
+    rounded: list[int] = []
+    start = 0
+    for part in parts:
+        errors += part.error
+        damped |= {start + e: amount for e, amount in part.damped.items()}
+        rounded += [start + e for e in part.rounded]
+        start += len(part.quantized.q)
+    return Solved(_join([part.quantized for part in parts]), errors, damped, rounded)
 
 
 def _join(parts: list[Quantized]) -> Quantized:

@@ -6,8 +6,9 @@ from helpers import FAMILIES, assert_close
 from transformers import AutoModelForCausalLM
 
 from qmoe.calibration import stats as statistics
-from qmoe.calibration.collect import ExpertSink, collecting_experts, collecting_linears
-from qmoe.calibration.coverage import borrow
+from qmoe.calibration.capture import Captured
+from qmoe.calibration.collect import collecting_experts, collecting_linears
+from qmoe.calibration.coverage import average_weight, borrow
 from qmoe.calibration.stats import ExpertStats, LayerStats, LinearStats
 from qmoe.errors import CalibrationError
 
@@ -22,12 +23,14 @@ def experts():
 
 
 def gather(experts, x, ids, gates, gate_weighted):
-    stats = ExpertStats.empty(6, 64, 32)
-    experts._qmoe_sink = ExpertSink(stats, gate_weighted, stride=4)
+    captured = experts._qmoe_captured = Captured(experts, gate_weighted, stride=4)
     with collecting_experts([experts]):
-        out = experts(x, ids, gates)
-    del experts._qmoe_sink
-    return stats, out
+        batches = zip(x.split(9), ids.split(9), gates.split(9), strict=True)
+        out = torch.cat([experts(*batch) for batch in batches])
+    del experts._qmoe_captured
+    captured.finish()
+    assert captured.finite()
+    return captured, out
 
 
 @pytest.mark.parametrize("gate_weighted", [True, False])
@@ -35,7 +38,14 @@ def test_counts_gates_and_hessians_equal_brute_force(experts, gate_weighted):
     x, ids, gates = torch.randn(20, 64), torch.randint(0, 5, (20, 2)), torch.rand(20, 2)
     ids[:, 1] = (ids[:, 0] + 1) % 5  # a token never goes twice to an expert; expert 5 stays empty
     ids[3] = 6  # the sentinel
-    stats, out = gather(experts, x, ids, gates, gate_weighted)
+    captured, out = gather(experts, x, ids, gates, gate_weighted)
+    stats = captured.part(0, 6)
+    for name in ("tokens", "gate_mass", "weight"):
+        assert_close(getattr(captured, name), getattr(stats, name))
+    for start, end in ((0, 2), (2, 6)):  # experts a few at a time: the same bits
+        part = captured.part(start, end)
+        assert torch.equal(part.first, stats.first[start:end])
+        assert torch.equal(part.second, stats.part(start, end).second)
     for e in range(6):
         mine = [(t, a) for t in range(20) for a in range(2) if ids[t, a] == e]
         assert stats.tokens[e] == len(mine)
@@ -113,7 +123,7 @@ def test_statistics_of_another_model_or_a_damaged_file_are_refused(tmp_path):
 def test_rare_experts_borrow_until_they_weigh_min_tokens(experts):
     x, ids, gates = torch.randn(64, 64), torch.zeros(64, 1, dtype=torch.long), torch.rand(64, 1)
     ids[:5] = 1
-    stats, _ = gather(experts, x, ids, gates, True)
+    stats = gather(experts, x, ids, gates, True)[0].part(0, 6)
     first, sample = stats.first.clone(), stats.sample
     before = stats.weight.clone()
 
@@ -121,7 +131,7 @@ def test_rare_experts_borrow_until_they_weigh_min_tokens(experts):
         gate, up = (rows @ experts.gate_up_proj[e].T).chunk(2, -1)
         return experts.act_fn(gate) * up
 
-    assert borrow(stats, middle, min_tokens=20) == [1, 2, 3, 4, 5]
+    assert borrow(stats, middle, 20, average_weight(stats)) == [1, 2, 3, 4, 5]
     average = before.sum() / 64
     assert torch.equal(stats.first[0], first[0])  # well covered: untouched
     assert_close(stats.weight[1], before[1] + 15 * average)
@@ -135,5 +145,5 @@ def test_rare_experts_borrow_until_they_weigh_min_tokens(experts):
 
 def test_min_tokens_zero_borrows_nothing(experts):
     x, ids, gates = torch.randn(8, 64), torch.zeros(8, 1, dtype=torch.long), torch.rand(8, 1)
-    stats, _ = gather(experts, x, ids, gates, True)
-    assert borrow(stats, lambda e, rows: rows, min_tokens=0) == []
+    stats = gather(experts, x, ids, gates, True)[0].part(0, 6)
+    assert borrow(stats, lambda e, rows: rows, 0, average_weight(stats)) == []

@@ -1,0 +1,74 @@
+"""The tokens a layer's experts received, kept until their statistics are asked for.
+
+The Hessians of all experts of a large layer do not fit in memory (4 E K^2 bytes: 57 GB for
+DeepSeek-V3); its tokens do. So tokens are kept while the layer runs, and Hessians are computed from
+them for a few experts at a time.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from qmoe import experts
+from qmoe.calibration.stats import ExpertStats
+
+ROWS = 8192  # tokens of an expert multiplied at once
+
+
+class Captured:
+    """What one experts module was called with. `part` gives the statistics of some experts."""
+
+    def __init__(self, module: Any, gate_weighted: bool, stride: int):
+        """stride: every stride-th token goes into the sample for rare experts."""
+        self.module, self.gate_weighted, self.stride = module, gate_weighted, stride
+        self._calls: list[tuple[Tensor, Tensor, Tensor]] = []
+        first, second = experts.expert_weights(module)
+        self.hidden = experts.rows(module, first).shape[2]
+        self.intermediate = experts.rows(module, second).shape[2]
+
+    def saw(
+        self, x: Float[Tensor, "T H"], ids: Int[Tensor, "T A"], gates: Float[Tensor, "T A"]
+    ) -> None:
+        self._calls.append((x, ids, gates))
+
+    def called(self) -> bool:
+        """Whether any token was assigned to an expert."""
+        return any((ids < self.module.num_experts).any() for _, ids, _ in self._calls)
+
+    def finish(self) -> None:
+        """All calls are in: sort the assignments by expert."""
+        width = max((ids.shape[1] for _, ids, _ in self._calls), default=1)
+        assert all(ids.shape[1] == width for _, ids, _ in self._calls)
+        x, ids, gates = (torch.cat(parts) for parts in zip(*self._calls, strict=True))
+        self._calls.clear()
+        E = self.module.num_experts
+        order = torch.argsort(ids.flatten(), stable=True)
+        self._x, self._token = x, order // width
+        self._gate = gates.flatten()[order].float()
+        self.tokens = torch.bincount(ids.flatten(), minlength=E)[:E]
+        self._start = [0, *self.tokens.cumsum(0).tolist()]
+        weight = self._weight(self._gate)
+        pieces = [slice(a, b) for a, b in zip(self._start, self._start[1:], strict=False)]
+        self.gate_mass = torch.stack([self._gate[piece].sum() for piece in pieces])
+        self.weight = torch.stack([weight[piece].sum() for piece in pieces])
+
+    def _weight(self, gate: Tensor) -> Tensor:
+        return gate.square() if self.gate_weighted else torch.ones_like(gate)
+
+    def finite(self) -> bool:
+        return bool(self._x.isfinite().all()) and bool(self._gate.isfinite().all())
+
+    def part(self, start: int, end: int) -> ExpertStats:
+        """Statistics of experts start to end; the experts still hold the weights they ran with."""
+        stats = ExpertStats.empty(end - start, self.hidden, self.intermediate)
+        first = experts.expert_weights(self.module)[0]
+        for e in range(start, end):
+            for row in range(self._start[e], self._start[e + 1], ROWS):
+                rows = slice(row, min(row + ROWS, self._start[e + 1]))
+                x, gate = self._x[self._token[rows]].float(), self._gate[rows]
+                mid = experts.activation(self.module, experts.product(self.module, first, e, x))
+                stats.add(e - start, x, mid, gate, self._weight(gate))
+        stats.sample = self._x[:: self.stride].float()
+        return stats

@@ -1,0 +1,46 @@
+"""What the steps of quantizing one layer share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from qmoe.calibration.capture import Captured
+from qmoe.calibration.stats import LayerStats
+from qmoe.config import QuantConfig, Scheme
+from qmoe.structure import Layer
+from qmoe.types import Quantized
+
+
+@dataclass
+class Result:
+    """Of one layer. captured: what experts received, if their statistics are not all needed at
+    once. weights: quantized stacks by parameter name. changed: other parameters that AWQ rescaled.
+    record: what goes into the report."""
+
+    stats: LayerStats = field(default_factory=LayerStats)
+    captured: dict[str, Captured] = field(default_factory=dict)
+    weights: dict[str, Quantized] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is the same for every part of a layer. tokens: of calibration text, in all batches."""
+
+    model: nn.Module
+    layer: Layer
+    config: QuantConfig
+    schemes: dict[str, Scheme]
+    scale_dtype: torch.dtype
+    tokens: int
+    save: Callable[[LayerStats], None] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether statistics of all experts are needed at once: AWQ folds them into the layer, and
+        a file holds all of them."""
+        return self.save is not None or self.config.method == "awq"
