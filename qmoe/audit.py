@@ -81,6 +81,7 @@ def audit_folder(
                 audit.findings.append(f"has a scale that is not positive: {name}")
         if kind == "experts 16-bit":
             audit.findings.append(f"routed experts left unquantized: {stored[0]} ({target})")
+        source.checkpoint.release()
     audit.kept = sha.hexdigest()
     if kept is not None and kept != audit.kept:
         audit.findings.append("an unpacked tensor is not the one that was written")
@@ -107,6 +108,7 @@ def _decode(source: PackedSource, track: Track) -> dict[str, str]:
             for weight, quantized in take_stored(part, name).items():
                 found[f"{name}.{weight}"] = digest(quantized)
         free(module)
+        source.checkpoint.release()
     return found
 
 

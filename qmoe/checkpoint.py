@@ -60,6 +60,9 @@ DTYPES = {
 }  # fmt: skip
 
 
+MAPPED = 1 << 28  # bytes read before files are unmapped
+
+
 class Checkpoint:
     """The tensors of a model folder by name. Opening checks every shard's header; data is read
     only when asked for, from memory-mapped files."""
@@ -67,12 +70,12 @@ class Checkpoint:
     def __init__(self, path: Path):
         self.path = path
         self.config = read_json(path / "config.json")
-        self._files: dict[str, Any] = {}
+        self._files: list[str] = []
+        self._handles: dict[str, Any] = {}
         self._where: dict[str, str] = {}
         for file in self._shards():
-            handle = self._open(file)
-            self._files[file] = handle
-            self._where |= dict.fromkeys(handle.keys(), file)
+            self._files.append(file)
+            self._where |= dict.fromkeys(self._handle(file).keys(), file)
         self._check_index()
         self._decoded: dict[str, Decoded] = {}
 
@@ -81,7 +84,7 @@ class Checkpoint:
         CheckpointError for any other quantized checkpoint."""
         slices = {name: self.lazy(name) for name in self._where}
         encoding = self.config.get("quantization_config")
-        self._decoded = decoded(encoding, str(self.path), slices)
+        self._decoded = decoded(encoding, str(self.path), slices, self._stored)
 
     def _shards(self) -> list[str]:
         if (self.path / INDEX).is_file():
@@ -135,12 +138,25 @@ class Checkpoint:
         """A safetensors slice: shape and dtype now, data when indexed."""
         if name in self._decoded:
             return self._decoded[name]
-        return self._files[self._where[name]].get_slice(name)
+        return self._handle(self._where[name]).get_slice(name)
+
+    def _handle(self, file: str) -> Any:
+        if file not in self._handles:
+            self._handles[file] = self._open(file)
+        return self._handles[file]
+
+    def release(self) -> None:
+        """Unmap the files, which are mapped again when asked for: what was read from them counts
+        as this process's memory until then."""
+        self._handles.clear()
 
     def tensor(self, name: str) -> torch.Tensor:
         if name in self._decoded:
             return self._decoded[name][...]
-        tensor: torch.Tensor = self._files[self._where[name]].get_tensor(name)
+        return self._stored(name)
+
+    def _stored(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._handle(self._where[name]).get_tensor(name)
         return tensor
 
     def dtype(self, name: str) -> torch.dtype:
@@ -159,8 +175,8 @@ class Checkpoint:
     def tensor_bytes(self, name: str) -> int:
         """Bytes of one tensor's data as stored, from the header alone."""
         if name in self._decoded:
-            files = {part: self._files[self._where[part]] for part in self._decoded[name].parts}
-            shapes = [file.get_slice(part).get_shape() for part, file in files.items()]
+            parts = {n: self._handle(self._where[n]) for n in self._decoded[name].parts}
+            shapes = [handle.get_slice(n).get_shape() for n, handle in parts.items()]
             return sum(torch.Size(shape).numel() for shape in shapes)  # a byte each, nearly
         return int(torch.Size(self.lazy(name).get_shape()).numel() * self.dtype(name).itemsize)
 
@@ -174,8 +190,13 @@ class Checkpoint:
         Returns the SHA-256 of config.json and all tensors: which model this is.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        unmapped = 0
         for name in track(sorted(self.names()), "checking weights"):
             tensor = self.tensor(name)
+            unmapped += tensor.nbytes
+            if unmapped > MAPPED:
+                self.release()
+                unmapped = 0
             if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
                 raise CheckpointError(f"{self.path}: tensor {name!r} holds NaN or Inf")
             digest.update(name.encode())

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qmoe.errors import CheckpointError
 
+Read = Callable[[str], Tensor]
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BLOCK = 128
 
@@ -40,25 +41,25 @@ class Decoded:
         return self.compute()[index]
 
 
-def decoded(config: Any, where: str, slices: dict[str, Any]) -> dict[str, Decoded]:
+def decoded(config: Any, where: str, slices: dict[str, Any], read: Read) -> dict[str, Decoded]:
     """The tensors that `quantization_config` says are encoded, by the name of what they stand for;
-    empty if it says nothing. slices: every stored tensor. Raises CheckpointError for a format that
+    empty if it says nothing. slices: every stored tensor's; read: gives one by name. Raises CheckpointError for a format that
     qmoe does not read, and for parts that do not fit together."""
     if config is None:
         return {}
     method = config.get("quant_method") if isinstance(config, dict) else config
     if method == "fp8":
         size = config.get("weight_block_size") or [BLOCK, BLOCK]
-        return _fp8(where, slices, size)
+        return _fp8(where, slices, read, size)
     if method == "mxfp4":
-        return _mxfp4(where, slices)
+        return _mxfp4(where, slices, read)
     raise CheckpointError(
         f"{where}: already quantized ({method}); give the original model, or one in its maker's "
         "fp8 or mxfp4"
     )
 
 
-def _fp8(where: str, slices: dict[str, Any], size: Any) -> dict[str, Decoded]:
+def _fp8(where: str, slices: dict[str, Any], read: Read, size: Any) -> dict[str, Decoded]:
     if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) for n in size)):
         raise CheckpointError(f"{where}: expected weight_block_size [rows, columns], found {size}")
     out = {}
@@ -72,8 +73,8 @@ def _fp8(where: str, slices: dict[str, Any], size: Any) -> dict[str, Decoded]:
             raise CheckpointError(
                 f"{where}: {scale_name} has shape {blocks}, {name} {shape} needs {wanted}"
             )
-        compute = partial(_decode_fp8, stored, slices[scale_name], size)
-        out[name] = Decoded(shape, (name, scale_name), compute)
+        parts = (name, scale_name)
+        out[name] = Decoded(shape, parts, partial(_decode_fp8, read, parts, size))
     return out
 
 
@@ -84,7 +85,7 @@ def fp8(weight: Tensor, scale: Tensor, size: list[int]) -> Tensor:
     return (weight.float() * each).to(torch.bfloat16)
 
 
-def _mxfp4(where: str, slices: dict[str, Any]) -> dict[str, Decoded]:
+def _mxfp4(where: str, slices: dict[str, Any], read: Read) -> dict[str, Decoded]:
     out = {}
     for blocks in [name for name in slices if name.endswith("_blocks")]:
         name = blocks.removesuffix("_blocks")
@@ -97,17 +98,17 @@ def _mxfp4(where: str, slices: dict[str, Any]) -> dict[str, Decoded]:
                 "[E, N, K/32, 16] and [E, N, K/32]"
             )
         E, N, G, _ = shape
-        compute = partial(_decode_mxfp4, slices[blocks], slices[scales])
-        out[name] = Decoded((E, 32 * G, N), (blocks, scales), compute)
+        parts = (blocks, scales)
+        out[name] = Decoded((E, 32 * G, N), parts, partial(_decode_mxfp4, read, parts))
     return out
 
 
-def _decode_fp8(weight: Any, scale: Any, size: list[int]) -> Tensor:
-    return fp8(weight[...], scale[...], size)
+def _decode_fp8(read: Read, parts: tuple[str, str], size: list[int]) -> Tensor:
+    return fp8(read(parts[0]), read(parts[1]), size)
 
 
-def _decode_mxfp4(blocks: Any, scales: Any) -> Tensor:
-    return mxfp4(blocks[...], scales[...])
+def _decode_mxfp4(read: Read, parts: tuple[str, str]) -> Tensor:
+    return mxfp4(read(parts[0]), read(parts[1]))
 
 
 def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:

@@ -144,6 +144,7 @@ class _Run:
                 self.records.append(note["record"])
                 self.digests |= note["digests"]
             free(modules[i])
+            source.checkpoint.release()
             # Nothing behind the last layer is of interest, unless lm_head is to be quantized.
             return outputs if head is not None or i + 1 < len(modules) else None
 

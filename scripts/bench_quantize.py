@@ -1,0 +1,110 @@
+"""Memory and time of quantizing layers of a real size, with random weights.
+
+    python scripts/bench_quantize.py --layers 2 8
+
+Each model has the layer shapes of Qwen3-30B-A3B (1.25 GB a layer) unless told otherwise, is written
+to a temporary folder, quantized by a process of its own, and removed. Prints the process's largest
+resident memory, wall time per layer, and what it was spent on.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qmoe import tables
+
+HERE = Path(__file__).resolve().parent
+ALLOWED = (2.5, 1.5e9)  # times the bytes of a layer, and bytes beside
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 8])
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--experts", type=int, default=128)
+    parser.add_argument("--intermediate", type=int, default=768)
+    parser.add_argument("--windows", type=int, default=64, help="of 256 tokens, for calibration")
+    parser.add_argument("--child", nargs=2, metavar=("SRC", "DST"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(_quantize(*args.child, args.windows)))
+        return 0
+    layer = args.experts * 3 * args.hidden * args.intermediate * 2
+    rows, peaks = [], []
+    for layers in args.layers:
+        with tempfile.TemporaryDirectory(prefix="qmoe-bench-") as folder:
+            found = _measure(args, layers, Path(folder))
+        peaks.append(found["peak"])
+        seconds = found["seconds"]
+        known = sum(found["spent"].values())
+        spent = ", ".join(f"{k} {100 * v / seconds:.0f} %" for k, v in found["spent"].items())
+        rest = f", other {100 * (seconds - known) / seconds:.0f} %"
+        rows.append([str(layers), tables.size(layers * layer), tables.size(found["peak"]),
+                     f"{seconds / layers:.0f}", spent + rest])  # fmt: skip
+    header = ["layers", "experts in bf16", "peak memory", "s per layer", "spent on"]
+    tables.show("quantizing, gptq int4 g128", header, rows)
+    allowed = ALLOWED[0] * layer + ALLOWED[1]
+    print(f"peak {tables.size(max(peaks))}, allowed {tables.size(allowed)} "
+          f"({ALLOWED[0]} layers + {tables.size(ALLOWED[1])}); "
+          f"the largest is {max(peaks) / min(peaks):.2f} x the smallest")  # fmt: skip
+    return 0 if max(peaks) <= allowed and max(peaks) <= 1.1 * min(peaks) else 1
+
+
+def _measure(args: argparse.Namespace, layers: int, folder: Path) -> dict[str, Any]:
+    source, quantized = folder / "source", folder / "quantized"
+    shape = ["--hidden", args.hidden, "--experts", args.experts, "--layers", layers]
+    shape += ["--intermediate", args.intermediate]
+    make = [sys.executable, "-P", str(HERE / "random_model.py"), str(source), *map(str, shape)]
+    subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
+    child = [sys.executable, "-P", __file__, "--windows", str(args.windows)]
+    child += ["--child", str(source), str(quantized)]
+    done = subprocess.run(child, check=True, capture_output=True, text=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _quantize(source: str, quantized: str, windows: int) -> dict[str, Any]:
+    import qmoe.layer
+    import qmoe.pipeline
+    import qmoe.solving
+    from qmoe import CalibrationConfig, QuantConfig, Scheme
+    from qmoe.calibration.capture import Captured
+    from qmoe.output import OutputFolder
+
+    spent: Counter[str] = Counter()
+
+    def timed(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.monotonic()
+            result = function(*args, **kwargs)
+            result = list(result) if what == "forward" else result
+            spent[what] += time.monotonic() - start
+            return result
+
+        return run
+
+    qmoe.pipeline.load_layer = timed("reading", qmoe.pipeline.load_layer)
+    qmoe.layer.run_layer = timed("forward", qmoe.layer.run_layer)
+    qmoe.solving.solve = timed("solving", qmoe.solving.solve)
+    Captured.part = timed("Hessians", Captured.part)  # type: ignore[method-assign]
+    OutputFolder.write_shard = timed("writing", OutputFolder.write_shard)  # type: ignore[method-assign]
+    config = QuantConfig(
+        experts=Scheme(4, 128), calibration=CalibrationConfig(windows=windows, window=256, batch=8)
+    )
+    start = time.monotonic()
+    qmoe.pipeline.quantize(source, quantized, config)
+    seconds = time.monotonic() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": seconds, "peak": peak, "spent": dict(spent)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
