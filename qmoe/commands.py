@@ -13,7 +13,13 @@ from qmoe.audit import audit_folder
 from qmoe.checkpoint import read_json, resolve
 from qmoe.cli import config_from
 from qmoe.compare import benchmark, evaluate
-from qmoe.errors import CheckpointError, ConfigError, QmoeError
+from qmoe.errors import (
+    AuditError,
+    CheckpointError,
+    ConfigError,
+    QmoeError,
+    UnsupportedModelError,
+)
 from qmoe.experts import expert_weights, stack
 from qmoe.loading import Loading
 from qmoe.pipeline import quantize as run_quantize
@@ -54,13 +60,14 @@ def _show_lines(lines: list[str], most: int = 20) -> None:
 
 
 def families(args: argparse.Namespace) -> dict[str, Any]:
-    """`qmoe families`: what is known, and with --check proven, of each."""
+    """`qmoe families`: what is known, and with --check proven, of each; AuditError if a check of a
+    family that is not refused fails."""
     from qmoe import families as known
 
     found = {family.model_type: family for family in known.families()}
     if unknown := [name for name in args.names if name not in found]:
         raise ConfigError(f"{unknown[0]}: not an MoE language model of this transformers")
-    rows = []
+    rows, failed = [], []
     for family in on_terminal([found[name] for name in args.names or found], "families"):
         row = {"family": family.model_type, "reads": family.reads, "model": family.head}
         try:
@@ -69,9 +76,13 @@ def families(args: argparse.Namespace) -> dict[str, Any]:
                 with TemporaryDirectory(prefix="qmoe-families-") as folder:
                     known.check(family, Path(folder))
             row["result"] = "passed" if args.check else "supported"
-        except QmoeError as error:
+        except UnsupportedModelError as error:
             row["result"] = str(error)
+        except QmoeError as error:
+            failed.append(f"{family.model_type}: {error}")
         rows.append(row)
+    if failed:
+        raise AuditError("\n".join([f"{len(failed)} of {len(rows)} families failed", *failed]))
     return {"transformers": transformers.__version__, "families": rows}
 
 

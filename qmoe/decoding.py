@@ -43,8 +43,8 @@ class Decoded:
 
 def decoded(config: Any, where: str, slices: dict[str, Any], read: Read) -> dict[str, Decoded]:
     """The tensors that `quantization_config` says are encoded, by the name of what they stand for;
-    empty if it says nothing. slices: every stored tensor's; read: gives one by name. Raises CheckpointError for a format that
-    qmoe does not read, and for parts that do not fit together."""
+    empty if it says nothing. slices: of every stored tensor; read: gives one by name. Raises
+    CheckpointError for a format that qmoe does not read, and for parts that do not fit together."""
     if config is None:
         return {}
     method = config.get("quant_method") if isinstance(config, dict) else config

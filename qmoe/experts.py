@@ -64,11 +64,11 @@ def bias_stack(experts: Any, name: str) -> Float[Tensor, "E N"] | None:
     return _concatenated(values)
 
 
-def put(experts: Any, name: str, weight: Float[Tensor, "E N K"]) -> None:
-    """Overwrite a weight stack, from the form that `stack` gives."""
+def put(experts: Any, name: str, weight: Float[Tensor, "E N K"], start: int = 0) -> None:
+    """Overwrite a weight stack from expert `start` on, from the form that `stack` gives."""
     if _interleaved(experts, name):
         weight = torch.stack(weight.chunk(2, dim=1), dim=2).flatten(1, 2)
-    rows(experts, name).data.copy_(weight)
+    rows(experts, name)[start : start + len(weight)].data.copy_(weight)
 
 
 def product(experts: Any, name: str, e: int, x: Float[Tensor, "M K"]) -> Float[Tensor, "M N"]:

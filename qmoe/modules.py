@@ -25,6 +25,7 @@ from qmoe.packing import packed_words, unpack_rows, unpack_zeros
 from qmoe.types import Quantized
 
 NAME = "qmoe_packed"
+UNPACKED = 8  # experts unpacked at once
 
 
 def experts_forward(
@@ -214,5 +215,7 @@ def _take(module: Any, name: str, where: str) -> Quantized:
     scale = stored["_scale"].data.view(e, n, -1).clone()
     if not (scale.isfinite() & (scale > 0)).all():
         raise CheckpointError(f"{where}: weight_scale has values that are not positive numbers")
-    q = unpack_rows(stored["_packed"].data.view(e, n, -1), scheme.bits, k).contiguous()
+    # A few experts at a time: unpacking takes several times what it gives.
+    words = stored["_packed"].data.view(e, n, -1).split(UNPACKED)
+    q = torch.cat([unpack_rows(part, scheme.bits, k) for part in words])
     return Quantized(q, scale, zero, scheme)

@@ -50,8 +50,10 @@ def load_layer(source: Source, layer: Layer, experts_dtype: torch.dtype) -> None
     names = source.weights.sources(layer.name)
     for target in _stacks(source, layer):
         _place(source, target, experts_dtype, "meta")  # transformers keeps to the parameter's dtype
-    source.weights.load([n for n in names if n in stacks], experts_dtype)
+        source.weights.load(source.weights.targets[target], experts_dtype)
+        source.checkpoint.release()
     source.weights.load([n for n in names if n not in stacks], torch.float32)
+    source.checkpoint.release()
 
 
 def restore(

@@ -56,11 +56,11 @@ def _solve_experts(job: Job, name: str, module: nn.Module, result: Result) -> No
                 rare = borrow_rare(job, module, part, stats, start)
                 entry.setdefault("borrowed", []).extend(rare)
         hessians = (None, None) if part is None else (part.first, part.second)
-        for i, (stack, hessian) in enumerate(zip(stacks, hessians, strict=True)):
-            solved[i].append(_solve(job, name, stack[start:end], hessian))
+        for i, (weight, hessian) in enumerate(zip(weights, hessians, strict=True)):
+            solved[i].append(_solve(job, name, stacks[i][start:end], hessian))
+            experts.put(module, weight, dequantize(solved[i][-1].quantized), start)
     for weight, parts in zip(weights, solved, strict=True):
         whole = join(parts)
-        experts.put(module, weight, dequantize(whole.quantized))
         result.weights[f"{name}.{weight}"] = whole.quantized
         entry[weight] = _entry(whole, single=False)
 
