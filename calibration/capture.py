@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qmoe import experts
+from qmoe import experts, ranks
 from qmoe.calibration.stats import ExpertStats
+from qmoe.scratch import Scratch
 
 ROWS = 8192  # tokens of an expert multiplied at once
 
@@ -20,9 +21,11 @@ ROWS = 8192  # tokens of an expert multiplied at once
 class Captured:
     """What one experts module was called with. `part` gives the statistics of some experts."""
 
-    def __init__(self, module: Any, gate_weighted: bool, stride: int):
-        """stride: every stride-th token goes into the sample for rare experts."""
+    def __init__(self, module: Any, gate_weighted: bool, stride: int, scratch: Scratch):
+        """stride: every stride-th token goes into the sample for rare experts.
+        scratch: where tokens wait."""
         self.module, self.gate_weighted, self.stride = module, gate_weighted, stride
+        self.scratch = scratch
         self._calls: list[tuple[Tensor, Tensor, Tensor]] = []
         first, second = experts.expert_weights(module)
         self.hidden = experts.rows(module, first).shape[2]
@@ -31,21 +34,24 @@ class Captured:
     def saw(
         self, x: Float[Tensor, "T H"], ids: Int[Tensor, "T A"], gates: Float[Tensor, "T A"]
     ) -> None:
-        self._calls.append((x, ids, gates))
+        self._calls.append(self.scratch.keep((x, ids, gates)))
 
     def called(self) -> bool:
         """Whether any token was assigned to an expert."""
-        return any((ids < self.module.num_experts).any() for _, ids, _ in self._calls)
+        here = any(bool((ids < self.module.num_experts).any()) for _, ids, _ in self._calls)
+        return any(ranks.gather(here))
 
     def finish(self) -> None:
-        """All calls are in: sort the assignments by expert."""
+        """All calls, of all ranks, are in: sort the assignments by expert."""
         width = max((ids.shape[1] for _, ids, _ in self._calls), default=1)
         assert all(ids.shape[1] == width for _, ids, _ in self._calls)
-        x, ids, gates = (torch.cat(parts) for parts in zip(*self._calls, strict=True))
+        x, ids, gates = (
+            ranks.together(torch.cat(parts)) for parts in zip(*self._calls, strict=True)
+        )
         self._calls.clear()
         E = self.module.num_experts
         order = torch.argsort(ids.flatten(), stable=True)
-        self._x, self._token = x, order // width
+        self._x, self._token = self.scratch.keep(x), order // width
         self._gate = gates.flatten()[order].float()
         self.tokens = torch.bincount(ids.flatten(), minlength=E)[:E]
         self._start = [0, *self.tokens.cumsum(0).tolist()]

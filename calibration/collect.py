@@ -62,6 +62,41 @@ def collecting_experts(modules: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
+def sampling(
+    lists: dict[str, list[nn.Module]], stride: int, into: dict[str, Tensor]
+) -> Iterator[None]:
+    """Of lists of experts that are modules: every stride-th token that any of them is given.
+    Nothing of lists whose experts are not called with one tensor alone."""
+    kept: dict[str, list[Tensor]] = {name: [] for name in lists}
+    seen = dict.fromkeys(lists, 0)
+    odd: set[str] = set()
+
+    def hook(name: str) -> Any:
+        def sample(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if named or len(args) != 1:
+                odd.add(name)
+                return
+            x = args[0].reshape(-1, args[0].shape[-1])
+            # Counted over all calls, so that short ones do not give their first token each.
+            kept[name].append(x[-seen[name] % stride :: stride].float().clone())
+            seen[name] += len(x)
+
+        return sample
+
+    handles = [
+        module.register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name, modules in lists.items()
+        for module in modules
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    into.update({n: torch.cat(parts) for n, parts in kept.items() if parts and n not in odd})
+
+
+@contextmanager
 def collecting_linears(linears: dict[str, nn.Module], into: LayerStats) -> Iterator[None]:
     """Gather the inputs of these linears; those given the very same tensor share one Hessian."""
     last: list[tuple[Tensor, LinearStats]] = []

@@ -83,14 +83,17 @@ class LinearStats:
 
 @dataclass
 class LayerStats:
-    """Statistics of one decoder layer. Linears fed by the same tensor share one LinearStats."""
+    """Statistics of one decoder layer. Linears fed by the same tensor share one LinearStats.
+    samples: what ExpertStats.sample is, for experts that are modules, by the name of their list."""
 
     experts: dict[str, ExpertStats] = field(default_factory=dict)
     linears: dict[str, LinearStats] = field(default_factory=dict)
+    samples: dict[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Flat tensors by `name|field`, and the shared linears as alias -> name."""
         flat = {f"{n}|{k}": v for n, s in self.experts.items() for k, v in vars(s).items()}
+        flat |= {f"{n}|sample": sample for n, sample in self.samples.items()}
         first: dict[int, str] = {}
         aliases = {}
         for name, stats in self.linears.items():
@@ -145,7 +148,8 @@ def load(path: Path, about: dict[str, str]) -> LayerStats:
         parts.setdefault(name, {})[part] = tensor
     experts = {n: ExpertStats(**p) for n, p in parts.items() if "first" in p}
     owners = {n: LinearStats(**p) for n, p in parts.items() if "hessian" in p}
-    return LayerStats(experts, {n: owners[o] for n, o in json.loads(metadata["aliases"]).items()})
+    linears = {n: owners[o] for n, o in json.loads(metadata["aliases"]).items()}
+    return LayerStats(experts, linears, {n: p["sample"] for n, p in parts.items() if len(p) == 1})
 
 
 def merge(parts: list[LayerStats]) -> LayerStats:
@@ -159,4 +163,6 @@ def merge(parts: list[LayerStats]) -> LayerStats:
                 total += flat[key]
     for name, stats in parts[0].experts.items():
         stats.sample = torch.cat([part.experts[name].sample for part in parts])
+    for name in parts[0].samples:
+        parts[0].samples[name] = torch.cat([part.samples[name] for part in parts])
     return parts[0]

@@ -1,6 +1,7 @@
 """Text by domain: what ships with qmoe, local files, or any `datasets` name."""
 
 import glob
+import os
 from importlib.resources import files
 from pathlib import Path
 
@@ -55,14 +56,17 @@ def _shipped(kind: str, domains: list[str]) -> dict[str, str]:
 
 
 def _local(part: str) -> dict[str, str]:
-    root = Path(part).expanduser()
-    if root.is_dir():
-        paths = sorted(root.glob("*.txt"))
+    root = os.path.expanduser(part)
+    if os.path.isdir(root):
+        paths = sorted(Path(root).glob("*.txt"))
     else:
-        paths = [Path(p) for p in sorted(glob.glob(str(root)))]
+        # os.path and glob: pathlib fails on what cannot be a file's name, such as the text itself.
+        paths = [Path(p) for p in sorted(glob.glob(root))]
     if not paths:
+        shown = part if len(part) <= 200 else f"{part[:200]}.."
         raise CalibrationError(
-            f"{part}: no such text file or folder (a dataset is written 'hf:{part}')"
+            f"{shown}: no such text file or folder (a dataset is written 'hf:{shown}'; text itself "
+            "goes into a file)"
         )
     texts: dict[str, str] = {}
     for path in paths:

@@ -14,6 +14,7 @@ from qmoe._version import __version__ as __version__
 from qmoe.config import CalibrationConfig as CalibrationConfig
 from qmoe.config import QuantConfig as QuantConfig
 from qmoe.config import Scheme as Scheme
+from qmoe.config import expect
 from qmoe.errors import QmoeError as QmoeError
 
 if TYPE_CHECKING:
@@ -37,18 +38,29 @@ def quantize(
     *,
     statistics_from: Sequence[str | Path] = (),
     save_statistics: str | Path | None = None,
+    max_memory: int | None = None,
     progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Quantize the MoE model in `src`, a local folder or a hub name, into the new folder `dst`.
 
     config: what to do; the default is 4-bit GPTQ experts, 8-bit dense linears. statistics_from:
     folders that `save_statistics` wrote for the same model; summed, they replace running text
-    through the model. progress: a bar on standard error, if that is a terminal. Returns the report
-    that is also written to `dst/qmoe_report.json`.
+    through the model. max_memory: bytes it may take, None for what is free; activations that do not
+    fit wait in files beside `dst`. progress: a bar on standard error, if that is a terminal.
+    trust_remote_code: code that lies beside the weights may run, where transformers has no class
+    for the model.
+    Returns the report that is also written to `dst/qmoe_report.json`.
 
     Raises a QmoeError (see qmoe.errors) before any long work if something cannot work, and
     AuditError if the result is not what was promised. `dst` then does not exist.
     """
+    expect("dst", dst, str, Path)
+    expect("config", config, QuantConfig, type(None))
+    expect("save_statistics", save_statistics, str, Path, type(None))
+    expect("statistics_from", statistics_from, list, tuple)
+    for folder in statistics_from:
+        expect("statistics_from", folder, str, Path)
     # Imported here so that `import qmoe` does not wait for transformers.
     from qmoe.pipeline import quantize as run
     from qmoe.progress import on_terminal, silent
@@ -59,7 +71,9 @@ def quantize(
         config or QuantConfig(),
         statistics_from=statistics_from,
         save_statistics=save_statistics,
+        max_memory=max_memory,
         track=on_terminal if progress else silent,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -70,15 +84,17 @@ def load(
     device: "str | torch.device" = "cpu",
     expert_memory: int | None = None,
     progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Load a quantized folder or hub name: a transformers model that runs packed, its tokenizer.
 
     dtype: of activations and unquantized weights; None is the checkpoint's own. device: "cpu", or
     "cuda" for the Triton kernels. expert_memory: bytes of the GPU for routed experts; the rest stay
-    in host memory and come as they are needed. Raises CheckpointError if the folder is not a
-    whole quantized model, ConfigError for a device that is not there, AuditError if an expert would
-    not run packed.
+    in host memory and come as they are needed. trust_remote_code: as for `quantize`. Raises
+    CheckpointError if the folder is not a whole quantized model, ConfigError for a device that is
+    not there, AuditError if an expert would not run packed.
     """
+    expect("expert_memory", expert_memory, int, type(None))
     from qmoe.loading import load as run
     from qmoe.progress import on_terminal, silent
 
@@ -88,4 +104,5 @@ def load(
         device=device,
         expert_memory=expert_memory,
         track=on_terminal if progress else silent,
+        trust_remote_code=trust_remote_code,
     )

@@ -49,14 +49,16 @@ def audit_folder(
     digests: dict[str, str] | None = None,
     kept: str | None = None,
     track: Track = silent,
+    trust: bool = False,
 ) -> Audit:
     """Read a quantized folder as the loader does, layer by layer; AuditError on any finding.
 
     digests: `types.digest` of every quantized stack by parameter name, as it was solved; the
-    decoded bytes must be those. kept: `Audit.kept` of an earlier audit, likewise.
+    decoded bytes must be those. kept: `Audit.kept` of an earlier audit, likewise. trust: see
+    remote_code.py.
     """
     audit = Audit()
-    source = open_packed(path, torch.float32)
+    source = open_packed(path, torch.float32, trust)
     names = source.weights
     audit.findings += [f"missing: {n}" for n in names.missing()]
     audit.findings += [f"belongs to no parameter: {n}" for n in names.unexpected]
@@ -79,7 +81,7 @@ def audit_folder(
                 and not (tensor.float() > 0).all()
             ):
                 audit.findings.append(f"has a scale that is not positive: {name}")
-        if kind == "experts 16-bit":
+        if kind == "experts 16-bit" and not _is_kept(source, owner):
             audit.findings.append(f"routed experts left unquantized: {stored[0]} ({target})")
         source.checkpoint.release()
     audit.kept = sha.hexdigest()
@@ -124,21 +126,27 @@ def _kind(source: PackedSource, owner: str, parameter: str, rank: int) -> str:
         # Biases of experts are a matrix [E, N], weights never less than one for each expert.
         vector = parameter == "bias" or (experts and rank < 3 and parameter.endswith("_bias"))
         return "norms and other" if vector else f"{tier} 16-bit"
+    kept = [layer.kept[owner] for layer in source.structure.layers if owner in layer.kept]
+    if kept and isinstance(module, nn.Embedding):
+        return "experts 16-bit"
     if isinstance(module, nn.Embedding) or owner == source.structure.lm_head:
         return "embeddings"
-    kept = [layer.kept[owner] for layer in source.structure.layers if owner in layer.kept]
     if "router" in kept or _is_router(source, owner):
         return "router"
     return "dense 16-bit" if isinstance(module, nn.Linear) else "norms and other"
+
+
+def _is_kept(source: PackedSource, owner: str) -> bool:
+    """Whether this was said, with a reason, before the work began; the report repeats it."""
+    return any(owner in layer.kept for layer in source.structure.layers)
 
 
 def _is_router(source: PackedSource, owner: str) -> bool:
     """Whatever has parameters beside the experts, is not a linear, and scores them is a router."""
     module: Any = source.model.get_submodule(owner)
     block = owner.rpartition(".")[0]
-    beside = any(
-        e.rpartition(".")[0] == block for layer in source.structure.layers for e in layer.experts
-    )
+    experts = [e for n in source.structure.layers for e in [*n.experts, *n.loose]]
+    beside = any(e.rpartition(".")[0] == block for e in experts)
     return beside and not isinstance(module, nn.Linear)
 
 
@@ -169,11 +177,15 @@ def audit_model(model: nn.Module, where: str) -> Audit:
             elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 audit.findings.append(f"holds NaN or Inf: {name}.{key}")
     seen: set[int] = set()
+    vectors = {f"{n}.{k}" for n, m in model.named_modules() for k in getattr(m, "qmoe_kept", {})}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                audit.bytes[_resident_kind(name, module, parameter)] += parameter.nbytes
+                kind = _resident_kind(name, module, parameter)
+                if name in vectors and kind == "embeddings":
+                    kind = "experts 16-bit"
+                audit.bytes[kind] += parameter.nbytes
     audit.require_clean(where)
     return audit
 

@@ -19,17 +19,22 @@ from qmoe.adapters import adapt
 from qmoe.checkpoint import resolve
 from qmoe.errors import UnsupportedModelError
 from qmoe.kernels.moe import moe_forward
+from qmoe.remote_code import needs_code
 from qmoe.structure import find
 
 NAME = "qmoe_nf4"
 
 
-def original(path: str | Path, dtype: torch.dtype | None = None) -> Any:
-    """The unquantized model as transformers loads it."""
+def original(path: str | Path, dtype: torch.dtype | None = None, trust: bool = False) -> Any:
+    """The unquantized model as transformers loads it. trust: see remote_code.py."""
+    folder = resolve(path)
+    own = needs_code(folder, trust)
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(resolve(path), dtype=dtype or "auto")
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", trust_remote_code=own
+        )
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -85,9 +90,11 @@ class Nf4Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def nf4(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+def nf4(
+    path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", trust: bool = False
+) -> Any:
     """The original with experts and the dense linears that qmoe quantizes in NF4."""
-    model = original(path, dtype).to(device)
+    model = original(path, dtype, trust).to(device)
     adapt(model)
     ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
     for layer in find(model).layers:

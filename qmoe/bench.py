@@ -18,15 +18,17 @@ import psutil
 import torch
 
 from qmoe.baselines import nf4, original
+from qmoe.checkpoint import Checkpoint
 from qmoe.errors import QmoeError
 from qmoe.experts import is_experts
 from qmoe.loading import load
+from qmoe.model_config import read_config
 from qmoe.modules import packed_stacks
 from qmoe.progress import Track
-from qmoe.skeleton import build, read_config
+from qmoe.skeleton import build
 
-KINDS: dict[str, Callable[[Path], Any]] = {
-    "qmoe": lambda path: load(path)[0],
+KINDS: dict[str, Callable[..., Any]] = {
+    "qmoe": lambda path, trust: load(path, trust_remote_code=trust)[0],
     "original": original,
     "nf4": nf4,
 }
@@ -114,10 +116,10 @@ def bytes_per_token(model: Any) -> int:
     return int(total)
 
 
-def memory(kind: str, path: Path) -> dict[str, int]:
+def memory(kind: str, path: Path, trust: bool = False) -> dict[str, int]:
     """Resident bytes of a fresh process before and after loading a model, and its peak while the
     model answers a prompt of 128 tokens. Raises QmoeError if the process fails."""
-    code = f"from qmoe.bench import report_memory; report_memory({kind!r}, {str(path)!r})"
+    code = f"from qmoe.bench import report_memory; report_memory({kind!r}, {str(path)!r}, {trust})"
     command = [sys.executable, "-P", "-W", "ignore", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -126,16 +128,16 @@ def memory(kind: str, path: Path) -> dict[str, int]:
     return result
 
 
-def report_memory(kind: str, path: str) -> None:
+def report_memory(kind: str, path: str, trust: bool) -> None:
     """Runs in the process that `memory` starts; prints JSON."""
     process = psutil.Process()
     # Thread pools, the model's code and its skeleton without data are part of a process without a
     # model: have them before the first reading.
     torch.ones(64, 64).bfloat16() @ torch.ones(64, 64).bfloat16()
-    build(read_config(Path(path)), torch.bfloat16)
+    build(read_config(Checkpoint(Path(path)), trust), torch.bfloat16)
     gc.collect()
     before = process.memory_info().rss
-    model = KINDS[kind](Path(path))
+    model = KINDS[kind](Path(path), trust=trust)
     gc.collect()
     loaded = process.memory_info().rss
     _run(model, 128, 1)

@@ -5,6 +5,9 @@ Left out: what the tensors mean (structure.py) and how they get into a model (sk
 
 import hashlib
 import json
+import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +16,32 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from qmoe.adapters import Made
 from qmoe.decoding import Decoded, decoded
 from qmoe.errors import CheckpointError
 from qmoe.progress import Track
 
+HUB_NAME = 200  # more characters than any name on the Hub has
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def resolve(source: str | Path) -> Path:
-    """A local folder as it is; anything else is downloaded from the Hugging Face Hub."""
-    path = Path(source).expanduser()
-    if path.is_dir():
+    """A local folder as it is; anything else is downloaded from the Hugging Face Hub.
+
+    CheckpointError for a folder with anything in it but files and folders of its own."""
+    if not isinstance(source, str | Path):
+        raise CheckpointError(f"model: expected a folder or a hub name, got {source!r}")
+    # os.path: pathlib fails on what cannot be a name.
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
+        _check_entries(path)
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise CheckpointError(f"{source}: expected a model folder, found a file")
     name = str(source)
-    if name.count("/") > 1 or name.startswith((".", "~", "/")):
-        raise CheckpointError(f"{source}: no such folder (and not a hub name like 'org/model')")
+    if name.count("/") > 1 or name.startswith((".", "~", "/")) or len(name) > HUB_NAME:
+        shown = name if len(name) <= 1000 else f"{name[:200]}.."
+        raise CheckpointError(f"{shown}: no such folder (and not a hub name like 'org/model')")
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
@@ -39,15 +51,35 @@ def resolve(source: str | Path) -> Path:
         ) from error
 
 
+def _check_entries(folder: Path) -> None:
+    """Links must not lead out of the folder (but to the Hub cache's own blobs): what they lead to
+    would be read, and copied into the result. Pipes and devices would be read for ever."""
+    home = folder.resolve()
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    for entry in sorted(folder.iterdir()):
+        target = Path(os.path.realpath(entry))  # a link to itself stays what it is
+        if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
+            raise CheckpointError(
+                f"{folder}: {entry.name} is a link that leads out of the folder, to {target}; put "
+                "a copy in its place"
+            )
+        if not (entry.is_file() or entry.is_dir()):
+            raise CheckpointError(
+                f"{folder}: {entry.name} is neither a file nor a folder (a broken link, a pipe, a "
+                "device); remove it"
+            )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the model folder; CheckpointError names the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could not be written
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path.parent}: not a model folder, it has no {path.name}"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -86,6 +118,28 @@ class Checkpoint:
         encoding = self.config.get("quantization_config")
         self._decoded = decoded(encoding, str(self.path), slices, self._stored)
 
+    def show(self, made: Made) -> None:
+        """Show tensors in another form: `made` says of each new name which stored ones it is made
+        of, and how (adapters.py). Those stay out of sight; names that are not all here change
+        nothing. Raises CheckpointError where they do not have the shape for it."""
+        for name, (parts, how) in made.items():
+            if not all(part in self._where for part in parts):
+                continue
+            like = [torch.empty(self.lazy(p).get_shape(), device="meta") for p in parts]
+            try:
+                shape = tuple(how(*like).shape)
+            except (RuntimeError, IndexError) as error:
+                raise CheckpointError(
+                    f"{self.path}: {parts[0]} has shape {tuple(like[0].shape)}, which is not what "
+                    f"the model needs (by config.json): {error}"
+                ) from error
+            stored = self.lazy(parts[0]).get_dtype()
+            compute = partial(self._made, parts, how)
+            self._decoded[name] = Decoded(shape, parts, compute, stored, encoded=False)
+
+    def _made(self, parts: tuple[str, ...], how: Callable[..., torch.Tensor]) -> torch.Tensor:
+        return how(*map(self._stored, parts))
+
     def _shards(self) -> list[str]:
         if (self.path / INDEX).is_file():
             return sorted(set(self._index().values()))
@@ -108,11 +162,16 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.path / INDEX}: {name!r} points outside the folder: {file!r}"
                 )
+            if not file.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"{self.path / INDEX}: {name!r} is said to be in {file!r}; expected the name "
+                    "of a .safetensors file"
+                )
         return weight_map
 
     def _open(self, file: str) -> Any:
         path = self.path / file
-        if not path.is_file():
+        if file not in os.listdir(self.path):  # not is_file, which fails on a name too long
             raise CheckpointError(f"{self.path}: shard {file} is named in {INDEX} but missing")
         try:
             return safe_open(path, framework="pt")
@@ -174,8 +233,9 @@ class Checkpoint:
 
     def tensor_bytes(self, name: str) -> int:
         """Bytes of one tensor's data as stored, from the header alone."""
-        if name in self._decoded:
-            parts = {n: self._handle(self._where[n]) for n in self._decoded[name].parts}
+        virtual = self._decoded.get(name)
+        if virtual is not None and virtual.encoded:
+            parts = {n: self._handle(self._where[n]) for n in virtual.parts}
             shapes = [handle.get_slice(n).get_shape() for n, handle in parts.items()]
             return sum(torch.Size(shape).numel() for shape in shapes)  # a byte each, nearly
         return int(torch.Size(self.lazy(name).get_shape()).numel() * self.dtype(name).itemsize)

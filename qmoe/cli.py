@@ -10,7 +10,7 @@ from typing import Any
 
 from qmoe._version import __version__
 from qmoe.config import BITS, CHANNEL, GROUPS, CalibrationConfig, QuantConfig, Scheme
-from qmoe.errors import QmoeError
+from qmoe.errors import ConfigError, QmoeError
 
 METHODS = """methods, with KL to the original in thousandths of a nat per token, measured on a
 21 M parameter Qwen3-MoE (32 experts, top-4), everything at 4 bits g128 asymmetric, calibrated on
@@ -75,7 +75,13 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="quantize, save, reload and compare a tiny random model of each (minutes)",
     )
-    for sub in commands.choices.values():
+    for name, sub in commands.choices.items():
+        if name != "families":
+            sub.add_argument(
+                "--trust-remote-code",
+                action="store_true",
+                help="run code that lies beside the weights, if transformers has no such model",
+            )
         sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
 
@@ -117,11 +123,18 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
         default=d.min_tokens,
         help="experts with fewer calibration tokens borrow tokens of their layer",
     )
-    p.add_argument("--calibration", default=c.text, metavar="TEXT", help=TEXT_HELP)
-    p.add_argument("--windows", type=int, default=c.windows, help="calibration windows in all")
-    p.add_argument("--window", type=int, default=c.window, help="tokens in a window")
-    p.add_argument("--batch", type=int, default=c.batch, help="windows per forward pass")
-    p.add_argument("--seed", type=int, default=c.seed, help="of the choice of windows")
+    # Without defaults: what is given contradicts --statistics.
+    p.add_argument("--calibration", metavar="TEXT", help=f"{TEXT_HELP} ({c.text})")
+    p.add_argument("--windows", type=int, help=f"calibration windows in all ({c.windows})")
+    p.add_argument("--window", type=int, help=f"tokens in a window ({c.window})")
+    p.add_argument("--batch", type=int, help=f"windows per forward pass ({c.batch})")
+    p.add_argument("--seed", type=int, help=f"of the choice of windows ({c.seed})")
+    p.add_argument(
+        "--max-memory",
+        type=float,
+        metavar="GB",
+        help="memory of one process (default: what is free); activations beyond it wait on disk",
+    )
     p.add_argument("--save-statistics", metavar="DIR", help="keep Hessians and counts there")
     p.add_argument(
         "--statistics",
@@ -165,10 +178,19 @@ def config_from(args: argparse.Namespace) -> QuantConfig:
         damp=args.damp,
         gate_weighted=not args.no_gate_weight,
         min_tokens=args.min_tokens,
-        calibration=CalibrationConfig(
-            args.calibration, args.windows, args.window, args.batch, args.seed
-        ),
+        calibration=CalibrationConfig(**_text_options(args)),
     )
+
+
+def _text_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given of the options about calibration text, by CalibrationConfig's names."""
+    names = {"calibration": "text"} | {n: n for n in ("windows", "window", "batch", "seed")}
+    given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    if args.statistics and given:
+        raise ConfigError(
+            f"--{next(iter(given))}: with --statistics no text is run; leave out one of the two"
+        )
+    return {names[n]: value for n, value in given.items()}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -176,6 +198,8 @@ def run(args: argparse.Namespace) -> None:
     from qmoe import commands
 
     result: dict[str, Any] = getattr(commands, args.command)(args)
+    if not result:  # another process of this run shows it
+        return
     if args.json:
         print(json.dumps(result, indent=2))
     else:
@@ -185,8 +209,10 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 on an error, 2 on bad usage, 130 interrupted."""
     args = build_parser().parse_args(argv)
-    # A polite kill cleans up like Ctrl-C.
-    signal.signal(signal.SIGTERM, _interrupt)
+    # A polite kill, or a terminal that is closed, cleans up like Ctrl-C.
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(name) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(name, _interrupt)
     try:
         run(args)
     except QmoeError as error:

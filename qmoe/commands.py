@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from qmoe import tables
+from qmoe import ranks, tables
 from qmoe.audit import audit_folder
 from qmoe.checkpoint import read_json, resolve
 from qmoe.cli import config_from
@@ -24,19 +24,26 @@ from qmoe.experts import expert_weights, stack
 from qmoe.loading import Loading
 from qmoe.pipeline import quantize as run_quantize
 from qmoe.plan import open_source
-from qmoe.progress import on_terminal
+from qmoe.progress import on_terminal, silent
+from qmoe.report import REPORT, expert_rows, read_report
 
 
 def quantize(args: argparse.Namespace) -> dict[str, Any]:
     """`qmoe quantize`: returns the report."""
-    return run_quantize(
+    ranks.join()
+    lead = ranks.rank() == 0
+    report = run_quantize(
         args.src,
         args.dst,
         config_from(args),
         statistics_from=args.statistics,
         save_statistics=args.save_statistics,
-        track=on_terminal,
+        max_memory=None if args.max_memory is None else int(args.max_memory * 1e9),
+        track=on_terminal if lead else silent,
+        trust_remote_code=args.trust_remote_code,
     )
+    ranks.leave()
+    return report if lead else {}
 
 
 def show_quantize(report: dict[str, Any]) -> None:
@@ -115,24 +122,23 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
     if read_json(path / "config.json").get("quantization_config") is None:
         if args.experts:
             raise CheckpointError(f"{path}: not quantized, so there is no record of its experts")
-        return {"parts": _parts(path)}
-    reported = (path / "qmoe_report.json").is_file()
-    report = read_json(path / "qmoe_report.json") if reported else {}
-    audit = audit_folder(path, report.get("digests"), report.get("kept_sha256"), on_terminal)
+        return {"parts": _parts(path, args.trust_remote_code)}
+    reported = (path / REPORT).is_file()
+    report = read_report(path) if reported else {}
+    digests, kept = report.get("digests"), report.get("kept_sha256")
+    audit = audit_folder(path, digests, kept, on_terminal, args.trust_remote_code)
     result: dict[str, Any] = {"bytes": audit.bytes}
     if reported:
         result |= {"config": report["config"], "fallbacks": report["fallbacks"]}
         if args.experts:
-            result["experts"] = _expert_table(report)
+            result["experts"] = expert_rows(path, report)
     elif args.experts:
-        raise CheckpointError(
-            f"{path}: it has no qmoe_report.json, so nothing is known of single experts"
-        )
+        raise CheckpointError(f"{path}: it has no {REPORT}, so nothing is known of single experts")
     return result
 
 
-def _parts(path: Path) -> list[dict[str, Any]]:
-    source = open_source(path, torch.float32)
+def _parts(path: Path, trust: bool) -> list[dict[str, Any]]:
+    source = open_source(path, torch.float32, trust)
     parts = []
     for layer in source.structure.layers:
         for name in layer.experts:
@@ -144,22 +150,6 @@ def _parts(path: Path) -> list[dict[str, Any]]:
                 {"name": name, "shapes": [list(source.model.get_submodule(name).weight.shape)]}
             )
     return parts
-
-
-def _expert_table(report: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = []
-    for layer in report["layers"]:
-        for name, entry in layer.get("experts", {}).items():
-            parts = [part for part in entry.values() if isinstance(part, dict)]
-            errors = [part["error"] for part in parts if "error" in part]
-            if not errors:
-                continue  # plain rounding measured nothing
-            for e in range(len(errors[0])):
-                row = {"experts": name, "expert": e, "errors": [error[e] for error in errors]}
-                if "tokens" in entry:
-                    row |= {"tokens": entry["tokens"][e], "gate_mass": entry["gate_mass"][e]}
-                rows.append(row | {"borrowed": e in entry.get("borrowed", [])})
-    return rows
 
 
 def show_inspect(result: dict[str, Any]) -> None:
@@ -201,7 +191,7 @@ def eval(args: argparse.Namespace) -> dict[str, Any]:
 
 def _loading(args: argparse.Namespace, dtype: torch.dtype | None) -> Loading:
     memory = None if args.expert_memory is None else int(args.expert_memory * 1e9)
-    return Loading(dtype, args.device, memory)
+    return Loading(dtype, args.device, memory, args.trust_remote_code)
 
 
 def show_eval(result: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import torch
 from qmoe.baselines import nf4, original
 from qmoe.bench import memory, speed
 from qmoe.calibration.text import load_texts
-from qmoe.checkpoint import read_json, resolve
+from qmoe.checkpoint import Checkpoint, read_json, resolve
 from qmoe.config import QuantConfig
 from qmoe.errors import ConfigError
 from qmoe.evaluate import (
@@ -29,11 +29,13 @@ from qmoe.evaluate import (
     summaries,
 )
 from qmoe.loading import Loading
+from qmoe.model_config import read_config
 from qmoe.modules import packed_stacks
 from qmoe.pipeline import quantize
-from qmoe.plan import check_vocabulary, check_window, open_source, open_tokenizer
+from qmoe.plan import check_window, open_source
 from qmoe.progress import Track, silent
-from qmoe.skeleton import read_config
+from qmoe.report import REPORT, read_report
+from qmoe.tokenizer import check_vocabulary, open_tokenizer
 
 BASELINES = ("rtn", "nf4")
 IN_FLOAT32 = Loading(torch.float32)
@@ -41,13 +43,13 @@ AS_STORED = Loading()
 
 
 @contextmanager
-def rtn_twin(path: Path, against: str | Path, track: Track) -> Iterator[Path]:
+def rtn_twin(path: Path, against: str | Path, track: Track, trust: bool) -> Iterator[Path]:
     """A temporary folder with the original rounded to nearest, in the schemes of `path`."""
-    report = read_json(path / "qmoe_report.json")
-    config = replace(QuantConfig.from_dict(report["config"]), method="rtn")
+    config = replace(QuantConfig.from_dict(read_report(path)["config"]), method="rtn")
     with tempfile.TemporaryDirectory(prefix="qmoe-rtn-") as folder:
-        quantize(against, Path(folder) / "rtn", config, track=track)
-        yield Path(folder) / "rtn"
+        rtn = Path(folder) / "rtn"
+        quantize(against, rtn, config, track=track, trust_remote_code=trust)
+        yield rtn
 
 
 def _check(baselines: Sequence[str], against: str | Path | None, **least_one: int) -> None:
@@ -61,8 +63,11 @@ def _check(baselines: Sequence[str], against: str | Path | None, **least_one: in
         raise ConfigError("baselines are made from the original model; give it with --against")
 
 
-def check_same_model(folder: Path, original_folder: Path) -> None:
-    """Raises ConfigError unless the configs are those of a model and its quantized form."""
+def check_same_model(
+    folder: Path, original_folder: Path, track: Track = silent, trust: bool = False
+) -> None:
+    """Raises ConfigError unless config and weights are those `folder` was made from (without a
+    report, the config alone). Reads all weights."""
     ours, theirs = read_json(folder / "config.json"), read_json(original_folder / "config.json")
     if theirs.get("quantization_config") is not None:
         raise ConfigError(f"{original_folder}: is quantized itself; give the original")
@@ -73,6 +78,13 @@ def check_same_model(folder: Path, original_folder: Path) -> None:
         raise ConfigError(
             f"{original_folder}: is not the original of {folder}: {differing[0]} is "
             f"{theirs.get(differing[0])!r}, expected {ours.get(differing[0])!r}"
+        )
+    if not (folder / REPORT).is_file():
+        return
+    checkpoint = open_source(original_folder, torch.float32, trust).checkpoint
+    if checkpoint.check_finite(track) != read_report(folder).get("source_sha256"):
+        raise ConfigError(
+            f"{original_folder}: is not the original of {folder}: same config, other weights"
         )
 
 
@@ -100,27 +112,27 @@ def evaluate(
     _check(baselines, against, windows=windows, batch=batch)
     if window < 2:
         raise ConfigError(f"window: expected at least 2 tokens, got {window}")
-    folder = resolve(path)
-    config = read_config(folder)
+    folder, trust = resolve(path), loading.trust_remote_code
+    config = read_config(Checkpoint(folder), trust)
     check_window(config, window)
     if against is not None:
-        check_same_model(folder, resolve(against))
-    tokenizer = open_tokenizer(folder)
+        check_same_model(folder, resolve(against), track, trust)
+    tokenizer = open_tokenizer(folder, config, trust)
     batches = make_batches(tokenizer, load_texts(text), windows=windows, window=window, batch=batch)
     check_vocabulary(config, torch.cat([ids for _, ids in batches]))
     models: dict[str, Any] = {}
     disk = {"qmoe": _disk(folder)}
     if "rtn" in baselines:
         assert against is not None
-        with rtn_twin(folder, against, track) as twin:
+        with rtn_twin(folder, against, track, trust) as twin:
             models["rtn"], disk["rtn"] = loading(twin, track), _disk(twin)
     if "nf4" in baselines:
-        models["nf4"] = nf4(str(against), loading.dtype, loading.device)
+        models["nf4"] = nf4(str(against), loading.dtype, loading.device, trust)
     models["qmoe"] = loading(folder, track)
     reference: Logits | None = None
     if against is not None:
         dtype = loading.dtype or torch.float32
-        source = open_source(against, dtype)
+        source = open_source(against, dtype, trust)
         disk["original"] = source.checkpoint.nbytes()
         reference = streamed(source, batches, dtype, track)
     found = score(batches, reference, {n: resident(m, batches) for n, m in models.items()}, track)
@@ -152,27 +164,27 @@ def benchmark(
     memory are those of a CPU process, so only measured there.
     """
     _check(baselines, against, prompt=prompt, tokens=tokens, repeats=repeats)
-    folder = resolve(path)
+    folder, trust = resolve(path), loading.trust_remote_code
     if against is not None:
-        check_same_model(folder, resolve(against))
+        check_same_model(folder, resolve(against), track, trust)
     models = {"qmoe": loading(folder, track)}
     measured = [("qmoe", "qmoe", folder)]
     used = {}
     with ExitStack() as stack:
         if against is not None:
             source = resolve(against)
-            models["original"] = original(source).to(loading.device)
+            models["original"] = original(source, trust=trust).to(loading.device)
             measured.append(("original", "original", source))
             if "nf4" in baselines:
-                models["nf4"] = nf4(source, device=loading.device)
+                models["nf4"] = nf4(source, device=loading.device, trust=trust)
                 measured.append(("nf4", "nf4", source))
             if "rtn" in baselines:
-                twin = stack.enter_context(rtn_twin(folder, source, track))
+                twin = stack.enter_context(rtn_twin(folder, source, track, trust))
                 models["rtn"] = loading(twin)
                 measured.append(("rtn", "qmoe", twin))
         if loading.device == "cpu":
             for name, kind, place in track(measured, "measuring memory"):
-                used[name] = memory(kind, place)
+                used[name] = memory(kind, place, trust)
     timed = speed(models, prompt=prompt, tokens=tokens, repeats=repeats, track=track)
     for name, figures in timed.items():
         figures["weights_in_memory"] = weights_in_memory(models[name])

@@ -25,6 +25,9 @@ class Scheme:
     symmetric: bool = True
 
     def __post_init__(self) -> None:
+        expect("bits", self.bits, int)
+        expect("group size", self.group_size, int)
+        expect("symmetric", self.symmetric, bool)
         if self.bits not in BITS:
             raise ConfigError(f"bits: expected one of {BITS}, got {self.bits}")
         if self.group_size not in (*GROUPS, CHANNEL):
@@ -64,7 +67,10 @@ class CalibrationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        expect("calibration text", self.text, str)
+        expect("calibration seed", self.seed, int)
         for name, least in (("windows", 1), ("window", 2), ("batch", 1)):
+            expect(f"calibration {name}", getattr(self, name), int)
             if getattr(self, name) < least:
                 raise ConfigError(
                     f"calibration {name}: expected at least {least}, got {getattr(self, name)}"
@@ -105,6 +111,10 @@ class QuantConfig:
             raise ConfigError(f"calibration: expected its config, got {self.calibration!r}")
         if self.method not in get_args(Method):
             raise ConfigError(f"method: expected one of {get_args(Method)}, got {self.method!r}")
+        for name in ("act_order", "gate_weighted"):
+            expect(name, getattr(self, name), bool)
+        expect("damp", self.damp, float)
+        expect("min_tokens", self.min_tokens, int)
         if not 0 < self.damp < 1:
             raise ConfigError(f"damp: expected a share between 0 and 1, got {self.damp}")
         if self.min_tokens < 0:
@@ -122,6 +132,7 @@ class QuantConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "QuantConfig":
         """The inverse of `to_dict`; raises ConfigError on a key it does not know."""
+        expect("config", values, dict)
         values = dict(values)
         for name in ("experts", "dense", "lm_head"):
             if isinstance(values.get(name), dict):
@@ -131,6 +142,13 @@ class QuantConfig:
         config = _strict(cls, values)
         assert isinstance(config, cls)
         return config
+
+
+def expect(name: str, value: Any, *kinds: type) -> None:
+    """Raises ConfigError unless `value` is one of `kinds`; True and False are no numbers."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+        raise ConfigError(f"{name}: expected {wanted}, got {repr(value)[:200]}")
 
 
 def _strict(cls: type, values: dict[str, Any]) -> Any:

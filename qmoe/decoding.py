@@ -21,21 +21,25 @@ from qmoe.errors import CheckpointError
 Read = Callable[[str], Tensor]
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BLOCK = 128
+FP8, SCALES = ("F8_E4M3", "F8_E5M2"), ("F32", "BF16", "F16", "F8_E8M0")
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A tensor in bfloat16 that is computed from stored ones. parts: their names."""
+    """A tensor that is computed from stored ones. parts: their names. dtype: as safetensors calls
+    it. encoded: whether its parts are a code for it, and not the same numbers in another form."""
 
     shape: tuple[int, ...]
     parts: tuple[str, ...]
     compute: Callable[[], Tensor]
+    dtype: str = "BF16"
+    encoded: bool = True
 
     def get_shape(self) -> list[int]:
         return list(self.shape)
 
     def get_dtype(self) -> str:
-        return "BF16"
+        return self.dtype
 
     def __getitem__(self, index: Any) -> Tensor:
         return self.compute()[index]
@@ -73,9 +77,20 @@ def _fp8(where: str, slices: dict[str, Any], read: Read, size: Any) -> dict[str,
             raise CheckpointError(
                 f"{where}: {scale_name} has shape {blocks}, {name} {shape} needs {wanted}"
             )
+        _check_kind(where, name, stored, FP8)
+        _check_kind(where, scale_name, slices[scale_name], SCALES)
         parts = (name, scale_name)
         out[name] = Decoded(shape, parts, partial(_decode_fp8, read, parts, size))
     return out
+
+
+def _check_kind(where: str, name: str, stored: Any, kinds: tuple[str, ...]) -> None:
+    """Numbers of another kind would decode to something else, or not at all."""
+    if stored.get_dtype() not in kinds:
+        raise CheckpointError(
+            f"{where}: {name!r} is stored as {stored.get_dtype()}; its format needs "
+            f"{' or '.join(kinds)}"
+        )
 
 
 def fp8(weight: Tensor, scale: Tensor, size: list[int]) -> Tensor:
@@ -97,6 +112,8 @@ def _mxfp4(where: str, slices: dict[str, Any], read: Read) -> dict[str, Decoded]
                 f"{where}: {blocks} has shape {shape} and its scales {found}; expected "
                 "[E, N, K/32, 16] and [E, N, K/32]"
             )
+        _check_kind(where, blocks, slices[blocks], ("U8",))
+        _check_kind(where, scales, slices[scales], ("U8",))
         E, N, G, _ = shape
         parts = (blocks, scales)
         out[name] = Decoded((E, 32 * G, N), parts, partial(_decode_mxfp4, read, parts))

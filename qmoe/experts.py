@@ -50,9 +50,12 @@ def up_rows(experts: Any, first: Tensor) -> Tensor:
     return first[:, first.shape[1] // 2 :] if experts.is_concatenated else first[:, 1::2]
 
 
-def stack(experts: Any, name: str) -> Float[Tensor, "E N K"]:
-    """A weight stack; a view unless the family interleaves gate and up rows."""
-    weight = rows(experts, name)
+def stack(
+    experts: Any, name: str, start: int = 0, end: int | None = None
+) -> Float[Tensor, "E N K"]:
+    """A weight stack, or experts start to end of it; a view unless the family interleaves gate and
+    up rows."""
+    weight = rows(experts, name)[start:end]
     return _concatenated(weight) if _interleaved(experts, name) else weight
 
 

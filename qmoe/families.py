@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import (
@@ -84,9 +84,10 @@ CHANGES: dict[str, dict[str, Any]] = LATENT | {
     "gemma4_text": MOE | {"enable_moe_block": True},
     "diffusion_gemma": MOE,
     "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2,
                       "num_key_value_heads": 4, "n_group": 1, "topk_group": 1},
+    "doge": {"is_moe": True},
     "dots1": {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "flint": {"mlp_only_layers": [0]},
     "glm4v_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
@@ -180,6 +181,8 @@ def layout(family: Family) -> str:
     words: dict[str, None] = {}
     for layer in find(model).layers:
         words |= dict.fromkeys(["a module per expert"] * bool(layer.loose))
+        vectors = any(isinstance(model.get_submodule(n), nn.Embedding) for n in layer.kept)
+        words |= dict.fromkeys(["vectors, kept in 16 bits"] * vectors)
         for name in layer.experts:
             module = model.get_submodule(name)
             told = {
@@ -233,18 +236,25 @@ def check(family: Family, folder: Path, config: QuantConfig = CONFIG) -> dict[st
     model, _ = load(quantized)
     audit_model(model, family.model_type)
     inputs = inputs_of(model, torch.arange(1, 65).view(2, 32) * 3)
-    found, expected = model(**inputs).logits, _twin(source, quantized)(**inputs).logits
-    lost = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-    if not lost <= TOLERANCE:
-        raise AuditError(f"{family.model_type}: logits are off by {lost:.1e}, RMS")
+    found = model(**inputs).logits
+    twin: Any = model_class(model.config).from_pretrained(source, dtype=torch.float32).eval()
+    as_it_was = twin(**inputs).logits
+    adapt(twin)
+    _compare(f"{family.model_type} adapted, not quantized", twin(**inputs).logits, as_it_was)
+    _dequantize_into(twin, quantized)
+    _compare(family.model_type, found, twin(**inputs).logits)
     return report
 
 
-def _twin(source: Path, quantized: Path) -> nn.Module:
-    """The original, loaded by transformers, with every quantized weight dequantized."""
+def _compare(what: str, found: Tensor, expected: Tensor) -> None:
+    lost = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+    if not lost <= TOLERANCE:
+        raise AuditError(f"{what}: logits are off by {lost:.1e}, RMS")
+
+
+def _dequantize_into(twin: Any, quantized: Path) -> None:
+    """Every quantized weight, dequantized, into the original as transformers loaded it."""
     packed = open_packed(quantized, torch.float32)
-    twin: Any = model_class(packed.model.config).from_pretrained(source, dtype=torch.float32)
-    adapt(twin)
     packed.weights.load(packed.checkpoint.names(), torch.float32)
     for name, module in packed.model.named_modules():
         for weight, stored in take_stored(module, name).items():
@@ -253,4 +263,3 @@ def _twin(source: Path, quantized: Path) -> nn.Module:
                 target.weight.copy_(dequantize(stored)[0])
             else:
                 experts.put(target, weight, dequantize(stored))
-    return twin.eval()  # type: ignore[no-any-return]

@@ -112,7 +112,7 @@ class Schemes:
         known = {k: v for k, v in entry.items() if k in QuantizationConfig.model_fields}
         try:
             self._config = QuantizationConfig.model_validate(known)
-        except ValidationError as error:
+        except (ValidationError, TypeError) as error:  # its checks compare what is no number
             raise CheckpointError(f"{where}: bad quantization_config: {error}") from error
         self._schemes = [
             (group.targets, _scheme(group, where)) for group in self._config.config_groups.values()

@@ -6,7 +6,7 @@ step is absmax / (2^bits - 1) * 2.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from qmoe.config import Scheme
@@ -54,7 +54,7 @@ def round_to_grid(
 
 
 def make_quantized(
-    q: Float[Tensor, "E N K"],
+    q: Shaped[Tensor, "E N K"],
     scale: Float[Tensor, "E N G"],
     zero: Float[Tensor, "E N G"],
     scheme: Scheme,

@@ -10,8 +10,10 @@ from torch import nn
 from qmoe.calibration.capture import Captured
 from qmoe.calibration.stats import LayerStats
 from qmoe.config import QuantConfig, Scheme
+from qmoe.scratch import Scratch
 from qmoe.structure import Layer
 from qmoe.types import Quantized
+from qmoe.units import Units
 
 
 @dataclass
@@ -29,7 +31,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Job:
-    """What is the same for every part of a layer. tokens: of calibration text, in all batches."""
+    """What is the same for every part of a layer. tokens: of calibration text, in all batches of
+    all ranks. scratch: where activations wait. units: where solved experts are kept."""
 
     model: nn.Module
     layer: Layer
@@ -38,6 +41,8 @@ class Job:
     scale_dtype: torch.dtype
     tokens: int
     save: Callable[[LayerStats], None] | None = None
+    scratch: Scratch = field(default_factory=Scratch)
+    units: Units | None = None
 
     @property
     def whole(self) -> bool:

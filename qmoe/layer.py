@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from qmoe import experts as routed
+from qmoe import loose, ranks
 from qmoe.calibration.capture import Captured
-from qmoe.calibration.collect import collecting_experts, collecting_linears
-from qmoe.calibration.stats import LayerStats
+from qmoe.calibration.collect import collecting_experts, collecting_linears, sampling
+from qmoe.calibration.stats import LayerStats, LinearStats
 from qmoe.errors import CalibrationError, UnsupportedModelError
 from qmoe.fold import TOLERANCE, find_folds, fold_experts, fold_norm
 from qmoe.job import Job, Result
@@ -53,6 +54,7 @@ def quantize_layer(
             before = before if before is not None else outputs
             if job.save is not None and not any(parts[i + 1 :]):
                 job.save(result.stats)
+        loose.borrow(job, names, result)
         if job.config.method == "awq":
             _borrow_whole(job, names, result)
             _fold(job, names, forward, calls, result)
@@ -61,7 +63,7 @@ def quantize_layer(
         result.record["error"] = None
         return result, []
     result.captured.clear()
-    after = list(run_layer(job.model, job.layer, forward, calls))
+    after = [job.scratch.keep(y) for y in run_layer(job.model, job.layer, forward, calls)]
     result.record["error"] = _relative_rms(after, before or after)
     return result, after
 
@@ -81,13 +83,19 @@ def _gather(
     outputs if they are to be kept."""
     experts = [n for n in names if n in job.layer.experts]
     modules: dict[str, Any] = {n: job.model.get_submodule(n) for n in names}
+    stride = max(1, job.tokens // SAMPLE)
     for name in experts:
-        stride = max(1, job.tokens // SAMPLE)
-        captured = Captured(modules[name], job.config.gate_weighted, stride)
+        captured = Captured(modules[name], job.config.gate_weighted, stride, job.scratch)
         result.captured[name] = modules[name]._qmoe_captured = captured
     linears = {n: m for n, m in modules.items() if n not in experts}
-    with collecting_linears(linears, result.stats):
-        outputs = [out if keep else None for out in run_layer(job.model, job.layer, forward, calls)]
+    lists = loose.modules_of(job, names)
+    sampled = sampling(lists, stride, result.stats.samples)
+    with sampled, collecting_linears(linears, result.stats):
+        outputs = [
+            job.scratch.keep(out) if keep else None
+            for out in run_layer(job.model, job.layer, forward, calls)
+        ]
+    _add_ranks(result.stats, list(linears), list(lists))
     for name in experts:
         del modules[name]._qmoe_captured
         _finish(job, name, modules[name], result)
@@ -96,10 +104,31 @@ def _gather(
             raise CalibrationError(
                 f"{name.partition('|')[0]}: calibration gave NaN or Inf; the model overflows on it"
             )
-    for name, each in job.layer.loose.items():
-        if each[0][0] in names and not _count_loose(name, each, result):
+    for name in lists:
+        if not any(loose.count(job, name, result)):
             raise UnsupportedModelError(f"{name}: no calibration token reached its experts")
     return outputs if keep else []
+
+
+def _add_ranks(stats: LayerStats, linears: list[str], lists: list[str]) -> None:
+    """Sum the statistics of linears over the ranks, and join the samples of lists of experts."""
+    if ranks.count() == 1:
+        return
+    for name in linears:
+        here = stats.linears.get(name)
+        size = max(ranks.gather(0 if here is None else len(here.hessian)))
+        if size:  # else no token of any rank came to this linear
+            total = LinearStats.empty(size)
+            if here is not None:
+                total.tokens += here.tokens
+                total.hessian += here.hessian
+            ranks.add(total.tokens)
+            ranks.add(total.hessian)
+            stats.linears[name] = total
+    for name in lists:
+        found = [sample for sample in ranks.gather(stats.samples.get(name)) if sample is not None]
+        if found:
+            stats.samples[name] = torch.cat(found)
 
 
 def _finish(job: Job, name: str, module: nn.Module, result: Result) -> None:
@@ -114,14 +143,6 @@ def _finish(job: Job, name: str, module: nn.Module, result: Result) -> None:
     if job.whole:
         result.stats.experts[name] = captured.part(0, len(captured.tokens))
         del result.captured[name]
-
-
-def _count_loose(name: str, linears: list[list[str]], result: Result) -> int:
-    """Record how many tokens each expert of a list saw; returns the sum."""
-    seen = [result.stats.linears.get(each[0]) for each in linears]
-    tokens = [0 if stats is None else int(stats.tokens) for stats in seen]
-    result.record["experts"][name] = {"tokens": tokens}
-    return sum(tokens)
 
 
 def _borrow_whole(job: Job, names: list[str], result: Result) -> None:
@@ -197,9 +218,7 @@ def _hidden(output: Any) -> Tensor:
 
 def _relative_rms(outputs: list[Any], reference: list[Any]) -> float:
     """RMS of the difference over RMS of the reference, all batches together."""
-    pairs = [
-        (_hidden(a).float(), _hidden(b).float()) for a, b in zip(outputs, reference, strict=True)
-    ]
-    lost = sum(float((a - b).square().sum()) for a, b in pairs)
-    total = sum(float(b.square().sum()) for _, b in pairs)
+    pairs = [(_hidden(a), _hidden(b)) for a, b in zip(outputs, reference, strict=True)]
+    lost = sum(ranks.gather(sum(float((a.float() - b.float()).square().sum()) for a, b in pairs)))
+    total = sum(ranks.gather(sum(float(b.float().square().sum()) for _, b in pairs)))
     return (lost / total) ** 0.5 if total else 0.0

@@ -12,11 +12,13 @@ from qmoe.audit import audit_model
 from qmoe.checkpoint import resolve
 from qmoe.errors import CheckpointError, ConfigError, OutputError
 from qmoe.kernels import uses_arena
+from qmoe.model_config import CONFIG_ERRORS
 from qmoe.modules import PackedLinear, finish_experts
 from qmoe.offloading import offload_experts
 from qmoe.packed_skeleton import PackedSource, open_packed
-from qmoe.plan import check_complete, open_tokenizer
+from qmoe.plan import check_complete
 from qmoe.progress import Track, silent
+from qmoe.tokenizer import open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,12 @@ class Loading:
     dtype: torch.dtype | None = None
     device: str = "cpu"
     expert_memory: int | None = None
+    trust_remote_code: bool = False
 
     def __call__(self, path: str | Path, track: Track = silent) -> Any:
         """The model alone."""
-        options = {"device": self.device, "expert_memory": self.expert_memory}
-        return load(path, self.dtype, track=track, **options)[0]  # type: ignore[arg-type]
+        options: dict[str, Any] = {**vars(self)}
+        return load(path, options.pop("dtype"), track=track, **options)[0]
 
 
 @torch.no_grad()
@@ -41,6 +44,7 @@ def load(
     device: str | torch.device = "cpu",
     expert_memory: int | None = None,
     track: Track = silent,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Load a quantized model (folder or hub name) and its tokenizer.
 
@@ -48,19 +52,22 @@ def load(
     fast one on CPUs (kernels/stack.py). device: "cpu", or a GPU ("cuda", "cuda:1"), where packed
     weights run through the Triton kernels. expert_memory: bytes of the GPU for routed experts; if
     they need more they stay in pinned host memory, and those in use are copied to slots of that
-    size in all (qmoe/offloading.py). Layers are loaded and repacked one at a time, so memory
-    stays near the checkpoint's size. Raises CheckpointError for a folder that is not a complete
-    quantized model, ConfigError for a device that is not there, and AuditError if anything is left
-    unpacked or without data.
+    size in all (qmoe/offloading.py). trust_remote_code: code that lies beside the weights may run,
+    where transformers has no class for the model. Layers are loaded and repacked one at a time, so
+    memory stays near the checkpoint's size. Raises CheckpointError for a folder that is not a
+    complete quantized model, ConfigError for a device that is not there, and AuditError if anything
+    is left unpacked or without data.
     """
+    if not isinstance(dtype, torch.dtype | None):
+        raise ConfigError(f"dtype: expected a torch.dtype or None, got {dtype!r}")
     place = usable_device(device)
     home = None if expert_memory is None else torch.device("cpu")
     if expert_memory is not None and not uses_arena(place):
         raise ConfigError(f"expert_memory: of use with a GPU only, the device is {device}")
     folder = resolve(path)
-    source = open_packed(folder, dtype)
+    source = open_packed(folder, dtype, trust_remote_code)
     check_complete(source.weights)
-    tokenizer = open_tokenizer(folder)
+    tokenizer = open_tokenizer(folder, source.model.config, trust_remote_code)
     generation = _generation_config(folder)
     in_layers: set[str] = set()
     for layer in track(source.structure.layers, "loading layers"):
@@ -87,7 +94,7 @@ def _generation_config(folder: Path) -> GenerationConfig | None:
         return None
     try:
         return GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
+    except CONFIG_ERRORS as error:
         raise CheckpointError(f"{folder}: bad generation_config.json: {error}") from error
 
 
@@ -102,7 +109,7 @@ def usable_device(device: str | torch.device) -> torch.device:
     """The device by its name; ConfigError if it is none, is not there, or has no kernels."""
     try:
         place = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from error
     if place.type not in ("cpu", "cuda"):
         raise ConfigError(f"device: expected cpu, cuda or cuda:N, got {device!r}")

@@ -13,9 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qmoe import ranks
 from qmoe.checkpoint import INDEX, SINGLE
-from qmoe.errors import OutputError, QmoeError
-from qmoe.storage import write_safetensors
+from qmoe.errors import CheckpointError, OutputError, QmoeError
+from qmoe.storage import sha256, write_safetensors
+from qmoe.units import Units
 
 MARKER = ".qmoe-partial"  # which process is writing what
 NOTE = ".qmoe-shard-{}.json"  # what was done for a finished shard
@@ -24,6 +26,8 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".
 
 def check_destination(dst: Path, needed: int) -> None:
     """Refuse a destination that exists, cannot be made, or has less than `needed` bytes free."""
+    if "\0" in str(dst):
+        raise OutputError(f"destination: {str(dst)!r} cannot be a folder's name")
     if os.path.lexists(dst):
         raise OutputError(f"{dst}: already exists; remove it or choose another destination")
     parent = dst.parent
@@ -38,22 +42,46 @@ def check_destination(dst: Path, needed: int) -> None:
         )
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder for statistics; it may be there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot keep statistics there: {error}") from error
+
+
 class OutputFolder:
     """A folder under a temporary name beside `dst`, renamed to it when the `with` block ends well.
 
-    Each finished shard is there whole, with a note of what was done for it. If the block is
-    interrupted or the disk fills, the folder stays, and a later run with the same fingerprint
-    (source, settings, text, versions) goes on after the last finished shard. After any other error,
-    or without a finished shard, it is removed.
+    Each finished shard is there whole, with a note of what was done for it, and units of the one
+    being worked on. If the block is interrupted, the disk fills or the source cannot be read, the
+    folder stays, and a later run with the same fingerprint (source, settings, text, versions) goes
+    on from there. After any other error, or with nothing finished, it is removed. Of several
+    processes rank 0 writes; the others see the same folder.
     """
 
     def __init__(self, dst: Path, shards: int, fingerprint: dict[str, str]):
         self.dst, self.shards, self.fingerprint = dst, shards, fingerprint
         self.path = dst.with_name(dst.name + ".partial")
+        self.units = Units(self.path)
+        self.leads = ranks.rank() == 0  # of several processes, one writes
+        self.done: list[int] = []  # shards that an earlier run finished
         self._weight_map: dict[str, str] = {}
         self._bytes = 0
 
     def __enter__(self) -> "OutputFolder":
+        refused: OutputError | None = None
+        if self.leads:
+            try:
+                self._begin()
+            except OutputError as error:
+                refused = error
+        if (said := ranks.first(refused)) is not None:
+            raise said
+        self.done = ranks.first([i for i in range(self.shards) if self._note(i) is not None])
+        return self
+
+    def _begin(self) -> None:
         try:
             if os.path.lexists(self.path):
                 self._check_leftover()
@@ -62,7 +90,6 @@ class OutputFolder:
             self._replace(MARKER, json.dumps(marker))
         except OSError as error:
             raise OutputError(f"{self.dst}: cannot write beside it: {error}") from error
-        return self
 
     def _check_leftover(self) -> None:
         """What is there must be our own unfinished work on the same thing."""
@@ -92,14 +119,22 @@ class OutputFolder:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
+        if not self.leads:
+            return
         if kind is None:
+            self.units.clear()
             for note in self.path.glob(NOTE.format("*")):
                 note.unlink()
-            (self.path / MARKER).unlink()
+            # In this order: a kill between the two leaves a whole model with one file too many, and
+            # not a folder that nothing goes on with.
             self.path.rename(self.dst)
+            (self.dst / MARKER).unlink()
             return
         begun = self.begun()
-        resumable = begun and not isinstance(error, QmoeError)
+        # What cannot be read now may be readable later; other refusals would come again.
+        resumable = begun and (
+            not isinstance(error, QmoeError) or isinstance(error, CheckpointError)
+        )
         if not resumable:
             shutil.rmtree(self.path, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -109,11 +144,14 @@ class OutputFolder:
             raise OutputError(f"{self.dst}: {error}") from error
 
     def begun(self) -> bool:
-        """Whether any shard is finished, by this run or one that it goes on with."""
-        return any(self.finished(i) is not None for i in range(self.shards))
+        """Whether any shard or unit is finished, by this run or one that it goes on with."""
+        return self.units.any() or any(self._note(i) is not None for i in range(self.shards))
 
     def finished(self, i: int) -> dict[str, Any] | None:
-        """The note of shard i if an earlier run, or this one, finished it."""
+        """The note of shard i if an earlier run finished it."""
+        return self._note(i) if i in self.done else None
+
+    def _note(self, i: int) -> dict[str, Any] | None:
         try:
             note: dict[str, Any] = json.loads((self.path / NOTE.format(i)).read_text())
         except FileNotFoundError:
@@ -122,21 +160,26 @@ class OutputFolder:
 
     def read_shard(self, i: int) -> dict[str, Tensor]:
         """The tensors of a finished shard; they count as written."""
+        path = self.path / self._file(i)
         try:
-            tensors: dict[str, Tensor] = load_file(self.path / self._file(i))
+            if sha256(path) != (self._note(i) or {}).get("sha256"):
+                raise OSError("its checksum does not fit")
+            tensors: dict[str, Tensor] = load_file(path)
         except (OSError, SafetensorError) as error:
             raise OutputError(
-                f"{self.path}: unfinished work is damaged ({self._file(i)}: {error}); remove it"
+                f"{self.path}: unfinished work is damaged ({path.name}: {error}); remove it"
             ) from error
         self._count(i, tensors)
         return tensors
 
     def write_shard(self, i: int, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
-        """Write shard i (0-based) of the model, then its note; either is whole or absent."""
+        """Write shard i (0-based) of the model, then its note; either is whole or absent. The units
+        it was made of are not needed any more."""
         file = self._file(i)
         whole = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
         write_safetensors(self.path / file, whole, {"format": "pt"})
-        self._replace(NOTE.format(i), json.dumps(note))
+        self._replace(NOTE.format(i), json.dumps(note | {"sha256": sha256(self.path / file)}))
+        self.units.clear()
         self._count(i, whole)
 
     def _file(self, i: int) -> str:

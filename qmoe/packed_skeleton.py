@@ -12,9 +12,11 @@ from qmoe.config import Scheme
 from qmoe.errors import CheckpointError
 from qmoe.experts import expert_weights, stack
 from qmoe.format import Schemes
+from qmoe.model_config import read_config
 from qmoe.modules import PackedLinear, declare_experts, stored_stacks
 from qmoe.naming import packed_names
-from qmoe.skeleton import WeightMap, build, read_config
+from qmoe.plan import check_routing
+from qmoe.skeleton import WeightMap, build
 from qmoe.structure import Structure, find
 
 
@@ -28,18 +30,20 @@ class PackedSource:
     structure: Structure
 
 
-def open_packed(path: Path, dtype: torch.dtype | None = None) -> PackedSource:
-    """Open a quantized folder; loads no weights. dtype None is the checkpoint's own.
+def open_packed(path: Path, dtype: torch.dtype | None = None, trust: bool = False) -> PackedSource:
+    """Open a quantized folder; loads no weights. dtype None is the checkpoint's own. trust: see
+    remote_code.py.
 
     Raises CheckpointError if it is not pack-quantized, or in a scheme qmoe cannot run.
     """
     checkpoint = Checkpoint(path)
     schemes = Schemes(checkpoint.config, str(path))
-    config = read_config(path)
+    config = read_config(checkpoint, trust)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton is built plain; qmoe puts the packed parts in
-    model: Any = build(config, dtype or config.dtype or torch.bfloat16)
+    model: Any = build(config, dtype or config.dtype or torch.bfloat16, checkpoint)
     structure = find(model)
+    check_routing(model, structure)
     for layer in structure.layers:
         for name in layer.experts:
             scheme = _stack_scheme(model, name, schemes, str(path))

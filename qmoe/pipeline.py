@@ -1,5 +1,6 @@
 """`quantize`: the whole way from a model folder to a quantized one."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,19 +11,23 @@ import transformers
 from torch import Tensor
 
 import qmoe.calibration.stats as statistics
+from qmoe import ranks
 from qmoe._version import __version__
 from qmoe.audit import audit_folder
 from qmoe.calibration.batches import fingerprint
 from qmoe.calibration.stats import LayerStats, LinearStats
 from qmoe.config import QuantConfig
-from qmoe.errors import ConfigError, OutputError, UnsupportedModelError
+from qmoe.errors import OutputError, UnsupportedModelError
 from qmoe.format import Schemes, quantization_config, unpacked_tensors
 from qmoe.job import Job
 from qmoe.layer import quantize_layer, run_layer
-from qmoe.output import OutputFolder
-from qmoe.plan import Source, prepare, schemes_of
+from qmoe.memory import needed, spills
+from qmoe.output import OutputFolder, make_folder
+from qmoe.plan import Source, check_combination, prepare, schemes_of
 from qmoe.progress import Track, silent
+from qmoe.remote_code import code_digest
 from qmoe.report import build_report
+from qmoe.scratch import Scratch
 from qmoe.shard import load_layer, restore, shard_tensors
 from qmoe.skeleton import free, inputs_of
 from qmoe.solvers.solve import solve
@@ -39,63 +44,48 @@ def quantize(
     *,
     statistics_from: Sequence[str | Path] = (),
     save_statistics: str | Path | None = None,
+    max_memory: int | None = None,
     track: Track = silent,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Quantize the MoE model in `src` (folder or hub name) into the new folder `dst`.
 
     statistics_from: folders written by `save_statistics` on the same model; they are summed and
-    used instead of running text through the model. Returns the report, also written to
-    `dst/qmoe_report.json`. Raises a QmoeError before any long work if something cannot work, and
-    AuditError if the result is not what was promised; `dst` then does not exist. A run that was
-    killed or interrupted leaves `dst.partial`; the same call goes on from there and writes the same
-    bytes.
+    used instead of running text through the model. max_memory: bytes one process may take, None for
+    what is free; activations that do not fit wait in files beside `dst`. trust_remote_code: code
+    that lies beside the weights may run, where transformers has no class for the model. Returns the
+    report, also written to `dst/qmoe_report.json`. Raises a QmoeError before any long work if
+    something cannot work, and AuditError if the result is not what was promised; `dst` then does
+    not exist. A run that was killed or interrupted leaves `dst.partial`; the same call goes on from
+    there and writes the same bytes. In several processes (ranks.py) each does its share.
     """
-    dst = Path(dst).expanduser()
+    dst = Path(os.path.expanduser(dst))
     given = [Path(p) for p in statistics_from]
-    _check_combination(config, given, save_statistics)
-    if save_statistics is not None and Path(save_statistics).resolve() == dst.resolve():
-        raise ConfigError(f"{dst}: the model and its statistics need different folders")
+    check_combination(config, given, save_statistics, dst)
     text = not given and config.method != "rtn"
-    source, windows, identity = prepare(src, dst, config, text=text, track=track)
+    trust = trust_remote_code
+    source, windows, identity = prepare(src, dst, config, text=text, track=track, trust=trust)
+    whole = bool(given) or save_statistics is not None
+    spill = spills(needed(source, config, windows.numel(), whole), max_memory)
     saved = None if save_statistics is None else Path(save_statistics)
     if saved is not None:
-        try:
-            saved.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{saved}: cannot keep statistics there: {error}") from error
+        make_folder(saved)
     about = {
         "source": identity,
         **{name: str(value) for name, value in vars(config).items()},
         "text": fingerprint(windows),
         "statistics": f"from {[str(p) for p in given]} to {saved}",
+        "code": code_digest(source.checkpoint.path),
         "versions": f"qmoe {__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}",
     }
     with OutputFolder(dst, len(source.structure.layers) + 1, about) as out:
         if saved is not None and any(saved.iterdir()) and not out.begun():
             raise OutputError(f"{saved}: is not empty; statistics of two runs must not mix")
-        run = _Run(source, config, given, saved, out)
+        run = _Run(source, config, given, saved, out, spill)
         run.all_shards(windows, track)
-        out.write_index()
-        out.copy_companions(source.checkpoint.path)
-        out.write_json("config.json", run.new_config())
-        audit = audit_folder(out.path, run.digests, track=track)
-        report = build_report(config, source, run.records, audit, __version__)
-        report |= {"source_sha256": identity, "digests": run.digests, "kept_sha256": audit.kept}
-        report["calibration"] = run.calibration(windows)
-        out.write_json("qmoe_report.json", report)
-    return report
-
-
-def _check_combination(config: QuantConfig, given: list[Path], saved: str | Path | None) -> None:
-    if config.method == "rtn" and (given or saved is not None):
-        raise ConfigError("rtn uses no statistics; leave them out or choose gptq")
-    if config.method == "awq" and (given or saved is not None):
-        raise ConfigError("awq rescales statistics as it goes; save and reuse them with gptq only")
-    if len({p.resolve() for p in given}) < len(given):
-        raise ConfigError("statistics: the same folder is given twice")
-    if given and config.lm_head is not None:
-        raise ConfigError("saved statistics do not cover lm_head; leave it out or use text")
+        report = run.finish(windows, track, trust) if out.leads else {}
+    return ranks.first(report)
 
 
 class _Run:
@@ -108,9 +98,10 @@ class _Run:
         given: list[Path],
         saved: Path | None,
         out: OutputFolder,
+        spill: bool,
     ) -> None:
         self.source, self.config, self.given, self.saved = source, config, given, saved
-        self.out = out
+        self.out, self.scratch = out, Scratch(out.path if spill else None)
         sha = out.fingerprint["source"]
         self.about = {"model": sha, "gate_weighted": str(config.gate_weighted)}
         self.records: list[dict[str, Any]] = []
@@ -152,14 +143,28 @@ class _Run:
             for i, module in enumerate(modules):
                 visit(i, module.forward, [])
         else:
-            batches = windows.split(self.config.calibration.batch)
+            batches = ranks.share(windows.split(self.config.calibration.batch))
             inputs = [inputs_of(source.model, ids) for ids in batches]
             for _ in suspended(source.model, modules, inputs, visit):
                 pass
         next(progress, None)  # lets the progress bar close
         self._unreached(reached)
         self._solve_head(head)
-        self.out.write_shard(len(modules), self._resident_tensors(), {})
+        if self.out.leads:
+            self.out.write_shard(len(modules), self._resident_tensors(), {})
+
+    def finish(self, windows: Tensor, track: Track, trust: bool) -> dict[str, Any]:
+        """Write what goes beside the shards, audit the folder, and return its report."""
+        out, source = self.out, self.source
+        out.write_index()
+        out.copy_companions(source.checkpoint.path)
+        out.write_json("config.json", self.new_config())
+        audit = audit_folder(out.path, self.digests, track=track, trust=trust)
+        report = build_report(self.config, source, self.records, audit, __version__)
+        report |= {"source_sha256": self.about["model"], "digests": self.digests}
+        report |= {"kept_sha256": audit.kept, "calibration": self.calibration(windows)}
+        out.write_json("qmoe_report.json", report)
+        return report
 
     def _unreached(self, reached: set[int]) -> None:
         """Round the layers of a part of the model that no text reaches, such as a vision tower.
@@ -196,10 +201,19 @@ class _Run:
             if saved is None
             else (lambda stats: statistics.save(stats, saved / _stats_file(i), self.about))
         )
-        dtype = source.weight_dtype()
         blind = not calls and not self.given
         config = replace(self.config, method="rtn") if blind else self.config
-        job = Job(source.model, layer, config, schemes, dtype, self.tokens, save)
+        job = Job(
+            source.model,
+            layer,
+            config,
+            schemes,
+            source.weight_dtype(),
+            self.tokens,
+            save if self.out.leads else None,
+            self.scratch,
+            self.out.units if config.method == "gptq" else None,
+        )
         given = LayerStats() if blind else None
         if self.given:
             parts = [statistics.load(p / _stats_file(i), self.about) for p in self.given]
@@ -207,6 +221,8 @@ class _Run:
         result, outputs = quantize_layer(job, forward, calls, given)
         if config.method != self.config.method:
             result.record["unreached"] = True
+        if not self.out.leads:
+            return outputs
         tensors = shard_tensors(source, names, result.weights, result.changed)
         digests = {target: digest(quantized) for target, quantized in result.weights.items()}
         self.out.write_shard(i, tensors, {"record": result.record, "digests": digests})
@@ -218,7 +234,8 @@ class _Run:
         """The outputs of a layer that an earlier run quantized, from what it wrote."""
         weights = unpacked_tensors(self.out.read_shard(i), self.schemes)
         restore(self.source, layer, weights, self._experts_dtype())
-        return list(run_layer(self.source.model, layer, forward, calls))
+        outputs = run_layer(self.source.model, layer, forward, calls)
+        return [self.scratch.keep(y) for y in outputs]
 
     def _experts_dtype(self) -> torch.dtype:
         """Of routed experts in memory: as stored, but for AWQ, whose scales must not be rounded."""
@@ -239,6 +256,8 @@ class _Run:
     def _solve_head(self, stats: LinearStats | None) -> None:
         if stats is None or self.config.lm_head is None:
             return
+        ranks.add(stats.tokens)
+        ranks.add(stats.hessian)
         name = str(self.source.structure.lm_head)
         weight = self.source.model.get_submodule(name).weight
         # Nothing before it can take AWQ's scale: GPTQ serves it instead, and the record says so.

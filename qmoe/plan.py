@@ -5,21 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
+from qmoe import ranks
 from qmoe.calibration.batches import sample_windows
 from qmoe.calibration.text import load_texts
 from qmoe.checkpoint import Checkpoint, resolve
 from qmoe.config import CHANNEL, GROUPS, QuantConfig, Scheme
 from qmoe.errors import CheckpointError, ConfigError, UnsupportedModelError
 from qmoe.experts import expert_weights, stack
+from qmoe.model_config import read_config
 from qmoe.naming import original_names, stored_fused
 from qmoe.output import check_destination
 from qmoe.progress import Track
-from qmoe.skeleton import WeightMap, build, read_config
+from qmoe.skeleton import WeightMap, build
 from qmoe.structure import Layer, Structure, find
+from qmoe.tokenizer import check_vocabulary, open_tokenizer
 
 
 @dataclass
@@ -37,8 +38,10 @@ class Source:
 
     def weight_dtype(self) -> torch.dtype:
         """Of the routed experts as stored; scales are stored in it too, as engines expect."""
-        experts = next(e for n in self.structure.layers for e in [*n.experts, *n.loose])
-        return self.checkpoint.dtype(self.weights.sources(experts)[0])
+        layers = self.structure.layers
+        experts = [e for layer in layers for e in [*layer.experts, *layer.loose]]
+        kept = [name for layer in layers for name in layer.kept]
+        return self.checkpoint.dtype(self.weights.sources([*experts, *kept][0])[0])
 
     def kept_linears(self, config: QuantConfig) -> list[str]:
         """Everything with a linear's weight that is not quantized, by model and checkpoint name:
@@ -62,16 +65,18 @@ class Source:
         return [n for names in self.weights.targets.values() for n in names if n not in layered]
 
 
-def open_source(path: str | Path, dtype: torch.dtype) -> Source:
-    """Open an unquantized MoE model folder (or hub name) and find its parts; loads no weights."""
+def open_source(path: str | Path, dtype: torch.dtype, trust: bool = False) -> Source:
+    """Open an unquantized MoE model folder (or hub name) and find its parts; loads no weights.
+    trust: see remote_code.py."""
     checkpoint = Checkpoint(resolve(path))
     checkpoint.decode()
-    config = read_config(checkpoint.path)
+    config = read_config(checkpoint, trust)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the tensors are shown decoded
-    model = build(config, dtype)
+    model = build(config, dtype, checkpoint)
     # Router logits kept for a training loss cost memory, and no layer reports them while suspended.
     model.config.output_router_logits = False
+    checkpoint.show(model._qmoe_made)
     structure = find(model)
     weights = WeightMap(model, checkpoint)
     check_complete(weights)
@@ -97,48 +102,76 @@ def check_complete(weights: WeightMap) -> None:
 
 
 def check_routing(model: Any, structure: Structure) -> None:
-    """Raises UnsupportedModelError if a token would go to more experts than there are."""
+    """Raises UnsupportedModelError if a token would go to more experts, or groups of them, than
+    there are."""
+    config = model.config.get_text_config()
+    top_k, groups, chosen = (
+        value if isinstance(value := getattr(config, name, None), int) else None
+        for name in ("num_experts_per_tok", "n_group", "topk_group")
+    )
     for layer in structure.layers:
         for name in layer.experts:
-            experts = model.get_submodule(name)
-            top_k = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
-            if isinstance(top_k, int) and top_k > experts.num_experts:
+            E = model.get_submodule(name).num_experts
+            if top_k is not None and not 1 <= top_k <= E:
                 raise UnsupportedModelError(
-                    f"{name}: config.json sends a token to {top_k} of {experts.num_experts} experts"
+                    f"{name}: config.json sends a token to {top_k} of {E} experts"
+                )
+            if groups and E % groups:
+                raise UnsupportedModelError(
+                    f"{name}: config.json divides {E} experts into {groups} groups (n_group)"
+                )
+            if groups and chosen is not None and not 1 <= chosen <= groups:
+                raise UnsupportedModelError(
+                    f"{name}: config.json chooses {chosen} of {groups} groups (topk_group)"
                 )
 
 
-def open_tokenizer(path: Path) -> Any:
-    """The tokenizer of a model folder; CheckpointError if it has none or a damaged one."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (ValueError, TypeError, OSError, KeyError, StrictDataclassError) as error:
-        raise CheckpointError(f"{path}: cannot load its tokenizer: {error}") from error
-    if not tokenizer("text", add_special_tokens=False)["input_ids"]:
-        # transformers makes an empty tokenizer where the folder has no tokenizer files.
-        raise CheckpointError(f"{path}: its tokenizer is missing or empty")
-    return tokenizer
-
-
 def prepare(
-    src: str | Path, dst: Path, config: QuantConfig, *, text: bool, track: Track
+    src: str | Path,
+    dst: Path,
+    config: QuantConfig,
+    *,
+    text: bool,
+    track: Track,
+    trust: bool = False,
 ) -> tuple[Source, Tensor, str]:
     """Check source, settings, text and destination; returns the source, the calibration windows and
     the SHA-256 of the source.
 
     Raises a QmoeError that names the problem. Nothing is written.
     """
-    source = open_source(src, torch.float32)
+    source = open_source(src, torch.float32, trust)
     check_schemes(source, config)
     check_destination(dst, estimate_bytes(source, config))
     windows = torch.empty(0, 0, dtype=torch.long)
     if text:
         c = config.calibration
         check_window(source.model.config, c.window)
-        tokenizer = open_tokenizer(source.checkpoint.path)
+        tokenizer = open_tokenizer(source.checkpoint.path, source.model.config, trust)
         windows = sample_windows(tokenizer, load_texts(c.text), c.windows, c.window, c.seed)
         check_vocabulary(source.model.config, windows)
+        if (batches := -(-len(windows) // c.batch)) < ranks.count():
+            raise ConfigError(
+                f"calibration: {ranks.count()} processes cannot share {batches} batches of "
+                f"{c.batch} windows; give more windows or a smaller batch"
+            )
     return source, windows, source.checkpoint.check_finite(track)
+
+
+def check_combination(
+    config: QuantConfig, given: list[Path], saved: str | Path | None, dst: Path
+) -> None:
+    """Refuse sources of statistics that the method cannot use."""
+    if config.method == "rtn" and (given or saved is not None):
+        raise ConfigError("rtn uses no statistics; leave them out or choose gptq")
+    if config.method == "awq" and (given or saved is not None):
+        raise ConfigError("awq rescales statistics as it goes; save and reuse them with gptq only")
+    if len({p.resolve() for p in given}) < len(given):
+        raise ConfigError("statistics: the same folder is given twice")
+    if given and config.lm_head is not None:
+        raise ConfigError("saved statistics do not cover lm_head; leave it out or use text")
+    if saved is not None and Path(saved).resolve() == dst.resolve():
+        raise ConfigError(f"{dst}: the model and its statistics need different folders")
 
 
 def check_window(config: Any, window: int) -> None:
@@ -147,16 +180,6 @@ def check_window(config: Any, window: int) -> None:
     if isinstance(positions, int) and window > positions:
         raise ConfigError(
             f"window: {window} tokens are more than the {positions} positions of this model"
-        )
-
-
-def check_vocabulary(config: Any, windows: Tensor) -> None:
-    """Every token id must have a row in the model's embedding."""
-    rows = config.get_text_config().vocab_size
-    if int(windows.max()) >= rows:
-        raise CheckpointError(
-            f"the tokenizer gives token {int(windows.max())}, the model knows {rows} tokens: this "
-            "tokenizer belongs to another model"
         )
 
 

@@ -2,11 +2,18 @@
 load the model lives here, and no clock time, so that equal runs write equal bytes.
 """
 
+from pathlib import Path
 from typing import Any
 
 from qmoe.audit import Audit
+from qmoe.checkpoint import read_json
 from qmoe.config import QuantConfig
+from qmoe.errors import CheckpointError
 from qmoe.plan import Source
+
+REPORT = "qmoe_report.json"
+# What is read again, beside what is only shown.
+KEYS = {"config": dict, "fallbacks": list, "layers": list, "digests": dict, "kept_sha256": str}
 
 
 def build_report(
@@ -24,6 +31,58 @@ def build_report(
         "source_bytes": source.checkpoint.nbytes(),
         "layers": records,
     }
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report of a quantized folder; CheckpointError if it is not one that `quantize` wrote."""
+    report = read_json(folder / REPORT)
+    for key, kind in KEYS.items():
+        if not isinstance(report.get(key), kind):
+            raise _damaged(folder, f"{key} is {str(report.get(key))[:100]}, not a {kind.__name__}")
+    return report
+
+
+def expert_rows(folder: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per layer and expert of a report: errors, tokens, gate mass, whether it borrowed.
+    CheckpointError for a report that does not hold them as it should."""
+    try:
+        return [row for layer in report["layers"] for row in _layer_rows(layer)]
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise _damaged(folder, f"in its layers, {type(error).__name__}: {error}") from error
+
+
+def _layer_rows(layer: Any) -> list[dict[str, Any]]:
+    rows = []
+    for name, entry in layer.get("experts", {}).items():
+        for e, errors in enumerate(_errors(name, entry, layer["dense"])):
+            row = {"experts": name, "expert": e, "errors": list(map(float, errors))}
+            if "tokens" in entry:
+                row["tokens"] = int(entry["tokens"][e])
+            if "gate_mass" in entry:
+                row["gate_mass"] = float(entry["gate_mass"][e])
+            rows.append(row | {"borrowed": e in entry.get("borrowed", [])})
+    return rows
+
+
+def _errors(name: str, entry: dict[str, Any], linears: dict[str, Any]) -> list[list[float]]:
+    """Of every expert, what its matrices lost; empty where plain rounding measured nothing."""
+    parts = [part for part in entry.values() if isinstance(part, dict)]
+    if parts:
+        errors = [part["error"] for part in parts if "error" in part]
+        return [list(each) for each in zip(*errors, strict=True)]
+    found: dict[str, list[float]] = {}  # experts that are modules are recorded linear by linear
+    for linear, part in linears.items():
+        if linear.startswith(f"{name}.") and "error" in part:
+            expert = linear.removeprefix(f"{name}.").partition(".")[0]
+            found.setdefault(expert, []).append(part["error"])
+    return list(found.values())
+
+
+def _damaged(folder: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder / REPORT}: damaged ({what}); copy it from the original folder, or remove it to "
+        "audit the weights without it"
+    )
 
 
 def _dropped(names: list[str]) -> list[str]:

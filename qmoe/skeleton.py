@@ -7,14 +7,13 @@ renames and merges, in both directions, without code per model.
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -26,43 +25,20 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from qmoe.adapters import adapt
+from qmoe.bounds import check_buffers, parameters_for
 from qmoe.checkpoint import Checkpoint
 from qmoe.errors import CheckpointError, UnsupportedModelError
 from qmoe.format import SUFFIXES
+from qmoe.model_config import CONFIG_ERRORS, first_line
 from qmoe.naming import matrix_names, original_names, packed_names
-
-# A config that makes no sense fails wherever the family's code first trips over it.
-CONFIG_ERRORS = (
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    RuntimeError,
-    ArithmeticError,
-    AssertionError,
-    OSError,
-    ImportError,
-    StrictDataclassError,
-)
-
-
-def read_config(path: Path) -> Any:
-    """The transformers config of a model folder; UnsupportedModelError if transformers has none."""
-    try:
-        return AutoConfig.from_pretrained(path)
-    except CONFIG_ERRORS as error:
-        raise UnsupportedModelError(
-            f"{path}: transformers cannot read this architecture: {_first_line(error)}"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+from qmoe.remote_code import own_class, parameters_on_meta
 
 
 def model_class(config: Any) -> Any:
     """The class of the whole model by what config.json says, so that a multimodal or an
     encoder-decoder model is complete; AutoModelForCausalLM's choice if it says nothing."""
+    if (own := own_class(config)) is not None:
+        return own
     named = getattr(transformers, (config.architectures or [""])[0], None)
     if named is not None and issubclass(named, PreTrainedModel):
         return named
@@ -83,25 +59,37 @@ def inputs_of(model: Any, ids: torch.Tensor) -> dict[str, Any]:
     return inputs
 
 
-def build(config: Any, dtype: torch.dtype) -> Any:
+def build(config: Any, dtype: torch.dtype, checkpoint: Checkpoint | None = None) -> Any:
     """The model with every parameter on the meta device and its computed buffers (rotary
-    frequencies and the like) real."""
+    frequencies and the like) real. checkpoint: what it is for, which bounds its size."""
+    bounded: AbstractContextManager[None] = nullcontext()
+    if checkpoint is not None:
+        bounded = parameters_for(len(checkpoint.names()), str(checkpoint.path))
     try:
-        with torch.device("meta"):
-            model: Any = model_class(config)._from_config(config, dtype=dtype)
+        kind = model_class(config)
+        own = kind.is_custom_code()
+        with parameters_on_meta() if own else torch.device("meta"), bounded:
+            model: Any = kind._from_config(config, dtype=dtype)
     except CONFIG_ERRORS as error:
         raise UnsupportedModelError(
             f"{config.model_type}: transformers cannot build a language model from this "
-            f"config: {type(error).__name__}: {_first_line(error)}"
+            f"config: {type(error).__name__}: {first_line(error)}"
         ) from error
-    # As from_pretrained does after loading: buffers that no checkpoint holds are computed by the
-    # model's own initialization, which leaves alone whatever is marked as initialized.
+    if checkpoint is not None:
+        check_buffers(model, checkpoint.nbytes(), str(checkpoint.path))
+    if not own:
+        _compute_buffers(model)
     adapt(model)
+    return model.eval().requires_grad_(False)
+
+
+def _compute_buffers(model: Any) -> None:
+    """As from_pretrained does after loading: buffers that no checkpoint holds are computed by the
+    model's own initialization, which leaves alone whatever is marked as initialized."""
     model._move_missing_keys_from_meta_to_device(set(), None, None, None)
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True
     model.initialize_weights()
-    return model.eval().requires_grad_(False)
 
 
 Stacked = tuple[str, int | None, int]
@@ -180,8 +168,8 @@ class WeightMap:
     def misshapen(self) -> list[str]:
         """Checkpoint tensors whose shape, or kind of number, is not what the model needs.
 
-        Read from headers. Tensors that a family stores in another layout than its published one
-        are left to the conversion, which checks them when they are loaded.
+        Read from headers. Of tensors in another layout than the family's published one the number
+        of elements is compared; the conversion checks them when they are loaded.
         """
         found, split = [], self.split_targets()
         for target, parameter in self.model.state_dict().items():
@@ -191,15 +179,35 @@ class WeightMap:
             named = self._named(target, parameter)
             wanted = {name: tuple(part.shape) for name, part in named.items()}
             if set(stored) != set(wanted):
+                if not any(target.endswith(s) for s in SUFFIXES):
+                    found += self._otherwise(target, parameter, stored)
                 continue
             for name in stored:
                 shape = tuple(self.checkpoint.lazy(name).get_shape())
                 dtype = self.checkpoint.dtype(name)
+                packed = name in self.packed and not parameter.is_floating_point()
                 if shape != wanted[name]:
                     found.append(f"{name}: has shape {shape}, the model needs {wanted[name]}")
-                elif dtype.is_floating_point != parameter.is_floating_point():
+                elif dtype.is_floating_point != parameter.is_floating_point() or (
+                    packed and dtype != parameter.dtype
+                ):
                     found.append(f"{name}: is stored as {dtype}, the model needs {parameter.dtype}")
         return found
+
+    def _otherwise(self, target: str, parameter: torch.Tensor, stored: list[str]) -> list[str]:
+        """`misshapen` of a parameter that is not stored in the published layout."""
+        shapes = {name: tuple(self.checkpoint.lazy(name).get_shape()) for name in stored}
+        if stored == [target] and shapes[target] != tuple(parameter.shape):
+            wanted = tuple(parameter.shape)
+            return [f"{target}: has shape {shapes[target]}, the model needs {wanted}"]
+        elements = sum(torch.Size(shape).numel() for shape in shapes.values())
+        if not stored or elements == parameter.numel():
+            return []
+        first = f"{stored[0]} {shapes[stored[0]]}"
+        return [
+            f"{target}: {len(stored)} tensors, first {first}, hold {elements} numbers, the model "
+            f"needs {parameter.numel()} for {tuple(parameter.shape)}"
+        ]
 
     def _named(self, target: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """A parameter split and named as it is stored."""
@@ -236,7 +244,11 @@ class WeightMap:
             # It notes which rules this checkpoint used; what things are called (naming.py) must
             # not depend on that, nor on when it is asked.
             vars(self.model).pop("_weight_conversions", None)
-        problems = [*map(str, info.mismatched_keys), *info.conversion_errors.values()]
+        problems = [
+            f"{key}: has shape {tuple(found)}, the model needs {tuple(wanted)}"
+            for key, found, wanted in info.mismatched_keys
+        ]
+        problems += [*info.conversion_errors.values()]
         problems += [f"unexpected {key}" for key in sorted(info.unexpected_keys)]
         if problems:
             raise CheckpointError(f"{self.checkpoint.path}: {problems[0]}")

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qmoe import experts
+from qmoe import experts, ranks
 from qmoe.calibration.capture import Captured
 from qmoe.calibration.coverage import average_weight, borrow
 from qmoe.calibration.stats import ExpertStats
@@ -13,6 +13,7 @@ from qmoe.errors import CalibrationError
 from qmoe.grid import dequantize
 from qmoe.job import Job, Result
 from qmoe.solvers.solve import Solved, experts_at_once, join, solve
+from qmoe.units import Unit
 
 
 def solve_parts(job: Job, names: list[str], result: Result) -> None:
@@ -43,26 +44,52 @@ def _solve_experts(job: Job, name: str, module: nn.Module, result: Result) -> No
     if stats is not None:
         entry |= {"tokens": stats.tokens.tolist(), "gate_mass": stats.gate_mass.tolist()}
     weights = experts.expert_weights(module)
-    stacks = [experts.stack(module, weight) for weight in weights]
-    E = len(stacks[0])
-    chunk = experts_at_once(max(stack.shape[2] for stack in stacks))
-    solved: list[list[Solved]] = [[], []]
-    for start in range(0, E, chunk):
-        end = min(start + chunk, E)
-        part = None if stats is None else stats.part(start, end)
-        if stats is not None and part is not None:
-            _check_finite(name, part)
-            if job.config.method != "awq":  # which borrows before it folds
-                rare = borrow_rare(job, module, part, stats, start)
-                entry.setdefault("borrowed", []).extend(rare)
-        hessians = (None, None) if part is None else (part.first, part.second)
-        for i, (weight, hessian) in enumerate(zip(weights, hessians, strict=True)):
-            solved[i].append(_solve(job, name, stacks[i][start:end], hessian))
-            experts.put(module, weight, dequantize(solved[i][-1].quantized), start)
-    for weight, parts in zip(weights, solved, strict=True):
-        whole = join(parts)
+    E, chunk = len(experts.rows(module, weights[0])), _experts_at_once(module)
+    starts = range(0, E, chunk)
+    units: list[Unit] = []
+    for first in range(0, len(starts), ranks.count()):
+        at_once = starts[first : first + ranks.count()]
+        mine = at_once[ranks.rank()] if ranks.rank() < len(at_once) else None
+        made = None if mine is None else _unit(job, name, stats, mine, min(mine + chunk, E))
+        for start, unit in zip(at_once, ranks.gather(made), strict=False):
+            assert unit is not None
+            for weight, solved in zip(weights, unit.solved, strict=True):
+                experts.put(module, weight, dequantize(solved.quantized), start)
+            units.append(unit)
+    if stats is not None and job.config.method != "awq":  # which borrows before it folds
+        entry["borrowed"] = [e for unit in units for e in unit.borrowed]
+    for i, weight in enumerate(weights):
+        whole = join([unit.solved[i] for unit in units])
         result.weights[f"{name}.{weight}"] = whole.quantized
         entry[weight] = _entry(whole, single=False)
+
+
+def _experts_at_once(module: nn.Module) -> int:
+    """By sizes alone, so that a run that goes on finds its units; fewer if ranks would idle."""
+    shapes = [experts.rows(module, w).shape for w in experts.expert_weights(module)]
+    share = -(-shapes[0][0] // ranks.count())
+    return min(share, experts_at_once(max(shape[2] for shape in shapes)))
+
+
+def _unit(job: Job, name: str, stats: ExpertStats | Captured | None, start: int, end: int) -> Unit:
+    """Experts start to end of a module solved, or as an earlier run solved them."""
+    if job.units is not None:
+        known = job.units.load(name, start, end, job.schemes[name])
+        if known is not None:
+            return known
+    module = job.model.get_submodule(name)
+    part = None if stats is None else stats.part(start, end)
+    borrowed: list[int] = []
+    if stats is not None and part is not None:
+        _check_finite(name, part)
+        if job.config.method != "awq":
+            borrowed = borrow_rare(job, module, part, stats, start)
+    hessians = (None, None) if part is None else (part.first, part.second)
+    weights = [experts.stack(module, w, start, end) for w in experts.expert_weights(module)]
+    unit = Unit([_solve(job, name, w, h) for w, h in zip(weights, hessians, strict=True)], borrowed)
+    if job.units is not None:
+        job.units.save(name, start, end, unit)
+    return unit
 
 
 def borrow_rare(

@@ -1,6 +1,7 @@
 """Writing one safetensors file so that it is either whole or absent."""
 
 import errno
+import hashlib
 import os
 from pathlib import Path
 
@@ -11,6 +12,12 @@ from torch import Tensor
 FULL = ("No space", "File too large", "quota")
 
 
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write under a temporary name, flush to disk, rename.
 
@@ -18,7 +25,10 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the umask; safetensors lets nobody else read
         save_file(tensors, temporary, metadata=metadata)
+        temporary.chmod(mode)
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.rename(path)

@@ -17,7 +17,7 @@ class Layer:
 
     experts: fused experts modules. loose: lists of experts that are modules of their own, and the
     linears of each. dense: linears to quantize with the dense scheme, in module order. in_block:
-    those of `dense` inside the block that holds the experts (shared experts). kept: linears that
+    those of `dense` inside the block that holds the experts (shared experts). kept: modules that
     stay as they are, with the reason.
     """
 
@@ -44,7 +44,7 @@ def find(model: nn.Module) -> Structure:
     Raises UnsupportedModelError for a dense model and for experts in a form that is not known.
     """
     modules = dict(model.named_modules())
-    experts = [name for name, module in modules.items() if _holds_experts(name, module)]
+    experts = [n for n, m in modules.items() if _holds_experts(n, m) or hasattr(m, "qmoe_kept")]
     if not experts:
         raise UnsupportedModelError(
             f"{type(model).__name__}: found no routed experts; it is a dense model, or an MoE "
@@ -87,9 +87,12 @@ def _layer(name: str, modules: dict[str, nn.Module]) -> Layer:
     loose = {n: list(_each_expert(n, m)) for n, m in holders.items() if n not in experts}
     taken = {n for experts in loose.values() for linears in experts for n in linears}
     blocks = {n.rpartition(".")[0]: m for n, m in holders.items()}
-    dense, in_block, kept = [], [], {}
+    # What an adapter says of experts that are no matrices, and of their router.
+    named = {n: getattr(m, "qmoe_kept", {}).items() for n, m in inside.items()}
+    kept = {f"{n}.{part}": reason for n, parts in named.items() for part, reason in parts}
+    dense, in_block = [], []
     for linear, module in inside.items():
-        if not isinstance(module, nn.Linear) or linear in taken:
+        if not isinstance(module, nn.Linear) or linear in taken or linear in kept:
             continue
         block = next((b for b in blocks if linear.startswith(b + ".")), None)
         if block is not None and module.out_features in _choices(blocks[block]):

@@ -4,7 +4,8 @@
 
 Each model has the layer shapes of Qwen3-30B-A3B (1.25 GB a layer) unless told otherwise, is written
 to a temporary folder, quantized by a process of its own, and removed. Prints the process's largest
-resident memory, wall time per layer, and what it was spent on.
+resident memory, wall time per layer, and what it was spent on. With `--peer PYTHON`, the Python of
+an environment that has llm-compressor, its GPTQ quantizes the smallest of the models right after.
 """
 
 import argparse
@@ -31,17 +32,20 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--intermediate", type=int, default=768)
-    parser.add_argument("--windows", type=int, default=64, help="of 256 tokens, for calibration")
+    parser.add_argument("--windows", type=int, default=32, help="of 256 tokens, for calibration")
+    parser.add_argument("--peer", metavar="PYTHON", help="compare with llm-compressor there")
     parser.add_argument("--child", nargs=2, metavar=("SRC", "DST"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(_quantize(*args.child, args.windows)))
         return 0
     layer = args.experts * 3 * args.hidden * args.intermediate * 2
-    rows, peaks = [], []
+    rows, peaks, good = [], [], True
     for layers in args.layers:
         with tempfile.TemporaryDirectory(prefix="qmoe-bench-") as folder:
             found = _measure(args, layers, Path(folder))
+            if args.peer and layers == min(args.layers):
+                good = _against(args, found, Path(folder))
         peaks.append(found["peak"])
         seconds = found["seconds"]
         known = sum(found["spent"].values())
@@ -55,7 +59,22 @@ def main() -> int:
     print(f"peak {tables.size(max(peaks))}, allowed {tables.size(allowed)} "
           f"({ALLOWED[0]} layers + {tables.size(ALLOWED[1])}); "
           f"the largest is {max(peaks) / min(peaks):.2f} x the smallest")  # fmt: skip
-    return 0 if max(peaks) <= allowed and max(peaks) <= 1.1 * min(peaks) else 1
+    return 0 if good and max(peaks) <= allowed and max(peaks) <= 1.1 * min(peaks) else 1
+
+
+def _against(args: argparse.Namespace, ours: dict[str, Any], folder: Path) -> bool:
+    """llm-compressor on the model that was just quantized; whether we took a third of its time."""
+    peer = str(HERE / "peer_llmcompressor.py")
+    command = [args.peer, peer, str(folder / "source"), str(folder / "peer")]
+    command += ["--windows", str(args.windows)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    rows = [[name, f"{r['seconds']:.0f}", tables.size(r["peak"])]
+            for name, r in (("qmoe", ours), ("llm-compressor", theirs))]  # fmt: skip
+    tables.show(f"{min(args.layers)} layers, one after the other", ["", "s", "peak memory"], rows)
+    ratio = theirs["seconds"] / ours["seconds"]
+    print(f"{ratio:.1f} x faster, {theirs['peak'] / ours['peak']:.1f} x less memory")
+    return bool(ratio >= 3 and theirs["peak"] > ours["peak"])
 
 
 def _measure(args: argparse.Namespace, layers: int, folder: Path) -> dict[str, Any]:
@@ -77,7 +96,9 @@ def _quantize(source: str, quantized: str, windows: int) -> dict[str, Any]:
     import qmoe.solving
     from qmoe import CalibrationConfig, QuantConfig, Scheme
     from qmoe.calibration.capture import Captured
+    from qmoe.checkpoint import Checkpoint
     from qmoe.output import OutputFolder
+    from qmoe.units import Units
 
     spent: Counter[str] = Counter()
 
@@ -96,8 +117,12 @@ def _quantize(source: str, quantized: str, windows: int) -> dict[str, Any]:
     qmoe.solving.solve = timed("solving", qmoe.solving.solve)
     Captured.part = timed("Hessians", Captured.part)  # type: ignore[method-assign]
     OutputFolder.write_shard = timed("writing", OutputFolder.write_shard)  # type: ignore[method-assign]
+    Units.save = timed("units", Units.save)  # type: ignore[method-assign]
+    Checkpoint.check_finite = timed("checking", Checkpoint.check_finite)  # type: ignore[method-assign]
     config = QuantConfig(
-        experts=Scheme(4, 128), calibration=CalibrationConfig(windows=windows, window=256, batch=8)
+        experts=Scheme(4, 128),
+        dense=Scheme(4, 128),
+        calibration=CalibrationConfig(windows=windows, window=256, batch=8),
     )
     start = time.monotonic()
     qmoe.pipeline.quantize(source, quantized, config)

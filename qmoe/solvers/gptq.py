@@ -1,5 +1,11 @@
 """GPTQ (Frantar et al., 2022, arXiv 2210.17323), one column loop for all experts of a layer.
 
+Written as LDLQ, which chooses the same integers (Chee et al., 2023, arXiv 2307.13304, section 3 and
+theorem 6): with H = U D U', U unit upper triangular, the loss is the sum over columns k of
+D_k |(W - Q) U|_k^2, and column k is rounded once all columns before it are:
+Q_k = round(W_k + sum over j < k of (W - Q)_j U_jk). One factorization instead of GPTQ's two and an
+inverse, and the loss is known at the end.
+
 Left out on purpose: models, files, devices. H is sum(x x') over an expert's tokens; its scale does
 not matter. Act-order keeps the groups of the original columns ("static groups"), so the checkpoint
 needs no column index.
@@ -15,16 +21,20 @@ from qmoe.config import Scheme
 from qmoe.grid import grid_of, make_quantized, round_to_grid
 from qmoe.types import Quantized
 
-BLOCK = 128  # columns whose error is propagated lazily (section 3.3, step 2)
+LEAF = 16  # columns whose error goes on column by column; beyond them by matrix products
+WIDE = 256  # columns of U multiplied at once
 MAX_DAMP = 1.0
 
 
 @dataclass(frozen=True)
 class GptqResult:
-    """damped: expert -> damping used, where the asked one did not make H positive definite.
+    """lost, total: per expert, tr(D H D') for D = W - Q and for D = W.
+    damped: expert -> damping used, where the asked one did not make H positive definite.
     rounded: experts that ended up rounded to nearest because no damping did."""
 
     quantized: Quantized
+    lost: Float[Tensor, " E"]
+    total: Float[Tensor, " E"]
     damped: dict[int, float]
     rounded: list[int]
 
@@ -43,38 +53,81 @@ def gptq(
     An input feature that was never active (zero diagonal) keeps its weight for rounding and takes
     no part in error feedback; an expert whose H is all zero is therefore rounded to nearest.
     """
-    H = hessian.float()
     K = weight.shape[-1]
-    order = _column_order(H, act_order)
-    H = H.gather(1, order[:, :, None].expand_as(H)).gather(2, order[:, None, :].expand_as(H))
-    U, damped, rounded = _inverse_factor(H, damp)
-
+    order = _column_order(hessian, act_order)
+    factor = _factorize(hessian, order, damp)
     # [E, K, N] from here on: a column is then contiguous along N, which makes the loop faster.
-    W = weight.float().mT.contiguous()
-    W = W.gather(1, order[:, :, None].expand_as(W))
-    # With act-order the columns of one group are not neighbors: fix all grids beforehand.
+    W = torch.stack([w.float().T[o] for w, o in zip(weight, order, strict=True)])
+    total = _loss(factor, _times_upper(W, factor.upper), W)
     scale, zero = (grid.mT.contiguous() for grid in grid_of(weight, scheme, scale_dtype))
+    group = order // (K // scheme.groups(K))
+    # With act-order the columns of one group are not neighbors: the grids made above are final.
     static = act_order or scheme.groups(K) == 1
-    group = K // scheme.groups(K)
-    expert = torch.arange(len(W))
-    Q = torch.empty_like(W)
-    for start in range(0, K, BLOCK):
-        end = min(start + BLOCK, K)
-        error = torch.zeros_like(W[:, start:end])
-        for i in range(start, end):
-            if not static and i % group == 0:
-                # A group never straddles blocks (32, 64 and 128 divide BLOCK), so W is current.
-                fresh = grid_of(W[:, i : i + group].mT, scheme, scale_dtype)
-                scale[:, i // group], zero[:, i // group] = fresh[0][..., 0], fresh[1][..., 0]
-            g = order[:, i] // group
-            s, z, w = scale[expert, g], zero[expert, g], W[:, i]
-            Q[:, i] = q = round_to_grid(w, s, z, scheme.bits)
-            error[:, i - start] = e = (w - (q - z) * s) / U[:, i, i, None]
-            W[:, i + 1 : end] -= U[:, i, i + 1 : end, None] * e[:, None]
-        W[:, end:].baddbmm_(U[:, start:end, end:].mT, error, alpha=-1)
-    q = torch.empty_like(Q).scatter_(1, order[:, :, None].expand_as(Q), Q)
+    q = torch.empty_like(W, dtype=torch.int8)
+    loop = _Loop(W, W.clone(), q, scale, zero, factor.upper, group, static, scheme, scale_dtype)
+    _solve(loop, 0, K)
+    lost = _loss(factor, loop.target, loop.error)
+    q = torch.empty_like(q).scatter_(1, order[:, :, None].expand_as(q), q)
     made = make_quantized(q.mT, scale.mT, zero.mT, scheme, scale_dtype)
-    return GptqResult(made, damped, rounded)
+    return GptqResult(made, lost, total, factor.damped, factor.rounded)
+
+
+@dataclass
+class _Loop:
+    """All experts in the order in which columns are rounded: error and target [E, K, N].
+
+    error: the weights; W - Q once a column is rounded. target: what a column is rounded from; what
+    rounding took off once it is. static: whether scale and zero [E, G, N] are final from the start.
+    """
+
+    error: Tensor
+    target: Tensor
+    q: Tensor
+    scale: Tensor
+    zero: Tensor
+    upper: Tensor
+    group: Tensor
+    static: bool
+    scheme: Scheme
+    scale_dtype: torch.dtype
+
+
+def _solve(loop: _Loop, start: int, end: int) -> None:
+    """Round columns start to end, whose targets hold the errors of all columns before start."""
+    if end - start <= LEAF:
+        _solve_leaf(loop, start, end)
+        return
+    # A power of two, so that every group of columns (32, 64 or 128) is one of the parts.
+    middle = start + (1 << ((end - start - 1).bit_length() - 1))
+    _solve(loop, start, middle)
+    U = loop.upper[:, start:middle, middle:end]
+    loop.target[:, middle:end].baddbmm_(U.mT, loop.error[:, start:middle])
+    _solve(loop, middle, end)
+
+
+def _solve_leaf(loop: _Loop, start: int, end: int) -> None:
+    size = loop.error.shape[1] // loop.scale.shape[1]
+    if not loop.static and start % size == 0:
+        scale, zero = grid_of(_best(loop, start, start + size), loop.scheme, loop.scale_dtype)
+        loop.scale[:, start // size], loop.zero[:, start // size] = scale[..., 0], zero[..., 0]
+    group = loop.group[:, start:end, None].expand(-1, -1, loop.scale.shape[2])
+    scale, zero = loop.scale.gather(1, group), loop.zero.gather(1, group)
+    for k in range(start, end):
+        s, z, target = scale[:, k - start], zero[:, k - start], loop.target[:, k]
+        q = round_to_grid(target, s, z, loop.scheme.bits)
+        loop.q[:, k] = q
+        rounded = (q - z) * s
+        target -= rounded
+        error = loop.error[:, k].sub_(rounded)
+        loop.target[:, k + 1 : end].addcmul_(loop.upper[:, k, k + 1 : end, None], error[:, None])
+
+
+def _best(loop: _Loop, start: int, end: int) -> Tensor:
+    """[E, N, end - start] where columns would best be, given those before start: what a column is
+    rounded from also answers the errors of columns between start and it."""
+    W, U = loop.error[:, start:end], loop.upper[:, start:end, start:end]
+    shift: Tensor = torch.linalg.solve_triangular(U.mT, loop.target[:, start:end] - W, upper=False)
+    return (W + shift).mT
 
 
 def _column_order(H: Tensor, act_order: bool) -> Tensor:
@@ -82,38 +135,77 @@ def _column_order(H: Tensor, act_order: bool) -> Tensor:
     diagonal = torch.diagonal(H, dim1=1, dim2=2)
     if act_order:
         return torch.argsort(diagonal, dim=1, descending=True, stable=True)
-    return torch.arange(H.shape[1]).expand(H.shape[0], -1)
+    return torch.arange(H.shape[1]).repeat(H.shape[0], 1)
 
 
-def _inverse_factor(H: Tensor, damp: float) -> tuple[Tensor, dict[int, float], list[int]]:
-    """Upper Cholesky factor U of the damped H^-1 (section 3.3, step 3), for every expert.
+@dataclass(frozen=True)
+class _Factor:
+    """U D U' of permuted, damped Hessians: upper [E, K, K] with a unit diagonal, diagonal [E, K],
+    and what damping added to H's diagonal [E, K]. damped, rounded: as in GptqResult."""
+
+    upper: Tensor
+    diagonal: Tensor
+    added: Tensor
+    damped: dict[int, float]
+    rounded: list[int]
+
+
+def _factorize(hessian: Tensor, order: Tensor, damp: float) -> _Factor:
+    """Permute, damp and factorize every expert's H.
 
     Damping is raised tenfold for the experts where the factorization fails, up to the mean
     diagonal itself; where even that fails U is the identity and the expert is reported.
     """
-    E, K, _ = H.shape
-    diagonal = torch.diagonal(H, dim1=1, dim2=2)
-    mean = diagonal.mean(1)
-    dead = diagonal <= 0
-    U = torch.eye(K).repeat(E, 1, 1)
-    todo = torch.nonzero(mean > 0)[:, 0]
-    damped: dict[int, float] = {}
+    E, K, _ = hessian.shape
+    # With the identity for U no error is fed back: such experts are rounded to nearest.
+    factor = _Factor(torch.eye(K).repeat(E, 1, 1), torch.zeros(E, K), torch.zeros(E, K), {}, [])
+    for e in range(E):
+        # L L' of the reversed matrix, reversed again, is U U'.
+        backward = order[e].flip(0)
+        H = hessian[e].float()[backward][:, backward]
+        amount = _factorize_one(H, damp, factor.upper[e], factor.diagonal[e], factor.added[e])
+        if amount is None:
+            factor.rounded.append(e)
+        elif amount > damp:
+            factor.damped[e] = amount
+    return factor
+
+
+def _factorize_one(
+    H: Tensor, damp: float, upper: Tensor, pivots: Tensor, added: Tensor
+) -> float | None:
+    """Factorize one reversed H [K, K] into the tensors given; returns the damping that worked."""
+    diagonal = H.diagonal().clone()
     amount = damp
-    while len(todo):
-        A = H[todo].clone()
+    while diagonal.mean() > 0:
         # A dead feature has no correlation with any other: give it a unit of its own.
-        torch.diagonal(A, dim1=1, dim2=2).add_((amount * mean[todo])[:, None])
-        torch.diagonal(A, dim1=1, dim2=2)[dead[todo]] = 1.0
-        L, info = torch.linalg.cholesky_ex(A)
-        inverse = torch.cholesky_inverse(L)
-        upper, info2 = torch.linalg.cholesky_ex(inverse, upper=True)
-        ok = (info == 0) & (info2 == 0) & torch.isfinite(upper).all(2).all(1)
-        U[todo[ok]] = upper[ok]
-        if amount > damp:
-            damped |= {int(e): amount for e in todo[ok]}
-        todo = todo[~ok]
+        more = torch.where(diagonal <= 0, 1.0, amount * diagonal.mean())
+        H.diagonal().copy_(diagonal + more)
+        L, info = torch.linalg.cholesky_ex(H)
+        if info == 0 and L.isfinite().all():
+            roots = L.diagonal()
+            pivots.copy_(roots.square().flip(0))
+            added.copy_(more.flip(0))
+            upper.copy_((L / roots).flip(0, 1))
+            return amount
         if amount >= MAX_DAMP:
             break
         amount = min(amount * 10, MAX_DAMP)
-    # With the identity for U no error is fed back: these experts are rounded to nearest.
-    return U, damped, sorted(int(e) for e in [*todo, *torch.nonzero(mean <= 0)[:, 0]])
+    return None
+
+
+def _loss(factor: _Factor, through: Tensor, weight: Tensor) -> Tensor:
+    """[E] tr(W H W') without the damping, from W [E, K, N] and W U."""
+    damped = torch.linalg.vector_norm(through, dim=2).square() * factor.diagonal
+    damping = torch.linalg.vector_norm(weight, dim=2).square() * factor.added
+    loss: Tensor = (damped - damping).sum(1)
+    return loss
+
+
+def _times_upper(W: Tensor, upper: Tensor) -> Tensor:
+    """(W' U)' [E, K, N], leaving out the zeros below the diagonal."""
+    out = torch.empty_like(W)
+    for start in range(0, W.shape[1], WIDE):
+        end = min(start + WIDE, W.shape[1])
+        out[:, start:end] = upper[:, :end, start:end].mT @ W[:, :end]
+    return out

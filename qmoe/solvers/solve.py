@@ -44,16 +44,18 @@ def solve(
     """
     if hessian is None:
         return Solved(rtn(weight, scheme, scale_dtype), [])
-    W = weight.float()
     damped: dict[int, float] = {}
     rounded: list[int] = []
     if method == "gptq":
-        result = gptq(W, hessian, scheme, scale_dtype=scale_dtype, act_order=act_order, damp=damp)
+        result = gptq(
+            weight, hessian, scheme, scale_dtype=scale_dtype, act_order=act_order, damp=damp
+        )
         quantized, damped, rounded = result.quantized, result.damped, result.rounded
+        lost, total = result.lost, result.total
     else:
-        quantized = rtn(W, scheme, scale_dtype)
-    lost = output_error(dequantize(quantized) - W, hessian)
-    total = output_error(W, hessian)
+        quantized = rtn(weight, scheme, scale_dtype)
+        lost = output_error(dequantize(quantized) - weight, hessian)
+        total = output_error(weight.float(), hessian)
     ratio = torch.where(total > 0, lost.clamp(min=0) / total.clamp(min=1e-30), 0.0)
     return Solved(quantized, ratio.sqrt().tolist(), damped, rounded)
 

@@ -11,6 +11,7 @@ from qmoe.calibration.collect import collecting_experts, collecting_linears
 from qmoe.calibration.coverage import average_weight, borrow
 from qmoe.calibration.stats import ExpertStats, LayerStats, LinearStats
 from qmoe.errors import CalibrationError
+from qmoe.scratch import Scratch
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def experts():
 
 
 def gather(experts, x, ids, gates, gate_weighted):
-    captured = experts._qmoe_captured = Captured(experts, gate_weighted, stride=4)
+    captured = experts._qmoe_captured = Captured(experts, gate_weighted, 4, Scratch())
     with collecting_experts([experts]):
         batches = zip(x.split(9), ids.split(9), gates.split(9), strict=True)
         out = torch.cat([experts(*batch) for batch in batches])

@@ -1,0 +1,110 @@
+"""How much memory quantizing a model takes, found before the work from sizes alone.
+
+Counted: the largest layer as it is loaded and solved, what lies outside the layers, the Hessians of
+a few experts with the solver's workspace, and the activations of all calibration text. Only the
+last can wait on disk (scratch.py). `scripts/bench_quantize.py` prints what a run really took.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from qmoe import experts, ranks
+from qmoe.config import QuantConfig
+from qmoe.errors import ConfigError
+from qmoe.plan import Source
+from qmoe.solvers.solve import experts_at_once
+from qmoe.structure import Layer
+
+PROCESS = 450_000_000  # Python, torch and transformers themselves
+WORKSPACE = 8  # times the Hessians solved at once
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes. activations: of one rank, what may wait on disk; fixed: all else."""
+
+    fixed: int
+    activations: int
+
+
+def needed(source: Source, config: QuantConfig, tokens: int, whole: bool = False) -> Need:
+    """What quantizing takes in a process. tokens: of calibration text, of all ranks. whole: whether
+    statistics of all experts of a layer are there at once, as AWQ always has them."""
+    widest = 4 if config.method == "awq" else torch.finfo(source.weight_dtype()).bits // 8
+    layers = sum(map(_elements, source.stages()))
+    resident = 4 * (_elements(source.model) - layers)
+    layer = max(_layer_bytes(source, layer, widest) for layer in source.structure.layers)
+    if whole or config.method == "awq":
+        layer += max(_hessian_bytes(source, layer) for layer in source.structure.layers)
+    hidden = source.model.config.get_text_config().hidden_size
+    # A layer's inputs, its outputs before and after, and what its experts received, which all ranks
+    # have of all text.
+    activations = 4 * hidden * (3 * tokens // ranks.count() + tokens) if tokens else 0
+    return Need(PROCESS + resident + layer + _solver_bytes(source, config), activations)
+
+
+def spills(need: Need, allowed: int | None) -> bool:
+    """Whether activations have to wait on disk. allowed: bytes for one process, or None for what is
+    free. Raises ConfigError if the rest does not fit."""
+    limit = free() // ranks.count() if allowed is None else allowed
+    if need.fixed > limit:
+        found = "are free" if allowed is None else "are allowed"
+        more = "; set max_memory to try it all the same" if allowed is None else ""
+        raise ConfigError(
+            f"memory: quantizing this model needs about {need.fixed / 1e9:.1f} GB, and "
+            f"{limit / 1e9:.1f} GB {found}{more}"
+        )
+    return need.fixed + need.activations > limit
+
+
+def free() -> int:
+    """Bytes of memory that can be had: of the machine, or of the container if that is less."""
+    left: int = psutil.virtual_memory().available
+    try:
+        limit = int((CGROUP / "memory.max").read_text())
+        left = min(left, limit - int((CGROUP / "memory.current").read_text()))
+    except (OSError, ValueError):  # no such limit
+        pass
+    return left
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _layer_bytes(source: Source, layer: Layer, widest: int) -> int:
+    """A layer in memory, its largest stack a second time while it is loaded, and the integers of
+    all its experts, joined and packed."""
+    every = _elements(source.model.get_submodule(layer.name))
+    stacks = [0]
+    for name in layer.experts:
+        module = source.model.get_submodule(name)
+        stacks += [experts.rows(module, w).numel() for w in experts.expert_weights(module)]
+    loading = widest * max(stacks)
+    solved = 2 * sum(stacks)
+    return widest * sum(stacks) + 4 * (every - sum(stacks)) + max(loading, solved)
+
+
+def _hessian_bytes(source: Source, layer: Layer) -> int:
+    """All Hessians of a layer's routed experts."""
+    modules = [source.model.get_submodule(name) for name in layer.experts]
+    shapes = [experts.rows(m, w).shape for m in modules for w in experts.expert_weights(m)]
+    return sum(4 * E * K**2 for E, _, K in shapes)
+
+
+def _solver_bytes(source: Source, config: QuantConfig) -> int:
+    most = 0
+    for layer in source.structure.layers:
+        for name in layer.experts:
+            module = source.model.get_submodule(name)
+            shapes = [experts.rows(module, w).shape for w in experts.expert_weights(module)]
+            for E, _, K in shapes:
+                most = max(most, min(E, experts_at_once(K)) * K**2)
+        for name in [*layer.dense, *layer.loose_linears()]:
+            most = max(most, source.model.get_submodule(name).in_features ** 2)
+    return 0 if config.method == "rtn" else 4 * WORKSPACE * most

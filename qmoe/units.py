@@ -1,0 +1,87 @@
+"""Solved experts, kept on disk until their layer is written: a killed run solves them once.
+
+One file for each few experts solved at once, whole or absent, with a checksum.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qmoe.config import Scheme
+from qmoe.errors import OutputError
+from qmoe.solvers.solve import Solved
+from qmoe.storage import write_safetensors
+from qmoe.types import Quantized, digest
+
+PATTERN = ".qmoe-unit-{}-{}.safetensors"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Some neighbouring experts of a module: their first and second stacks, and which of them
+    borrowed tokens."""
+
+    solved: list[Solved]
+    borrowed: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units in a folder of unfinished work."""
+
+    folder: Path
+
+    def load(self, name: str, start: int, end: int, scheme: Scheme) -> Unit | None:
+        """Experts start to end of module `name`, if they were saved."""
+        path = self._path(name, start, end)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                note = json.loads(file.metadata()["unit"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise _damaged(path, str(error)) from error
+        solved = [_solved(tensors, i, entry, scheme) for i, entry in enumerate(note["solved"])]
+        if [digest(s.quantized) for s in solved] != note["digests"]:
+            raise _damaged(path, "its checksum does not fit")
+        return Unit(solved, note["borrowed"])
+
+    def save(self, name: str, start: int, end: int, unit: Unit) -> None:
+        tensors: dict[str, Tensor] = {}
+        for i, solved in enumerate(unit.solved):
+            parts = vars(solved.quantized).items()
+            tensors |= {f"{i}.{key}": part for key, part in parts if isinstance(part, Tensor)}
+        note = {
+            "solved": [{"error": s.error, "damped": s.damped, "rounded": s.rounded}
+                       for s in unit.solved],
+            "digests": [digest(s.quantized) for s in unit.solved],
+            "borrowed": unit.borrowed,
+        }  # fmt: skip
+        write_safetensors(self._path(name, start, end), tensors, {"unit": json.dumps(note)})
+
+    def any(self) -> bool:
+        return next(self.folder.glob(PATTERN.format("*", "*")), None) is not None
+
+    def clear(self) -> None:
+        """Their layer is written, or the work is over."""
+        for path in self.folder.glob(PATTERN.format("*", "*")):
+            path.unlink()
+
+    def _path(self, name: str, start: int, end: int) -> Path:
+        return self.folder / PATTERN.format(name, f"{start}-{end}")
+
+
+def _solved(tensors: dict[str, Tensor], i: int, entry: dict[str, Any], scheme: Scheme) -> Solved:
+    q, scale, zero = (tensors.get(f"{i}.{part}") for part in ("q", "scale", "zero"))
+    assert q is not None and scale is not None
+    damped = {int(e): amount for e, amount in entry["damped"].items()}
+    return Solved(Quantized(q, scale, zero, scheme), entry["error"], damped, entry["rounded"])
+
+
+def _damaged(path: Path, why: str) -> OutputError:
+    return OutputError(f"{path.parent}: unfinished work is damaged ({path.name}: {why}); remove it")

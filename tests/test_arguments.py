@@ -1,0 +1,97 @@
+"""Arguments of the wrong kind, options that contradict each other, and how a process ends."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import start
+
+import qmoe
+from qmoe import QuantConfig
+from qmoe.cli import build_parser, config_from, main
+from qmoe.errors import ConfigError
+
+WRONG = """
+quantize(3, out)
+quantize("a/b\\0", out)
+quantize("x" * 5000, out)
+quantize(".", 3)
+quantize(".", out, {"bits": 4})
+quantize(".", out, statistics_from="folder")
+quantize(".", out, statistics_from=[3])
+quantize(".", out, save_statistics=3)
+load(None)
+load(".", dtype="bfloat16")
+load(".", device=[])
+load(".", expert_memory="6 GB")
+Scheme(bits="4")
+Scheme(symmetric="no")
+Scheme(group_size=[])
+CalibrationConfig(windows="x")
+CalibrationConfig(text=3)
+CalibrationConfig(seed=0.5)
+QuantConfig(damp="x")
+QuantConfig(method=["gptq"])
+QuantConfig(min_tokens=None)
+QuantConfig.from_dict(3)
+"""
+
+
+def test_arguments_of_the_wrong_kind(tmp_path):
+    """In a process of its own: the type checks of the tests are not there for a user."""
+    code = f"""
+from qmoe import *
+from qmoe import QmoeError
+out = {str(tmp_path / "out")!r}
+for call in {WRONG.strip().splitlines()!r}:
+    try:
+        eval(call)
+        print(call, "passed")
+    except QmoeError as error:
+        assert 20 < len(str(error)) < 500, (call, error)
+    except BaseException as error:
+        print(call, repr(error))
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
+
+
+def test_text_options_contradict_statistics():
+    parse = build_parser().parse_args
+    for option in ("--windows", "--seed", "--batch", "--window", "--calibration"):
+        args = parse(["quantize", "a", "b", option, "9", "--statistics", "s"])
+        with pytest.raises(ConfigError, match=f"{option}: with --statistics no text is run"):
+            config_from(args)
+    assert config_from(parse(["quantize", "a", "b"])) == QuantConfig()
+
+
+@pytest.mark.parametrize("text", ["word " * 1000, "~nobody-here/x.txt"])
+def test_calibration_that_is_the_text_itself(capsys, tmp_path, demo, text):
+    assert main(["quantize", str(demo), str(tmp_path / "out"), "--calibration", text]) == 1
+    err = capsys.readouterr().err
+    assert "no such text file" in err and len(err) < 1000
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_have_the_mode_that_the_umask_says(tmp_path, demo):
+    before = os.umask(0o027)
+    try:
+        qmoe.quantize(demo, tmp_path / "out", QuantConfig("rtn"), progress=False)
+    finally:
+        os.umask(before)
+    modes = {p.name: oct(stat.S_IMODE(p.stat().st_mode)) for p in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {"0o640"}, modes
+
+
+def test_a_closed_terminal_is_like_an_interrupt(tmp_path, demo):
+    process = start(tmp_path, demo, "", "--windows", "64")
+    while not (tmp_path / "out.partial" / ".qmoe-shard-0.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGHUP)
+    err = process.communicate()[1]
+    assert process.returncode == 130 and "the same command goes on" in err, err

@@ -1,0 +1,72 @@
+"""Several processes quantize one model; in one process nothing of that is noticed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from qmoe import ranks
+
+OPTIONS = ("--windows", "10", "--batch", "2", "--dense-bits", "8")
+
+
+def quantize(demo, out, *launcher):
+    command = [sys.executable, "-P", "-m", *launcher, "qmoe", "quantize", str(demo), str(out)]
+    return subprocess.run([*command, *OPTIONS], capture_output=True, text=True)
+
+
+def by_two(demo, out):
+    return quantize(demo, out, "torch.distributed.run", "--nproc-per-node", "2", "--module")
+
+
+def weights(folder):
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
+
+
+def test_two_processes_write_what_one_does(tmp_path, demo):
+    for out, run in (("one", quantize), ("two", by_two)):
+        done = run(demo, tmp_path / out)
+        assert done.returncode == 0, done.stderr
+        assert "audit passed" in done.stdout and done.stdout.count("became") == 1
+    one, two = dict(weights(tmp_path / "one")), dict(weights(tmp_path / "two"))
+    assert one.keys() == two.keys()
+    # Sums over the text are added in another order for what is not routed: a few integers on the
+    # border may fall the other way.
+    same = [float((one[name] == two[name]).float().mean()) for name in one]
+    assert min(same) > 0.9 and sum(same) / len(same) > 0.999
+    reports = [json.loads((tmp_path / n / "qmoe_report.json").read_text()) for n in ("one", "two")]
+    for a, b in zip(*(report["layers"] for report in reports), strict=True):
+        for name, entry in a["experts"].items():
+            assert entry["tokens"] == b["experts"][name]["tokens"]
+            assert entry["borrowed"] == b["experts"][name]["borrowed"]
+        assert a["error"] == pytest.approx(b["error"], rel=1e-3)
+
+
+def test_a_refusal_reaches_every_process(tmp_path, demo):
+    (tmp_path / "out").mkdir()
+    done = by_two(demo, tmp_path / "out")
+    assert done.returncode != 0 and "already exists" in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_shares_are_neighbours_and_cover_everything(monkeypatch):
+    for count in (1, 2, 3, 7):
+        monkeypatch.setattr(ranks, "count", lambda n=count: n)
+        parts = []
+        for r in range(count):
+            monkeypatch.setattr(ranks, "rank", lambda n=r: n)
+            parts += ranks.share(range(10))
+        assert parts == list(range(10))
+
+
+def test_alone_everything_is_ones_own():
+    x = torch.arange(3)
+    ranks.add(x)
+    assert ranks.gather(5) == [5] and ranks.first("a") == "a"
+    assert ranks.together(x) is x and x.tolist() == [0, 1, 2]
