@@ -21,11 +21,13 @@ ROWS = 8192  # tokens of an expert multiplied at once
 class Captured:
     """What one experts module was called with. `part` gives the statistics of some experts."""
 
-    def __init__(self, module: Any, gate_weighted: bool, stride: int, scratch: Scratch):
-        """stride: every stride-th token goes into the sample for rare experts.
-        scratch: where tokens wait."""
+    def __init__(
+        self, module: Any, gate_weighted: bool, stride: int, scratch: Scratch, last: bool = False
+    ):
+        """stride: every stride-th token goes into the sample for rare experts. scratch: where
+        tokens wait. last: nothing comes of its output, so it need not be computed."""
         self.module, self.gate_weighted, self.stride = module, gate_weighted, stride
-        self.scratch = scratch
+        self.scratch, self.last = scratch, last
         self._calls: list[tuple[Tensor, Tensor, Tensor]] = []
         first, second = experts.expert_weights(module)
         self.hidden = experts.rows(module, first).shape[2]

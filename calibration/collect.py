@@ -30,6 +30,11 @@ def experts_forward(
     captured = getattr(self, "_qmoe_captured", None)
     if captured is not None:
         captured.saw(hidden_states, top_k_index, top_k_weights)
+        if captured.last:  # and nothing of the layer's output is needed
+            return torch.zeros_like(hidden_states)
+    routes = getattr(self, "_qmoe_routes", None)
+    if routes is not None:
+        routes.append(top_k_index)
     out = torch.zeros_like(hidden_states)
     for e in top_k_index.unique().tolist():
         if e >= self.num_experts:  # a sentinel: this assignment goes to no expert
@@ -59,6 +64,19 @@ def collecting_experts(modules: list[Any]) -> Iterator[None]:
     finally:
         for config, name in before:
             config._experts_implementation = name
+
+
+@contextmanager
+def recording_routes(modules: dict[str, Any]) -> Iterator[dict[str, list[Tensor]]]:
+    """The experts [T, A] that every call of these modules sends its tokens to, by module."""
+    routes: dict[str, list[Tensor]] = {name: [] for name in modules}
+    for name, module in modules.items():
+        module._qmoe_routes = routes[name]
+    try:
+        yield routes
+    finally:
+        for module in modules.values():
+            del module._qmoe_routes
 
 
 @contextmanager

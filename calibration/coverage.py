@@ -39,3 +39,12 @@ def borrow(
 def average_weight(stats: ExpertStats | Captured) -> float:
     """Of a routed token of the layer."""
     return float(stats.weight.sum()) / max(int(stats.tokens.sum()), 1)
+
+
+def routes_kept(before: list[Tensor], after: list[Tensor], experts: int) -> float:
+    """Share of the experts chosen for each token, [T, A] a call, that are chosen again."""
+    kept = chosen = 0
+    for a, b in zip(before, after, strict=True):
+        same = (a[:, :, None] == b[:, None]).any(2) & (a < experts)
+        kept, chosen = kept + int(same.sum()), chosen + int((a < experts).sum())
+    return kept / max(chosen, 1)

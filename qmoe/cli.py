@@ -9,7 +9,15 @@ from types import FrameType
 from typing import Any
 
 from qmoe._version import __version__
-from qmoe.config import BITS, CHANNEL, GROUPS, CalibrationConfig, QuantConfig, Scheme
+from qmoe.config import (
+    BITS,
+    CHANNEL,
+    GROUPS,
+    PRESETS,
+    CalibrationConfig,
+    QuantConfig,
+    Scheme,
+)
 from qmoe.errors import ConfigError, QmoeError
 
 METHODS = """methods, with KL to the original in thousandths of a nat per token, measured on a
@@ -19,6 +27,7 @@ METHODS = """methods, with KL to the original in thousandths of a nat per token,
   awq   2.57 / 2.67   activation-aware scales folded into norms and experts, then round to nearest
   gptq  0.77 / 1.16   Hessian-based error feedback per expert (default)
 """
+TEXT_NUMBERS = ("windows", "written", "window", "batch", "seed")
 TEXT_HELP = (
     "text, comma separated: bundled[:DOMAIN+DOMAIN], heldout[:DOMAIN+DOMAIN], a file, folder or "
     "glob, or hf:NAME[:SPLIT[:COLUMN]] for a dataset"
@@ -90,6 +99,12 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
     d, c = QuantConfig(), CalibrationConfig()
     p.add_argument("src", help="model folder or hub name")
     p.add_argument("dst", help="new folder")
+    p.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        default="balanced",
+        help="what options below are when they are not given (see the end of this help)",
+    )
     p.add_argument("--method", choices=["rtn", "gptq", "awq"], default=d.method)
     p.add_argument("--bits", type=int, choices=BITS, default=d.experts.bits, help="of experts")
     p.add_argument(
@@ -116,6 +131,12 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--lm-head-bits", type=int, choices=[*BITS, 16], default=16, help="16 leaves it")
     p.add_argument("--no-act-order", action="store_true", help="GPTQ in column order")
     p.add_argument("--no-gate-weight", action="store_true", help="all routed tokens count alike")
+    p.add_argument(
+        "--search",
+        action=argparse.BooleanOptionalAction,
+        help="grids and integers beyond GPTQ's one pass on min-max grids",
+    )
+    p.add_argument("--tune", type=int, metavar="STEPS", help="tuning each layer's output; 0: none")
     p.add_argument("--damp", type=float, default=d.damp, help="share of the mean Hessian diagonal")
     p.add_argument(
         "--min-tokens",
@@ -125,7 +146,8 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
     )
     # Without defaults: what is given contradicts --statistics.
     p.add_argument("--calibration", metavar="TEXT", help=f"{TEXT_HELP} ({c.text})")
-    p.add_argument("--windows", type=int, help=f"calibration windows in all ({c.windows})")
+    p.add_argument("--windows", type=int, help="windows of that text (by preset)")
+    p.add_argument("--written", type=int, help="and windows the model writes itself (by preset)")
     p.add_argument("--window", type=int, help=f"tokens in a window ({c.window})")
     p.add_argument("--batch", type=int, help=f"windows per forward pass ({c.batch})")
     p.add_argument("--seed", type=int, help=f"of the choice of windows ({c.seed})")
@@ -159,6 +181,7 @@ def _compare_options(p: argparse.ArgumentParser) -> None:
 
 def config_from(args: argparse.Namespace) -> QuantConfig:
     """The QuantConfig that `quantize`'s options describe."""
+    given = {"searched": args.search, "tune": args.tune} | _text_options(args)
     dense = (
         Scheme(args.dense_bits, args.dense_group_size, not args.dense_asymmetric)
         if (args.dense_bits != 16)
@@ -169,7 +192,8 @@ def config_from(args: argparse.Namespace) -> QuantConfig:
         if args.lm_head_bits != 16
         else None
     )
-    return QuantConfig(
+    return QuantConfig.preset(
+        args.preset if args.method == "gptq" else "fast",
         method=args.method,
         experts=Scheme(args.bits, args.group_size, not args.asymmetric),
         dense=dense,
@@ -178,13 +202,13 @@ def config_from(args: argparse.Namespace) -> QuantConfig:
         damp=args.damp,
         gate_weighted=not args.no_gate_weight,
         min_tokens=args.min_tokens,
-        calibration=CalibrationConfig(**_text_options(args)),
+        **{name: value for name, value in given.items() if value is not None},
     )
 
 
 def _text_options(args: argparse.Namespace) -> dict[str, Any]:
     """What was given of the options about calibration text, by CalibrationConfig's names."""
-    names = {"calibration": "text"} | {n: n for n in ("windows", "window", "batch", "seed")}
+    names = {"calibration": "text"} | {n: n for n in TEXT_NUMBERS}
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     if args.statistics and given:
         raise ConfigError(

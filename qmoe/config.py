@@ -1,7 +1,7 @@
 """What to do to a model: frozen dataclasses, checked when they are made, strict when read back."""
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from qmoe.errors import ConfigError
 
@@ -50,18 +50,29 @@ class Scheme:
         return f"int{self.bits} {group} {'sym' if self.symmetric else 'asym'}"
 
 
+# What quality may cost. fast: GPTQ on min-max grids. balanced: better grids and integers, and half
+# of the text written by the model itself. best: more of both kinds of text, and each layer tuned.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"searched": False, "tune": 0, "windows": 128, "written": 0},
+    "balanced": {"searched": True, "tune": 0, "windows": 64, "written": 64},
+    "best": {"searched": True, "tune": 200, "windows": 128, "written": 128},
+}
+
+
 @dataclass(frozen=True)
 class CalibrationConfig:
     """Which text the statistics are gathered on.
 
     text: "bundled" (all domains that ship with qmoe), "bundled:austen+factbook", a local file or
     folder, or "hf:NAME[:SPLIT[:COLUMN]]" for any `datasets` name (calibration/text.py).
-    windows x window tokens are used, spread evenly over the domains. batch: windows per forward
-    pass.
+    windows x window tokens are used, spread evenly over the domains. written: windows more that
+    the model writes itself (calibration/writing.py), in the languages and domains it knows whatever
+    the text is. batch: windows per forward pass.
     """
 
     text: str = "bundled"
     windows: int = 128
+    written: int = 0
     window: int = 256
     batch: int = 8
     seed: int = 0
@@ -69,7 +80,7 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         expect("calibration text", self.text, str)
         expect("calibration seed", self.seed, int)
-        for name, least in (("windows", 1), ("window", 2), ("batch", 1)):
+        for name, least in (("windows", 1), ("written", 0), ("window", 2), ("batch", 1)):
             expect(f"calibration {name}", getattr(self, name), int)
             if getattr(self, name) < least:
                 raise ConfigError(
@@ -88,8 +99,10 @@ class QuantConfig:
     output projection (None leaves it). act_order: GPTQ visits columns by falling Hessian diagonal,
     with group scales fixed from the original weights, so nothing extra is stored. damp: share of
     the mean Hessian diagonal added to it. gate_weighted: weigh each routed token's contribution to
-    its expert's Hessian by the squared gate. min_tokens: an expert with fewer calibration tokens
-    borrows tokens of its layer (see calibration/coverage.py).
+    its expert's Hessian by the squared gate. searched: grids and integers that GPTQ's one pass on
+    min-max grids leaves out (solvers/search.py). tune: steps of tuning each layer against the
+    original's output, after it is solved (qmoe/tuning.py); 0 is none. min_tokens: an expert with
+    fewer calibration tokens borrows tokens of its layer (see calibration/coverage.py).
     """
 
     method: Method = "gptq"
@@ -99,6 +112,8 @@ class QuantConfig:
     act_order: bool = True
     damp: float = 0.01
     gate_weighted: bool = True
+    searched: bool = True
+    tune: int = 0
     min_tokens: int = 256
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
@@ -111,14 +126,27 @@ class QuantConfig:
             raise ConfigError(f"calibration: expected its config, got {self.calibration!r}")
         if self.method not in get_args(Method):
             raise ConfigError(f"method: expected one of {get_args(Method)}, got {self.method!r}")
-        for name in ("act_order", "gate_weighted"):
+        for name in ("act_order", "gate_weighted", "searched"):
             expect(name, getattr(self, name), bool)
+        for name in ("min_tokens", "tune"):
+            expect(name, getattr(self, name), int)
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         expect("damp", self.damp, float)
-        expect("min_tokens", self.min_tokens, int)
+        if self.tune and self.method != "gptq":
+            raise ConfigError(f"tune: starts from gptq's weights, the method is {self.method}")
         if not 0 < self.damp < 1:
             raise ConfigError(f"damp: expected a share between 0 and 1, got {self.damp}")
-        if self.min_tokens < 0:
-            raise ConfigError(f"min_tokens: expected 0 or more, got {self.min_tokens}")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "QuantConfig":
+        """The settings of "fast", "balanced" (the command's default) or "best", with `changes` to
+        fields of this class or of CalibrationConfig."""
+        if name not in PRESETS:
+            raise ConfigError(f"preset: expected one of {tuple(PRESETS)}, got {name!r}")
+        values = PRESETS[name] | changes
+        text = {f.name: values.pop(f.name) for f in fields(CalibrationConfig) if f.name in values}
+        return cast(QuantConfig, _strict(cls, {"calibration": CalibrationConfig(**text)} | values))
 
     @property
     def symmetric(self) -> bool:
@@ -139,9 +167,7 @@ class QuantConfig:
                 values[name] = _strict(Scheme, values[name])
         if isinstance(values.get("calibration"), dict):
             values["calibration"] = _strict(CalibrationConfig, values["calibration"])
-        config = _strict(cls, values)
-        assert isinstance(config, cls)
-        return config
+        return cast(QuantConfig, _strict(cls, values))
 
 
 def expect(name: str, value: Any, *kinds: type) -> None:

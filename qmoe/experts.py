@@ -69,9 +69,13 @@ def bias_stack(experts: Any, name: str) -> Float[Tensor, "E N"] | None:
 
 def put(experts: Any, name: str, weight: Float[Tensor, "E N K"], start: int = 0) -> None:
     """Overwrite a weight stack from expert `start` on, from the form that `stack` gives."""
-    if _interleaved(experts, name):
-        weight = torch.stack(weight.chunk(2, dim=1), dim=2).flatten(1, 2)
-    rows(experts, name)[start : start + len(weight)].data.copy_(weight)
+    rows(experts, name)[start : start + len(weight)].data.copy_(_family_rows(experts, name, weight))
+
+
+def as_stored(experts: Any, name: str, weight: Float[Tensor, "N K"]) -> Tensor:
+    """One matrix in the form that `stack` gives, as the family's own code wants to find it."""
+    mine = _family_rows(experts, name, weight[None])[0]
+    return mine.T if experts.is_transposed else mine
 
 
 def product(experts: Any, name: str, e: int, x: Float[Tensor, "M K"]) -> Float[Tensor, "M N"]:
@@ -101,6 +105,12 @@ def after(experts: Any, y: Float[Tensor, "M H"]) -> Float[Tensor, "M H"]:
 
 def _interleaved(experts: Any, name: str) -> bool:
     return not experts.is_concatenated and name == "gate_up_proj"
+
+
+def _family_rows(experts: Any, name: str, weight: Tensor) -> Tensor:
+    if _interleaved(experts, name):
+        return torch.stack(weight.chunk(2, dim=1), dim=2).flatten(1, 2)
+    return weight
 
 
 def _concatenated(both: Tensor) -> Tensor:

@@ -18,25 +18,31 @@ def limits(bits: int) -> tuple[int, int]:
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
+def stored_scale(scale: Float[Tensor, "*any"], dtype: torch.dtype) -> Float[Tensor, "*any"]:
+    """float32 scales as they come back from being stored in `dtype`; never zero."""
+    info = torch.finfo(dtype)
+    rounded: Tensor = scale.clamp(info.tiny, info.max).to(dtype).float()
+    return rounded
+
+
 def grid_of(
-    weight: Float[Tensor, "E N K"], scheme: Scheme, scale_dtype: torch.dtype
+    weight: Float[Tensor, "E N K"], scheme: Scheme, scale_dtype: torch.dtype, ratio: float = 1.0
 ) -> tuple[Float[Tensor, "E N G"], Float[Tensor, "E N G"]]:
-    """Min-max scale and zero point of every group, both float32.
+    """Min-max scale and zero point of every group, both float32. ratio: of the range to cover.
 
     The scale is rounded to `scale_dtype` first, because that is what will be stored and what the
     integers must be chosen for. A group of zeros gets the smallest normal scale, so no division
     by zero is possible later. Zero points are whole numbers in float; 0 if symmetric.
     """
     groups = weight.float().unflatten(-1, (scheme.groups(weight.shape[-1]), -1))
-    low = groups.amin(-1).clamp(max=0)
-    high = groups.amax(-1).clamp(min=0)
+    low = groups.amin(-1).clamp(max=0) * ratio
+    high = groups.amax(-1).clamp(min=0) * ratio
     qmin, qmax = limits(scheme.bits)
     if scheme.symmetric:
         scale = torch.maximum(-low, high) * 2 / (qmax - qmin)
     else:
         scale = (high - low) / (qmax - qmin)
-    info = torch.finfo(scale_dtype)
-    scale = scale.clamp(info.tiny, info.max).to(scale_dtype).float()
+    scale = stored_scale(scale, scale_dtype)
     if scheme.symmetric:
         return scale, torch.zeros_like(scale)
     return scale, (qmin - low / scale).round().clamp(qmin, qmax)

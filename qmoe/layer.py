@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from qmoe import experts as routed
 from qmoe import loose, ranks
 from qmoe.calibration.capture import Captured
-from qmoe.calibration.collect import collecting_experts, collecting_linears, sampling
+from qmoe.calibration.collect import (
+    collecting_experts,
+    collecting_linears,
+    recording_routes,
+    sampling,
+)
+from qmoe.calibration.coverage import routes_kept
 from qmoe.calibration.stats import LayerStats, LinearStats
 from qmoe.errors import CalibrationError, UnsupportedModelError
 from qmoe.fold import TOLERANCE, find_folds, fold_experts, fold_norm
@@ -21,21 +27,30 @@ from qmoe.job import Job, Result
 from qmoe.solving import borrow_rare, solve_parts
 from qmoe.structure import Layer
 from qmoe.suspend import Call
+from qmoe.tuning import hidden, tune
 
 Forward = Callable[..., Any]
 SAMPLE = 256  # tokens of the layer kept for experts that saw too few of their own
 
 
 def quantize_layer(
-    job: Job, forward: Forward, calls: list[Call], given: LayerStats | None
+    job: Job,
+    forward: Forward,
+    calls: list[Call],
+    given: LayerStats | None,
+    originals: list[Call],
 ) -> tuple[Result, list[Any]]:
-    """Quantize everything in the layer; returns the result and its outputs with quantized weights.
+    """Quantize everything in the layer; returns the result and its outputs: for `originals` those
+    of the original layer, then for `calls` those with quantized weights.
 
     Attention first, then the rest on inputs that come from quantized attention. With `given`
-    statistics (empty ones for plain rounding) nothing is run and no outputs come back.
+    statistics (empty ones for plain rounding) nothing is run and no outputs come back. originals:
+    the inputs of the same batches in the original model, for a layer that is to be tuned.
     """
     layer, result = job.layer, Result()
     result.record = {"name": layer.name, "experts": {}, "dense": {}, "kept": layer.kept}
+    with recording_routes(_experts(job)) as wanted:
+        targets = [job.scratch.keep(y) for y in run_layer(job.model, layer, forward, originals)]
     if given is not None:
         result.stats = given
         if job.config.method != "rtn":
@@ -50,7 +65,8 @@ def quantize_layer(
         if not names:
             continue
         if given is None:
-            outputs = _gather(job, names, forward, calls, result, keep=before is None)
+            keep = before is None and not targets
+            outputs = _gather(job, names, forward, calls, result, keep)
             before = before if before is not None else outputs
             if job.save is not None and not any(parts[i + 1 :]):
                 job.save(result.stats)
@@ -63,9 +79,36 @@ def quantize_layer(
         result.record["error"] = None
         return result, []
     result.captured.clear()
+    if targets:
+        _tune(job, forward, calls, targets, wanted, result)
     after = [job.scratch.keep(y) for y in run_layer(job.model, job.layer, forward, calls)]
-    result.record["error"] = _relative_rms(after, before or after)
-    return result, after
+    result.record["error"] = _relative_rms(after, targets or before or after)
+    return result, targets + after
+
+
+def _tune(
+    job: Job,
+    forward: Forward,
+    calls: list[Call],
+    targets: list[Any],
+    wanted: dict[str, list[Tensor]],
+    result: Result,
+) -> None:
+    """Tune, and record what share of the original's choices of experts the layer makes, before and
+    after."""
+    for when in ("solved", "tuned"):
+        if when == "tuned":
+            tune(job, forward, calls, targets, result)
+        with recording_routes(_experts(job)) as chosen:
+            for _ in run_layer(job.model, job.layer, forward, calls):
+                pass
+        for name, module in _experts(job).items():
+            kept = routes_kept(wanted[name], chosen[name], module.num_experts)
+            result.record["experts"][name].setdefault("routing_kept", {})[when] = round(kept, 6)
+
+
+def _experts(job: Job) -> dict[str, Any]:
+    return {name: job.model.get_submodule(name) for name in job.layer.experts}
 
 
 def run_layer(model: nn.Module, layer: Layer, forward: Forward, calls: list[Call]) -> Iterator[Any]:
@@ -85,7 +128,9 @@ def _gather(
     modules: dict[str, Any] = {n: job.model.get_submodule(n) for n in names}
     stride = max(1, job.tokens // SAMPLE)
     for name in experts:
-        captured = Captured(modules[name], job.config.gate_weighted, stride, job.scratch)
+        # One experts module, nothing behind it that is gathered, no output kept: not computed.
+        last = not keep and names == experts == [name]
+        captured = Captured(modules[name], job.config.gate_weighted, stride, job.scratch, last)
         result.captured[name] = modules[name]._qmoe_captured = captured
     linears = {n: m for n, m in modules.items() if n not in experts}
     lists = loose.modules_of(job, names)
@@ -210,15 +255,9 @@ def _check_given(job: Job, given: LayerStats) -> None:
             )
 
 
-def _hidden(output: Any) -> Tensor:
-    """The hidden states of a layer's output, which some families wrap in a tuple."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
-
-
 def _relative_rms(outputs: list[Any], reference: list[Any]) -> float:
     """RMS of the difference over RMS of the reference, all batches together."""
-    pairs = [(_hidden(a), _hidden(b)) for a, b in zip(outputs, reference, strict=True)]
+    pairs = [(hidden(a), hidden(b)) for a, b in zip(outputs, reference, strict=True)]
     lost = sum(ranks.gather(sum(float((a.float() - b.float()).square().sum()) for a, b in pairs)))
     total = sum(ranks.gather(sum(float(b.float().square().sum()) for _, b in pairs)))
     return (lost / total) ** 0.5 if total else 0.0

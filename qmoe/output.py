@@ -21,6 +21,7 @@ from qmoe.units import Units
 
 MARKER = ".qmoe-partial"  # which process is writing what
 NOTE = ".qmoe-shard-{}.json"  # what was done for a finished shard
+WRITTEN = ".qmoe-written.safetensors"  # text that the model wrote
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 
 
@@ -123,6 +124,7 @@ class OutputFolder:
             return
         if kind is None:
             self.units.clear()
+            (self.path / WRITTEN).unlink(missing_ok=True)
             for note in self.path.glob(NOTE.format("*")):
                 note.unlink()
             # In this order: a kill between the two leaves a whole model with one file too many, and

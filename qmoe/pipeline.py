@@ -34,6 +34,7 @@ from qmoe.solvers.solve import solve
 from qmoe.structure import Layer
 from qmoe.suspend import Call, suspended
 from qmoe.types import Quantized, digest
+from qmoe.writing import written_windows
 
 
 @torch.no_grad()
@@ -66,7 +67,9 @@ def quantize(
     trust = trust_remote_code
     source, windows, identity = prepare(src, dst, config, text=text, track=track, trust=trust)
     whole = bool(given) or save_statistics is not None
-    spill = spills(needed(source, config, windows.numel(), whole), max_memory)
+    c = config.calibration
+    tokens = windows.numel() + (c.written * c.window if text else 0)
+    spill = spills(needed(source, config, tokens, whole), max_memory)
     saved = None if save_statistics is None else Path(save_statistics)
     if saved is not None:
         make_folder(saved)
@@ -83,6 +86,9 @@ def quantize(
         if saved is not None and any(saved.iterdir()) and not out.begun():
             raise OutputError(f"{saved}: is not empty; statistics of two runs must not mix")
         run = _Run(source, config, given, saved, out, spill)
+        if text and c.written:
+            own, run.unwritten = written_windows(source, config, out, max_memory, trust)
+            windows = torch.cat([windows, own])
         run.all_shards(windows, track)
         report = run.finish(windows, track, trust) if out.leads else {}
     return ranks.first(report)
@@ -107,6 +113,7 @@ class _Run:
         self.records: list[dict[str, Any]] = []
         self.head: tuple[str, Quantized] | None = None
         self.tokens = 0
+        self.unwritten = ""  # why the model wrote no text, if it should have
         # Of every quantized stack as it was solved, to be compared with what was written.
         self.digests: dict[str, str] = {}
         self.schemes = Schemes(self.new_config(), str(out.dst))
@@ -145,6 +152,8 @@ class _Run:
         else:
             batches = ranks.share(windows.split(self.config.calibration.batch))
             inputs = [inputs_of(source.model, ids) for ids in batches]
+            if self.config.tune:  # one stream of the original model, one of the quantized one
+                inputs += [inputs_of(source.model, ids) for ids in batches]
             for _ in suspended(source.model, modules, inputs, visit):
                 pass
         next(progress, None)  # lets the progress bar close
@@ -163,6 +172,8 @@ class _Run:
         report = build_report(self.config, source, self.records, audit, __version__)
         report |= {"source_sha256": self.about["model"], "digests": self.digests}
         report |= {"kept_sha256": audit.kept, "calibration": self.calibration(windows)}
+        if self.unwritten:
+            report["fallbacks"].insert(0, f"the model wrote no text: {self.unwritten}")
         out.write_json("qmoe_report.json", report)
         return report
 
@@ -202,7 +213,7 @@ class _Run:
             else (lambda stats: statistics.save(stats, saved / _stats_file(i), self.about))
         )
         blind = not calls and not self.given
-        config = replace(self.config, method="rtn") if blind else self.config
+        config = replace(self.config, method="rtn", tune=0) if blind else self.config
         job = Job(
             source.model,
             layer,
@@ -218,7 +229,8 @@ class _Run:
         if self.given:
             parts = [statistics.load(p / _stats_file(i), self.about) for p in self.given]
             given = statistics.merge(parts)
-        result, outputs = quantize_layer(job, forward, calls, given)
+        originals, calls = self._streams(calls)
+        result, outputs = quantize_layer(job, forward, calls, given, originals)
         if config.method != self.config.method:
             result.record["unreached"] = True
         if not self.out.leads:
@@ -232,10 +244,21 @@ class _Run:
 
     def _again(self, i: int, layer: Layer, forward: Any, calls: list[Call]) -> list[Any]:
         """The outputs of a layer that an earlier run quantized, from what it wrote."""
+        originals, calls = self._streams(calls)
+        model, outputs = self.source.model, []
+        if originals:
+            load_layer(self.source, layer, self._experts_dtype())
+            outputs += [self.scratch.keep(y) for y in run_layer(model, layer, forward, originals)]
+            free(model.get_submodule(layer.name))
         weights = unpacked_tensors(self.out.read_shard(i), self.schemes)
         restore(self.source, layer, weights, self._experts_dtype())
-        outputs = run_layer(self.source.model, layer, forward, calls)
-        return [self.scratch.keep(y) for y in outputs]
+        outputs += [self.scratch.keep(y) for y in run_layer(model, layer, forward, calls)]
+        return outputs
+
+    def _streams(self, calls: list[Call]) -> tuple[list[Call], list[Call]]:
+        """The batches that run through the original model, and those through the quantized one."""
+        half = len(calls) // 2 if self.config.tune else 0
+        return calls[:half], calls[half:]
 
     def _experts_dtype(self) -> torch.dtype:
         """Of routed experts in memory: as stored, but for AWQ, whose scales must not be rounded."""
@@ -270,6 +293,7 @@ class _Run:
             scale_dtype=self.source.weight_dtype(),
             act_order=self.config.act_order,
             damp=self.config.damp,
+            searched=self.config.searched,
         )
         self.records.append({"name": name, "error": solved.error[0], "method": method})
         self.head = (f"{name}.weight", solved.quantized)
@@ -293,7 +317,9 @@ class _Run:
             return {"statistics": [str(p) for p in self.given]}
         if not len(windows):
             return {}
-        return {"windows": list(windows.shape), "sha256": fingerprint(windows)}
+        written = 0 if self.unwritten else self.config.calibration.written
+        shape = list(windows.shape)
+        return {"windows": shape, "written": written, "sha256": fingerprint(windows)}
 
 
 def _stats_file(i: int) -> str:

@@ -168,6 +168,10 @@ def check_combination(
         raise ConfigError("awq rescales statistics as it goes; save and reuse them with gptq only")
     if len({p.resolve() for p in given}) < len(given):
         raise ConfigError("statistics: the same folder is given twice")
+    if given and config.tune:
+        raise ConfigError("tune: runs text through each layer; leave out the saved statistics")
+    if config.tune and ranks.count() > 1:
+        raise ConfigError(f"tune: runs in one process, this is one of {ranks.count()}")
     if given and config.lm_head is not None:
         raise ConfigError("saved statistics do not cover lm_head; leave it out or use text")
     if saved is not None and Path(saved).resolve() == dst.resolve():

@@ -13,6 +13,7 @@ from qmoe.errors import CalibrationError
 from qmoe.grid import dequantize
 from qmoe.job import Job, Result
 from qmoe.solvers.solve import Solved, experts_at_once, join, solve
+from qmoe.types import Quantized
 from qmoe.units import Unit
 
 
@@ -26,6 +27,16 @@ def solve_parts(job: Job, names: list[str], result: Result) -> None:
             _solve_linear(job, name, module, result)
 
 
+def hold(job: Job, target: str, quantized: Quantized) -> None:
+    """Have the layer hold the dequantized weights of parameter `target`."""
+    name, _, weight = target.rpartition(".")
+    module: Any = job.model.get_submodule(name)
+    if name in job.layer.experts:
+        experts.put(module, weight, dequantize(quantized))
+    else:
+        module.weight.data.copy_(dequantize(quantized)[0])
+
+
 def _solve_linear(job: Job, name: str, module: Any, result: Result) -> None:
     linear = result.stats.linears.get(name)
     hessian = linear.hessian[None] if linear is not None else None
@@ -33,7 +44,7 @@ def _solve_linear(job: Job, name: str, module: Any, result: Result) -> None:
     if hessian is None and job.config.method != "rtn":
         # Its family multiplies with the weight by hand, or no token came to this expert.
         solved = replace(solved, rounded=[0])
-    module.weight.data.copy_(dequantize(solved.quantized)[0])
+    hold(job, f"{name}.weight", solved.quantized)
     result.weights[f"{name}.weight"] = solved.quantized
     result.record["dense"][name] = _entry(solved, single=True)
 
@@ -120,6 +131,7 @@ def _solve(job: Job, name: str, weight: Tensor, hessian: Tensor | None) -> Solve
         scale_dtype=job.scale_dtype,
         act_order=config.act_order,
         damp=config.damp,
+        searched=config.searched,
     )
 
 

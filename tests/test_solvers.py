@@ -162,9 +162,19 @@ def test_awq_leaves_dead_features_alone():
     assert s[0, 4] == 1 and s.isfinite().all()
 
 
-def test_reported_error_is_the_output_error():
+@pytest.mark.parametrize("searched", [False, True])
+def test_reported_error_is_the_output_error(searched):
     W, x = torch.randn(2, 8, 64), correlated(2, 100, 64)
-    solved = solve(W, x.mT @ x, Scheme(4, 32), "gptq", scale_dtype=F32, act_order=True, damp=0.01)
+    solved = solve(
+        W,
+        x.mT @ x,
+        Scheme(4, 32),
+        "gptq",
+        scale_dtype=F32,
+        act_order=True,
+        damp=0.01,
+        searched=searched,
+    )
     y, lost = x @ W.mT, x @ (dequantize(solved.quantized) - W).mT
     expected = lost.flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)
     assert_close(torch.tensor(solved.error), expected, most=1e-3, rms=1e-3)

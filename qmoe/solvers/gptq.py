@@ -18,7 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qmoe.config import Scheme
-from qmoe.grid import grid_of, make_quantized, round_to_grid
+from qmoe.grid import dequantize, grid_of, make_quantized, round_to_grid
+from qmoe.solvers.awq import output_error
+from qmoe.solvers.search import search
 from qmoe.types import Quantized
 
 LEAF = 16  # columns whose error goes on column by column; beyond them by matrix products
@@ -47,8 +49,10 @@ def gptq(
     scale_dtype: torch.dtype,
     act_order: bool = True,
     damp: float = 0.01,
+    searched: bool = False,
 ) -> GptqResult:
-    """Quantize each expert so that its output error on its own tokens is small.
+    """Quantize each expert so that its output error on its own tokens is small. searched: on grids,
+    and with integers, from search.py instead of on min-max grids in one pass.
 
     An input feature that was never active (zero diagonal) keeps its weight for rounding and takes
     no part in error feedback; an expert whose H is all zero is therefore rounded to nearest.
@@ -61,14 +65,37 @@ def gptq(
     total = _loss(factor, _times_upper(W, factor.upper), W)
     scale, zero = (grid.mT.contiguous() for grid in grid_of(weight, scheme, scale_dtype))
     group = order // (K // scheme.groups(K))
-    # With act-order the columns of one group are not neighbors: the grids made above are final.
-    static = act_order or scheme.groups(K) == 1
-    q = torch.empty_like(W, dtype=torch.int8)
-    loop = _Loop(W, W.clone(), q, scale, zero, factor.upper, group, static, scheme, scale_dtype)
-    _solve(loop, 0, K)
-    lost = _loss(factor, loop.target, loop.error)
-    q = torch.empty_like(q).scatter_(1, order[:, :, None].expand_as(q), q)
-    made = make_quantized(q.mT, scale.mT, zero.mT, scheme, scale_dtype)
+    # With act-order the columns of one group are not neighbors: their grids are final beforehand.
+    static = act_order or searched or scheme.groups(K) == 1
+
+    def round_on(scale: Tensor, zero: Tensor) -> tuple[Tensor, _Loop]:
+        """The integers in the columns' own order, and the state at the end."""
+        q = torch.empty_like(W, dtype=torch.int8)
+        upper = factor.upper
+        loop = _Loop(
+            W.clone(), W.clone(), q, scale, zero, upper, group, static, scheme, scale_dtype
+        )
+        _solve(loop, 0, K)
+        return torch.empty_like(q).scatter_(1, order[:, :, None].expand_as(q), q), loop
+
+    if searched:
+
+        def round_rows(scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+            q, loop = round_on(scale, zero)
+            return q, (loop.target.square() * factor.diagonal[..., None]).sum(1)
+
+        damped = hessian + torch.diag_embed(
+            torch.zeros_like(factor.added).scatter_(1, order, factor.added)
+        )
+        damped[factor.rounded] = 0
+        found = search(weight.float().mT.contiguous(), damped, scheme, scale_dtype, round_rows)
+        made = make_quantized(found.q.mT, found.scale.mT, found.zero.mT, scheme, scale_dtype)
+        lost = output_error(dequantize(made) - weight.float(), hessian)
+    else:
+        scale, zero = (grid.mT.contiguous() for grid in grid_of(weight, scheme, scale_dtype))
+        q, loop = round_on(scale, zero)
+        made = make_quantized(q.mT, scale.mT, zero.mT, scheme, scale_dtype)
+        lost = _loss(factor, loop.target, loop.error)
     return GptqResult(made, lost, total, factor.damped, factor.rounded)
 
 

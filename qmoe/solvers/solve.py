@@ -36,6 +36,7 @@ def solve(
     scale_dtype: torch.dtype,
     act_order: bool,
     damp: float,
+    searched: bool,
 ) -> Solved:
     """Quantize a stack. AWQ's scales are already in the weights, so it rounds to nearest here.
 
@@ -48,7 +49,13 @@ def solve(
     rounded: list[int] = []
     if method == "gptq":
         result = gptq(
-            weight, hessian, scheme, scale_dtype=scale_dtype, act_order=act_order, damp=damp
+            weight,
+            hessian,
+            scheme,
+            scale_dtype=scale_dtype,
+            act_order=act_order,
+            damp=damp,
+            searched=searched,
         )
         quantized, damped, rounded = result.quantized, result.damped, result.rounded
         lost, total = result.lost, result.total

@@ -1,0 +1,235 @@
+"""Tuning a solved layer by gradient, so that its output is the original model's.
+
+Solvers see one matrix at a time and its error under the inputs it gets. Here the whole layer is
+run on what reaches it in the quantized model and held against what the original layer gives in the
+original model, so it also makes up for the layers before it. What moves: integers (a latent value
+that is rounded, straight-through gradient), scales, and what stays in 16 bits beside them, norms
+and routers. The family of AutoRound (Cheng et al., 2023, arXiv 2309.05516) and OmniQuant (Shao et
+al., 2023, arXiv 2308.13137), started from GPTQ's solution instead of from plain rounding.
+
+The loss is each token's squared error over its squared size: norms divide every token by its size,
+and a few huge ones (attention sinks) must not outweigh the rest.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from qmoe import experts
+from qmoe.calibration.collect import collecting_experts
+from qmoe.grid import limits, stored_scale
+from qmoe.job import Job, Result
+from qmoe.solving import hold
+from qmoe.suspend import Call
+from qmoe.types import Quantized
+
+# Adam's rates at the first step; they fall to zero in equal steps. A rate is roughly how far a
+# value moves in a step: integers, in units of 1, by REACH in all; scales relative to what they are.
+REACH, SCALES, KEPT = 1.0, 0.003, 0.0005
+BETAS = (0.9, 0.95)
+
+
+class OnGrid(torch.autograd.Function):
+    """Latent values [N, K] rounded to a grid; the gradient passes straight through inside it."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+        qmin, qmax = limits(bits)
+        ctx.save_for_backward(latent, scale, zero)
+        ctx.range = qmin, qmax
+        steps = (latent.round().clamp(qmin, qmax)).unflatten(1, (scale.shape[1], -1))
+        weight: Tensor = ((steps - zero[..., None]) * scale[..., None]).flatten(1)
+        return weight
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        latent, scale, zero = ctx.saved_tensors
+        qmin, qmax = ctx.range
+        slope = slopes[0].unflatten(1, (scale.shape[1], -1))
+        steps = latent.round().clamp(qmin, qmax).unflatten(1, (scale.shape[1], -1))
+        inside = (latent > qmin - 0.5) & (latent < qmax + 0.5)
+        to_latent = (slope * scale[..., None]).flatten(1) * inside
+        return to_latent, (slope * (steps - zero[..., None])).sum(-1), None, None
+
+
+class Matrix:
+    """One quantized matrix while it is tuned: its latent integers and the change of its scales."""
+
+    def __init__(self, stack: Quantized, e: int):
+        self.stack, self.e = stack, e
+        self.scale = stack.scale[e].float()
+        zero = stack.zero[e].float() if stack.zero is not None else torch.zeros_like(self.scale)
+        self.zero = zero
+        self.latent = stack.q[e].float().requires_grad_()
+        self.ratio = torch.ones_like(self.scale).requires_grad_()
+
+    def scales(self) -> Tensor:
+        """As they will be stored; the gradient passes straight through."""
+        exact = self.scale * self.ratio
+        return exact + (stored_scale(exact.detach(), self.stack.scale.dtype) - exact).detach()
+
+    def weight(self) -> Tensor:
+        made: Tensor = OnGrid.apply(self.latent, self.scales(), self.zero, self.stack.scheme.bits)  # type: ignore[no-untyped-call]
+        return made
+
+    def integers(self) -> Tensor:
+        return self.latent.detach().round().clamp(*limits(self.stack.scheme.bits)).to(torch.int8)
+
+
+class Lazy:
+    """Stands for a weight stack in an experts module: gives matrix e, made when it is asked for."""
+
+    def __init__(self, module: Any, name: str, matrices: list[Matrix]):
+        self.module, self.name, self.matrices = module, name, matrices
+
+    def __getitem__(self, e: int) -> Tensor:
+        return experts.as_stored(self.module, self.name, self.matrices[e].weight())
+
+
+def tune(
+    job: Job, forward: Callable[..., Any], calls: list[Call], targets: list[Any], result: Result
+) -> None:
+    """Tune a layer whose weights are solved, for `job.config.tune` steps of one batch each.
+
+    calls: the layer's inputs in the quantized model, targets: its outputs in the original one, one
+    for each batch. Replaces the weights in `result` and in the layer.
+    """
+    layer: Any = job.model.get_submodule(job.layer.name)
+    matrices = {
+        target: [Matrix(stack, e) for e in range(len(stack.q))]
+        for target, stack in result.weights.items()
+        if target.startswith(f"{job.layer.name}.")
+    }
+    kept = {name: p.detach().clone().requires_grad_() for name, p in _kept(job).items()}
+    every = [m for group in matrices.values() for m in group]
+    groups = [
+        {"params": [m.latent for m in every], "lr": 2 * REACH / job.config.tune},
+        {"params": [m.ratio for m in every], "lr": SCALES},
+        {"params": list(kept.values()), "lr": KEPT},
+    ]
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
+    steps = job.config.tune
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    order = _order(len(calls), steps, job.config.calibration.seed)
+    with torch.enable_grad(), _standing_in(job, matrices), _running(layer, forward):
+        for i in order:
+            given = _plain(job, matrices) | {n: _as_stored(p, job) for n, p in kept.items()}
+            inside = {n.removeprefix(f"{job.layer.name}."): p for n, p in given.items()}
+            output = functional_call(layer, inside, calls[i].args, calls[i].kwargs)
+            loss = relative_error(hidden(output), hidden(targets[i]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            falling.step()
+    _put_back(job, matrices, kept, result)
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens of squared error over squared size."""
+    size = target.float().square().sum(-1)
+    lost = (output.float() - target.float()).square().sum(-1)
+    return torch.where(size > 0, lost / size.clamp(min=torch.finfo(torch.float32).tiny), 0).mean()
+
+
+def hidden(output: Any) -> Tensor:
+    """The hidden states of a layer's output, which some families wrap in a tuple."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+def _order(calls: int, steps: int, seed: int) -> list[int]:
+    """Which batch each step takes: all of them in an order of their own, again and again."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = -(-steps // calls)
+    drawn = torch.cat([torch.randperm(calls, generator=generator) for _ in range(rounds)])
+    order: list[int] = drawn[:steps].tolist()
+    return order
+
+
+def _kept(job: Job) -> dict[str, Tensor]:
+    """What stays in 16 bits and may move: norms and routers."""
+    found = {}
+    block = {name.rpartition(".")[0] for name in job.layer.experts}
+    for name, module in job.model.get_submodule(job.layer.name).named_modules(
+        prefix=job.layer.name
+    ):
+        norm = "norm" in type(module).__name__.lower()
+        router = job.layer.kept.get(name) == "router" or (
+            name.rpartition(".")[0] in block
+            and name not in job.layer.experts
+            and not isinstance(module, nn.Linear)
+        )
+        for key, parameter in module.named_parameters(recurse=False):
+            if (norm and parameter.dim() == 1) or (router and parameter.dim() == 2):
+                found[f"{name}.{key}"] = parameter
+    return found
+
+
+def _as_stored(parameter: Tensor, job: Job) -> Tensor:
+    """Rounded as it will be stored; the gradient passes straight through."""
+    stored = parameter.detach().to(job.scale_dtype).to(parameter.dtype)
+    return parameter + (stored - parameter).detach()
+
+
+def _plain(job: Job, matrices: dict[str, list[Matrix]]) -> dict[str, Tensor]:
+    """The weights of linears."""
+    owners = {target: target.rpartition(".")[0] for target in matrices}
+    return {
+        target: matrices[target][0].weight()
+        for target, owner in owners.items()
+        if owner not in job.layer.experts
+    }
+
+
+@contextmanager
+def _standing_in(job: Job, matrices: dict[str, list[Matrix]]) -> Iterator[None]:
+    """Experts modules make their matrices one by one, and run through the collecting function."""
+    modules = {name: job.model.get_submodule(name) for name in job.layer.experts}
+    with ExitStack() as stack:
+        stack.enter_context(collecting_experts(list(modules.values())))
+        for name, module in modules.items():
+            for weight in experts.expert_weights(module):
+                lazy = Lazy(module, weight, matrices[f"{name}.{weight}"])
+                stack.enter_context(_replaced(module, weight, lazy))
+        yield
+
+
+@contextmanager
+def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    parameter = module._parameters.pop(name)
+    module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        del module.__dict__[name]
+        module._parameters[name] = parameter
+
+
+@contextmanager
+def _running(layer: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Calling the layer runs it, though its batches are suspended there."""
+    before = layer.forward
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        layer.forward = before
+
+
+def _put_back(
+    job: Job, matrices: dict[str, list[Matrix]], kept: dict[str, Tensor], result: Result
+) -> None:
+    for target, group in matrices.items():
+        old = result.weights[target]
+        scale = torch.stack([m.scales().detach() for m in group]).to(old.scale.dtype)
+        new = Quantized(torch.stack([m.integers() for m in group]), scale, old.zero, old.scheme)
+        result.weights[target] = new
+        hold(job, target, new)
+    for name, value in kept.items():
+        parameter = job.model.get_parameter(name)
+        parameter.data.copy_(_as_stored(value, job).detach())
+        result.changed.add(name)

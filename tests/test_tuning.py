@@ -1,0 +1,121 @@
+"""Tuning layers against the original, and text that a model writes itself."""
+
+import filecmp
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import FAMILIES, save_random
+
+import qmoe
+from qmoe import CalibrationConfig, QuantConfig, Scheme
+from qmoe.calibration.coverage import routes_kept
+from qmoe.compare import evaluate
+from qmoe.errors import ConfigError
+from qmoe.grid import limits
+from qmoe.report import read_report
+from qmoe.tuning import OnGrid, relative_error
+
+LOW = Scheme(2, 32, False)
+TEXT = CalibrationConfig(windows=16, window=64)
+TUNED = QuantConfig(experts=LOW, dense=LOW, tune=12, calibration=TEXT)
+
+
+def same_files(a, b):
+    names = sorted(p.name for p in a.iterdir())
+    assert names == sorted(p.name for p in b.iterdir())
+    return filecmp.cmpfiles(a, b, names, shallow=False) == (names, [], [])
+
+
+def test_rounding_on_the_grid_and_its_straight_through_gradient():
+    latent = torch.tensor([[-3.0, -1.6, 0.4, 0.6, 1.2, 5.0]], requires_grad=True)
+    scale = torch.tensor([[0.5, 2.0]], requires_grad=True)
+    zero = torch.tensor([[0.0, 1.0]])
+    weight = OnGrid.apply(latent, scale, zero, 2)  # integers -2..1, groups of three
+    assert limits(2) == (-2, 1)
+    assert torch.equal(weight, torch.tensor([[-1.0, -1.0, 0.0, 0.0, 0.0, 0.0]]))
+    weight.backward(torch.tensor([[1.0, 1.0, 1.0, 2.0, 2.0, 2.0]]))
+    # Beyond the ends of the grid a latent value changes nothing.
+    assert torch.equal(latent.grad, torch.tensor([[0.0, 0.5, 0.5, 4.0, 4.0, 0.0]]))
+    assert torch.equal(scale.grad, torch.tensor([[-4.0, 0.0]]))
+
+
+def test_the_loss_weighs_tokens_by_their_size():
+    target = torch.tensor([[3.0, 4.0], [300.0, 400.0], [0.0, 0.0]])
+    output = target + torch.tensor([[0.5, 0.0], [0.0, 50.0], [1.0, 1.0]])
+    assert torch.isclose(relative_error(output, target), torch.tensor((0.01 + 0.01) / 3))
+
+
+def test_routes_kept_ignores_order_and_sentinels():
+    before = [torch.tensor([[0, 1], [2, 4]]), torch.tensor([[3, 0]])]
+    after = [torch.tensor([[1, 0], [4, 3]]), torch.tensor([[1, 0]])]
+    assert routes_kept(before, after, experts=4) == pytest.approx(3 / 5)
+
+
+def test_tuning_brings_the_model_closer_and_says_what_became_of_routing(demo, tmp_path):
+    config = replace(TUNED, tune=60, calibration=CalibrationConfig(windows=32))
+    for name, c in (("solved", replace(config, tune=0)), ("tuned", config)):
+        qmoe.quantize(demo, tmp_path / name, c, progress=False)
+    kl = {
+        name: evaluate(tmp_path / name, against=demo, windows=4)["overall"]["qmoe"]["kl"]
+        for name in ("solved", "tuned")
+    }
+    assert kl["tuned"] < 0.85 * kl["solved"]
+    entries = [
+        entry
+        for layer in read_report(tmp_path / "tuned")["layers"]
+        for entry in layer["experts"].values()
+    ]
+    assert entries
+    for entry in entries:
+        assert 0.5 < entry["routing_kept"]["solved"] <= 1
+        assert 0.5 < entry["routing_kept"]["tuned"] <= 1
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe"])
+def test_tuned_families_pass_the_audit_and_load(family, demo, tmp_path):
+    source = save_random(family, tmp_path / "source", demo, torch.bfloat16)
+    qmoe.quantize(source, tmp_path / "out", replace(TUNED, tune=3), progress=False)
+    model, tokenizer = qmoe.load(tmp_path / "out")
+    ids = tokenizer("The", return_tensors="pt")["input_ids"]
+    assert model(input_ids=ids).logits.isfinite().all()
+    assert family in FAMILIES
+
+
+def test_a_tuned_run_goes_on_to_the_same_bytes(demo, tmp_path, monkeypatch):
+    from qmoe.output import OutputFolder
+
+    config = replace(TUNED, calibration=replace(TEXT, written=4))
+    qmoe.quantize(demo, tmp_path / "whole", config, progress=False)
+    write = OutputFolder.write_shard
+
+    def stop_at_second(self, i, tensors, note):
+        if i == 1:
+            raise KeyboardInterrupt
+        write(self, i, tensors, note)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFolder, "write_shard", stop_at_second)
+        with pytest.raises(KeyboardInterrupt):
+            qmoe.quantize(demo, tmp_path / "out", config, progress=False)
+    with monkeypatch.context() as patch:  # what the model wrote is kept, not written again
+        patch.setattr("qmoe.writing.write", None)
+        qmoe.quantize(demo, tmp_path / "out", config, progress=False)
+    assert same_files(tmp_path / "whole", tmp_path / "out")
+    report = read_report(tmp_path / "out")
+    assert report["calibration"]["windows"] == [20, 64] and report["calibration"]["written"] == 4
+    assert not report["fallbacks"] or "wrote no text" not in report["fallbacks"][0]
+
+
+def test_no_memory_to_write_text_is_reported(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr("qmoe.writing.free", lambda: 1_000_000)
+    config = QuantConfig(calibration=replace(TEXT, written=4))
+    report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
+    assert report["fallbacks"][0].startswith("the model wrote no text: that takes 0.0 GB")
+    assert report["calibration"]["windows"] == [16, 64]
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq"])
+def test_tuning_starts_from_gptq(method):
+    with pytest.raises(ConfigError, match="tune: .* gptq"):
+        QuantConfig(method, tune=10)
