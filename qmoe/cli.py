@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, get_args
 
 from qmoe._version import __version__
 from qmoe.config import (
@@ -15,6 +15,7 @@ from qmoe.config import (
     GROUPS,
     PRESETS,
     CalibrationConfig,
+    Method,
     QuantConfig,
     Scheme,
 )
@@ -105,30 +106,8 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
         default="balanced",
         help="what options below are when they are not given (see the end of this help)",
     )
-    p.add_argument("--method", choices=["rtn", "gptq", "awq"], default=d.method)
-    p.add_argument("--bits", type=int, choices=BITS, default=d.experts.bits, help="of experts")
-    p.add_argument(
-        "--group-size",
-        type=int,
-        choices=[*GROUPS, CHANNEL],
-        default=d.experts.group_size,
-        help="inputs per scale in experts; -1 is one scale per output channel",
-    )
-    p.add_argument(
-        "--asymmetric",
-        action="store_true",
-        help="experts with zero points: less loss, but the result loads in qmoe only",
-    )
-    p.add_argument(
-        "--dense-bits",
-        type=int,
-        choices=[*BITS, 16],
-        default=8,
-        help="attention, shared experts, dense MLPs; 16 leaves them",
-    )
-    p.add_argument("--dense-group-size", type=int, choices=[*GROUPS, CHANNEL], default=CHANNEL)
-    p.add_argument("--dense-asymmetric", action="store_true")
-    p.add_argument("--lm-head-bits", type=int, choices=[*BITS, 16], default=16, help="16 leaves it")
+    p.add_argument("--method", choices=get_args(Method), default=d.method)
+    _scheme_options(p)
     p.add_argument("--no-act-order", action="store_true", help="GPTQ in column order")
     p.add_argument("--no-gate-weight", action="store_true", help="all routed tokens count alike")
     p.add_argument(
@@ -167,6 +146,33 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
     )
 
 
+def _scheme_options(p: argparse.ArgumentParser) -> None:
+    d = QuantConfig()
+    p.add_argument("--bits", type=int, choices=BITS, default=d.experts.bits, help="of experts")
+    p.add_argument(
+        "--group-size",
+        type=int,
+        choices=[*GROUPS, CHANNEL],
+        default=d.experts.group_size,
+        help="inputs per scale in experts; -1 is one scale per output channel",
+    )
+    p.add_argument(
+        "--asymmetric",
+        action="store_true",
+        help="experts with zero points: less loss, but the result loads in qmoe only",
+    )
+    p.add_argument(
+        "--dense-bits",
+        type=int,
+        choices=[*BITS, 16],
+        default=8,
+        help="attention, shared experts, dense MLPs; 16 leaves them",
+    )
+    p.add_argument("--dense-group-size", type=int, choices=[*GROUPS, CHANNEL], default=CHANNEL)
+    p.add_argument("--dense-asymmetric", action="store_true")
+    p.add_argument("--lm-head-bits", type=int, choices=[*BITS, 16], default=16, help="16 leaves it")
+
+
 def _compare_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("path", help="quantized folder")
     p.add_argument("--against", metavar="ORIGINAL", help="the unquantized model to compare with")
@@ -193,7 +199,7 @@ def config_from(args: argparse.Namespace) -> QuantConfig:
         else None
     )
     return QuantConfig.preset(
-        args.preset if args.method == "gptq" else "fast",
+        args.preset if args.method.endswith("gptq") else "fast",
         method=args.method,
         experts=Scheme(args.bits, args.group_size, not args.asymmetric),
         dense=dense,

@@ -5,7 +5,7 @@ from typing import Any, Literal, cast, get_args
 
 from qmoe.errors import ConfigError
 
-Method = Literal["rtn", "gptq", "awq"]
+Method = Literal["rtn", "gptq", "awq", "awq-gptq"]
 BITS = (2, 3, 4, 8)
 GROUPS = (32, 64, 128)
 CHANNEL = -1
@@ -94,7 +94,8 @@ class CalibrationConfig:
 class QuantConfig:
     """Everything `qmoe.quantize` can be told.
 
-    method: how experts and dense linears are rounded. experts: the routed experts' scheme.
+    method: how experts and dense linears are rounded; awq-gptq folds AWQ's scales and then solves
+    by GPTQ. experts: the routed experts' scheme.
     dense: attention, shared experts and dense MLPs (None leaves them in 16 bits). lm_head: the
     output projection (None leaves it). act_order: GPTQ visits columns by falling Hessian diagonal,
     with group scales fixed from the original weights, so nothing extra is stored. damp: share of
@@ -133,10 +134,15 @@ class QuantConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         expect("damp", self.damp, float)
-        if self.tune and self.method != "gptq":
+        if self.tune and not self.method.endswith("gptq"):
             raise ConfigError(f"tune: starts from gptq's weights, the method is {self.method}")
         if not 0 < self.damp < 1:
             raise ConfigError(f"damp: expected a share between 0 and 1, got {self.damp}")
+
+    @property
+    def folds(self) -> bool:
+        """Whether AWQ's scales are folded into the layer before it is rounded."""
+        return self.method.startswith("awq")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "QuantConfig":

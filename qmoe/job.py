@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qmoe.calibration.capture import Captured
 from qmoe.calibration.stats import LayerStats
@@ -19,12 +19,14 @@ from qmoe.units import Units
 @dataclass
 class Result:
     """Of one layer. captured: what experts received, if their statistics are not all needed at
-    once. weights: quantized stacks by parameter name. changed: other parameters that AWQ rescaled.
+    once. weights: quantized stacks by parameter name, originals: what they were made from, if they
+    are to be tuned. changed: other parameters that AWQ rescaled.
     record: what goes into the report."""
 
     stats: LayerStats = field(default_factory=LayerStats)
     captured: dict[str, Captured] = field(default_factory=dict)
     weights: dict[str, Quantized] = field(default_factory=dict)
+    originals: dict[str, Tensor] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
     record: dict[str, Any] = field(default_factory=dict)
 
@@ -48,4 +50,4 @@ class Job:
     def whole(self) -> bool:
         """Whether statistics of all experts are needed at once: AWQ folds them into the layer, and
         a file holds all of them."""
-        return self.save is not None or self.config.method == "awq"
+        return self.save is not None or self.config.folds

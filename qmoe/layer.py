@@ -71,7 +71,7 @@ def quantize_layer(
             if job.save is not None and not any(parts[i + 1 :]):
                 job.save(result.stats)
         loose.borrow(job, names, result)
-        if job.config.method == "awq":
+        if job.config.folds:
             _borrow_whole(job, names, result)
             _fold(job, names, forward, calls, result)
         solve_parts(job, names, result)
@@ -94,14 +94,15 @@ def _tune(
     wanted: dict[str, list[Tensor]],
     result: Result,
 ) -> None:
-    """Tune, and record what share of the original's choices of experts the layer makes, before and
-    after."""
+    """Tune, and record before and after: the error of the layer's output, and what share of the
+    original's choices of experts it makes."""
+    errors = result.record["tuning"] = {}
     for when in ("solved", "tuned"):
         if when == "tuned":
             tune(job, forward, calls, targets, result)
         with recording_routes(_experts(job)) as chosen:
-            for _ in run_layer(job.model, job.layer, forward, calls):
-                pass
+            outputs = [job.scratch.keep(y) for y in run_layer(job.model, job.layer, forward, calls)]
+        errors[when] = _relative_rms(outputs, targets)
         for name, module in _experts(job).items():
             kept = routes_kept(wanted[name], chosen[name], module.num_experts)
             result.record["experts"][name].setdefault("routing_kept", {})[when] = round(kept, 6)

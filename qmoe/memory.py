@@ -20,6 +20,9 @@ from qmoe.solvers.solve import experts_at_once
 from qmoe.structure import Layer
 
 PROCESS = 450_000_000  # Python, torch and transformers themselves
+TUNING = (
+    22  # bytes per weight: the original, a latent value, its gradient, two of Adam's, the weight
+)
 WORKSPACE = 8  # times the Hessians solved at once
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -35,16 +38,19 @@ class Need:
 def needed(source: Source, config: QuantConfig, tokens: int, whole: bool = False) -> Need:
     """What quantizing takes in a process. tokens: of calibration text, of all ranks. whole: whether
     statistics of all experts of a layer are there at once, as AWQ always has them."""
-    widest = 4 if config.method == "awq" else torch.finfo(source.weight_dtype()).bits // 8
+    widest = 4 if config.folds else torch.finfo(source.weight_dtype()).bits // 8
     layers = sum(map(_elements, source.stages()))
     resident = 4 * (_elements(source.model) - layers)
     layer = max(_layer_bytes(source, layer, widest) for layer in source.structure.layers)
-    if whole or config.method == "awq":
+    if whole or config.folds:
         layer += max(_hessian_bytes(source, layer) for layer in source.structure.layers)
+    if config.tune:
+        layer += TUNING * max(map(_elements, source.stages()))
     hidden = source.model.config.get_text_config().hidden_size
     # A layer's inputs, its outputs before and after, and what its experts received, which all ranks
     # have of all text.
-    activations = 4 * hidden * (3 * tokens // ranks.count() + tokens) if tokens else 0
+    streams = 2 if config.tune else 1
+    activations = 4 * hidden * (3 * streams * tokens // ranks.count() + tokens) if tokens else 0
     return Need(PROCESS + resident + layer + _solver_bytes(source, config), activations)
 
 

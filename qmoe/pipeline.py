@@ -15,10 +15,11 @@ from qmoe import ranks
 from qmoe._version import __version__
 from qmoe.audit import audit_folder
 from qmoe.calibration.batches import fingerprint
-from qmoe.calibration.stats import LayerStats, LinearStats
+from qmoe.calibration.stats import LayerStats
 from qmoe.config import QuantConfig
 from qmoe.errors import OutputError, UnsupportedModelError
 from qmoe.format import Schemes, quantization_config, unpacked_tensors
+from qmoe.head import Head
 from qmoe.job import Job
 from qmoe.layer import quantize_layer, run_layer
 from qmoe.memory import needed, spills
@@ -30,7 +31,6 @@ from qmoe.report import build_report
 from qmoe.scratch import Scratch
 from qmoe.shard import load_layer, restore, shard_tensors
 from qmoe.skeleton import free, inputs_of
-from qmoe.solvers.solve import solve
 from qmoe.structure import Layer
 from qmoe.suspend import Call, suspended
 from qmoe.types import Quantized, digest
@@ -111,7 +111,7 @@ class _Run:
         sha = out.fingerprint["source"]
         self.about = {"model": sha, "gate_weighted": str(config.gate_weighted)}
         self.records: list[dict[str, Any]] = []
-        self.head: tuple[str, Quantized] | None = None
+        self.head: dict[str, Quantized] = {}
         self.tokens = 0
         self.unwritten = ""  # why the model wrote no text, if it should have
         # Of every quantized stack as it was solved, to be compared with what was written.
@@ -129,7 +129,10 @@ class _Run:
         progress = iter(track(source.structure.layers, "quantizing layers"))
         reached: set[int] = set()
         modules = source.stages()
-        head = self._watch_head()
+        batches = ranks.share(windows.split(self.config.calibration.batch)) if len(windows) else []
+        head = None
+        if self.config.lm_head is not None:
+            head = Head(source, self.config, len(batches) if self.config.tune else 0)
 
         def visit(i: int, forward: Any, calls: list[Call]) -> list[Any] | None:
             next(progress)
@@ -150,7 +153,6 @@ class _Run:
             for i, module in enumerate(modules):
                 visit(i, module.forward, [])
         else:
-            batches = ranks.share(windows.split(self.config.calibration.batch))
             inputs = [inputs_of(source.model, ids) for ids in batches]
             if self.config.tune:  # one stream of the original model, one of the quantized one
                 inputs += [inputs_of(source.model, ids) for ids in batches]
@@ -158,7 +160,11 @@ class _Run:
                 pass
         next(progress, None)  # lets the progress bar close
         self._unreached(reached)
-        self._solve_head(head)
+        if head is not None:
+            quantized, record = head.solve()
+            self.records.append(record)
+            self.head = {f"{head.name}.weight": quantized}
+            self.digests |= {name: digest(stack) for name, stack in self.head.items()}
         if self.out.leads:
             self.out.write_shard(len(modules), self._resident_tensors(), {})
 
@@ -262,46 +268,10 @@ class _Run:
 
     def _experts_dtype(self) -> torch.dtype:
         """Of routed experts in memory: as stored, but for AWQ, whose scales must not be rounded."""
-        return torch.float32 if self.config.method == "awq" else self.source.weight_dtype()
-
-    def _watch_head(self) -> LinearStats | None:
-        """Statistics of the output projection's inputs, filled while batches finish."""
-        name = self.source.structure.lm_head
-        if self.config.lm_head is None or name is None:
-            return None
-        module = self.source.model.get_submodule(name)
-        stats = LinearStats.empty(module.in_features)
-        module.register_forward_pre_hook(
-            lambda m, args: stats.add(args[0].reshape(-1, args[0].shape[-1]))
-        )
-        return stats
-
-    def _solve_head(self, stats: LinearStats | None) -> None:
-        if stats is None or self.config.lm_head is None:
-            return
-        ranks.add(stats.tokens)
-        ranks.add(stats.hessian)
-        name = str(self.source.structure.lm_head)
-        weight = self.source.model.get_submodule(name).weight
-        # Nothing before it can take AWQ's scale: GPTQ serves it instead, and the record says so.
-        method = "gptq" if self.config.method == "awq" else self.config.method
-        solved = solve(
-            weight[None],
-            stats.hessian[None],
-            self.config.lm_head,
-            method,
-            scale_dtype=self.source.weight_dtype(),
-            act_order=self.config.act_order,
-            damp=self.config.damp,
-            searched=self.config.searched,
-        )
-        self.records.append({"name": name, "error": solved.error[0], "method": method})
-        self.head = (f"{name}.weight", solved.quantized)
-        self.digests[f"{name}.weight"] = digest(solved.quantized)
+        return torch.float32 if self.config.folds else self.source.weight_dtype()
 
     def _resident_tensors(self) -> dict[str, Tensor]:
-        head = dict([self.head]) if self.head else {}
-        return shard_tensors(self.source, self.source.resident(), head, set())
+        return shard_tensors(self.source, self.source.resident(), self.head, set())
 
     def new_config(self) -> dict[str, Any]:
         """The source's config.json with `quantization_config` added."""

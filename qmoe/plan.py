@@ -164,7 +164,7 @@ def check_combination(
     """Refuse sources of statistics that the method cannot use."""
     if config.method == "rtn" and (given or saved is not None):
         raise ConfigError("rtn uses no statistics; leave them out or choose gptq")
-    if config.method == "awq" and (given or saved is not None):
+    if config.folds and (given or saved is not None):
         raise ConfigError("awq rescales statistics as it goes; save and reuse them with gptq only")
     if len({p.resolve() for p in given}) < len(given):
         raise ConfigError("statistics: the same folder is given twice")

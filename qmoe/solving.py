@@ -41,6 +41,8 @@ def _solve_linear(job: Job, name: str, module: Any, result: Result) -> None:
     linear = result.stats.linears.get(name)
     hessian = linear.hessian[None] if linear is not None else None
     solved = _solve(job, name, module.weight[None], hessian)
+    if job.config.tune:
+        result.originals[f"{name}.weight"] = module.weight[None].clone()
     if hessian is None and job.config.method != "rtn":
         # Its family multiplies with the weight by hand, or no token came to this expert.
         solved = replace(solved, rounded=[0])
@@ -55,6 +57,8 @@ def _solve_experts(job: Job, name: str, module: nn.Module, result: Result) -> No
     if stats is not None:
         entry |= {"tokens": stats.tokens.tolist(), "gate_mass": stats.gate_mass.tolist()}
     weights = experts.expert_weights(module)
+    if job.config.tune:
+        result.originals |= {f"{name}.{w}": experts.stack(module, w).clone() for w in weights}
     E, chunk = len(experts.rows(module, weights[0])), _experts_at_once(module)
     starts = range(0, E, chunk)
     units: list[Unit] = []
@@ -67,7 +71,7 @@ def _solve_experts(job: Job, name: str, module: nn.Module, result: Result) -> No
             for weight, solved in zip(weights, unit.solved, strict=True):
                 experts.put(module, weight, dequantize(solved.quantized), start)
             units.append(unit)
-    if stats is not None and job.config.method != "awq":  # which borrows before it folds
+    if stats is not None and not job.config.folds:  # which borrows before it folds
         entry["borrowed"] = [e for unit in units for e in unit.borrowed]
     for i, weight in enumerate(weights):
         whole = join([unit.solved[i] for unit in units])
@@ -93,7 +97,7 @@ def _unit(job: Job, name: str, stats: ExpertStats | Captured | None, start: int,
     borrowed: list[int] = []
     if stats is not None and part is not None:
         _check_finite(name, part)
-        if job.config.method != "awq":
+        if not job.config.folds:
             borrowed = borrow_rare(job, module, part, stats, start)
     hessians = (None, None) if part is None else (part.first, part.second)
     weights = [experts.stack(module, w, start, end) for w in experts.expert_weights(module)]

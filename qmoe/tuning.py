@@ -28,8 +28,9 @@ from qmoe.suspend import Call
 from qmoe.types import Quantized
 
 # Adam's rates at the first step; they fall to zero in equal steps. A rate is roughly how far a
-# value moves in a step: integers, in units of 1, by REACH in all; scales relative to what they are.
-REACH, SCALES, KEPT = 1.0, 0.003, 0.0005
+# value moves in a step: integers in units of 1, scales relative to what they are.
+INTEGERS, SCALES, KEPT = 0.01, 0.003, 0.0005
+INSIDE = 0.45  # how far from its integer a latent value may start
 BETAS = (0.9, 0.95)
 
 
@@ -57,20 +58,27 @@ class OnGrid(torch.autograd.Function):
 
 
 class Matrix:
-    """One quantized matrix while it is tuned: its latent integers and the change of its scales."""
+    """One quantized matrix while it is tuned: its latent integers and the change of its scales.
 
-    def __init__(self, stack: Quantized, e: int):
-        self.stack, self.e = stack, e
+    A latent value starts inside its integer's interval, on the side where the original weight is,
+    so that those that were a close call change first."""
+
+    def __init__(self, stack: Quantized, original: Tensor, e: int):
+        self.stack = stack
         self.scale = stack.scale[e].float()
         zero = stack.zero[e].float() if stack.zero is not None else torch.zeros_like(self.scale)
         self.zero = zero
-        self.latent = stack.q[e].float().requires_grad_()
+        groups = original[e].float().unflatten(1, (self.scale.shape[1], -1))
+        aim = (groups / self.scale[..., None] + zero[..., None]).flatten(1)
+        q = stack.q[e].float()
+        self.latent = (q + (aim - q).clamp(-INSIDE, INSIDE)).requires_grad_()
         self.ratio = torch.ones_like(self.scale).requires_grad_()
 
     def scales(self) -> Tensor:
         """As they will be stored; the gradient passes straight through."""
         exact = self.scale * self.ratio
-        return exact + (stored_scale(exact.detach(), self.stack.scale.dtype) - exact).detach()
+        stored: Tensor = stored_scale(exact.detach(), self.stack.scale.dtype)
+        return exact + (stored - exact).detach()
 
     def weight(self) -> Tensor:
         made: Tensor = OnGrid.apply(self.latent, self.scales(), self.zero, self.stack.scheme.bits)  # type: ignore[no-untyped-call]
@@ -100,14 +108,14 @@ def tune(
     """
     layer: Any = job.model.get_submodule(job.layer.name)
     matrices = {
-        target: [Matrix(stack, e) for e in range(len(stack.q))]
+        target: [Matrix(stack, result.originals[target], e) for e in range(len(stack.q))]
         for target, stack in result.weights.items()
         if target.startswith(f"{job.layer.name}.")
     }
     kept = {name: p.detach().clone().requires_grad_() for name, p in _kept(job).items()}
     every = [m for group in matrices.values() for m in group]
     groups = [
-        {"params": [m.latent for m in every], "lr": 2 * REACH / job.config.tune},
+        {"params": [m.latent for m in every], "lr": INTEGERS},
         {"params": [m.ratio for m in every], "lr": SCALES},
         {"params": list(kept.values()), "lr": KEPT},
     ]

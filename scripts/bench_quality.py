@@ -66,7 +66,9 @@ class Case:
     def result(self, method: Method, bits: int) -> Path:
         """Where a result is kept, without suffix; one for all cases if text plays no part."""
         regime = f"{self.regime}-{self.seed}" if method.calibrated else "any"
-        return self.folder / "results" / f"{regime}-{bits}-{method.name.replace(' ', '_')}"
+        # No dots: suffixes are put on with `with_suffix`.
+        name = method.name.replace(" ", "_").replace(".", "")
+        return self.folder / "results" / f"{regime}-{bits}-{name}"
 
 
 def main() -> int:
@@ -84,8 +86,8 @@ def main() -> int:
         for bits in [b for b in method.bits if b in args.bits]:
             for case in cases:
                 _result(args, case, method, bits)
-        _report(args, cases, show=False)
-    _report(args, cases, show=True)
+        _report(args, show=False)
+    _report(args, show=True)
     return 0
 
 
@@ -164,10 +166,23 @@ def _check_text(case: Case, method: Method, peer: dict[str, Any]) -> None:
         assert told == wanted, f"{method.name}: calibrated on other windows than the peers"
 
 
-def _report(args: argparse.Namespace, cases: list[Case], show: bool) -> None:
-    """Rows of every stored result of these cases, whatever was run now."""
+def _known(args: argparse.Namespace) -> list[Case]:
+    """Every case of these models that was ever prepared, so that a run of a part of them does not
+    take the others' rows away."""
+    found = []
+    for model in args.models:
+        folder = args.work / model.name
+        for path in sorted(folder.glob("*-rare.safetensors")):
+            regime, seed, _ = path.stem.split("-")
+            text = str(args.corpus / REGIMES[regime])
+            found.append(Case(model, regime, int(seed), text, folder))
+    return found
+
+
+def _report(args: argparse.Namespace, show: bool) -> None:
+    """Rows of every stored result, whatever was run now."""
     rows = []
-    for case in cases:
+    for case in _known(args):
         batches = evaluation.test_batches(case.model, args.corpus)
         tokens: dict[str, int] = {}
         for domain, ids in batches:

@@ -79,7 +79,7 @@ def interrupt_after(monkeypatch, shards):
     monkeypatch.setattr(OutputFolder, "write_shard", write)
 
 
-@pytest.mark.parametrize("method", ["rtn", "awq", "gptq"])
+@pytest.mark.parametrize("method", ["rtn", "awq", "gptq", "awq-gptq"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_every_method_goes_on_to_the_same_bytes(tmp_path, demo, method, symmetric, monkeypatch):
     scheme = qmoe.Scheme(3, 64, symmetric)

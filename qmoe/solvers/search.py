@@ -129,7 +129,8 @@ def move_integers(W: Tensor, H: Tensor, at: Rounded, bits: int) -> None:
 
 def _error(W: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     groups = q.unflatten(1, (scale.shape[1], -1))
-    return W - ((groups - zero[:, :, None]) * scale[:, :, None]).flatten(1, 2)
+    error: Tensor = W - ((groups - zero[:, :, None]) * scale[:, :, None]).flatten(1, 2)
+    return error
 
 
 def _loss(D: Tensor, H: Tensor) -> Tensor:

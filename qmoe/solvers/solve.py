@@ -47,7 +47,7 @@ def solve(
         return Solved(rtn(weight, scheme, scale_dtype), [])
     damped: dict[int, float] = {}
     rounded: list[int] = []
-    if method == "gptq":
+    if method.endswith("gptq"):
         result = gptq(
             weight,
             hessian,

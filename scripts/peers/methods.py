@@ -49,9 +49,7 @@ def _ours(name: str, *options: str, calibrated: bool = True) -> Method:
 
 
 def _presets() -> list[Method]:
-    return [
-        Method(name, "ours", ("--preset", name), writes=True) for name in ("balanced", "best")
-    ]
+    return [Method(name, "ours", ("--preset", name), writes=True) for name in ("balanced", "best")]
 
 
 def _gguf() -> list[Method]:

@@ -57,7 +57,7 @@ def _panel(axis: Any, rows: list[dict[str, Any]], looks: dict[str, dict[str, Any
         mine = sorted((r["bits_per_weight"], r["kl_over_rtn"]) for r in rows if r["method"] == name)
         axis.plot([x for x, _ in mine], [y for _, y in mine], **look)
     axis.set_yscale("log")
-    ticks = [0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1]
+    ticks = [0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1]
     axis.set_yticks(ticks, [str(t) for t in ticks])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
