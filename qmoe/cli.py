@@ -21,12 +21,20 @@ from qmoe.config import (
 )
 from qmoe.errors import ConfigError, QmoeError
 
-METHODS = """methods, with KL to the original in thousandths of a nat per token, measured on a
-21 M parameter Qwen3-MoE (32 experts, top-4), everything at 4 bits g128 asymmetric, calibrated on
-32k tokens of seven domains / of one domain only, reported on test text of all seven:
-  rtn   2.73 / 2.73   round to nearest, needs no text
-  awq   2.57 / 2.67   activation-aware scales folded into norms and experts, then round to nearest
-  gptq  0.77 / 1.16   Hessian-based error feedback per expert (default)
+METHODS = """\
+presets: what --search, --tune, --windows and --written are unless given, with KL to the
+original as a share of round-to-nearest's, everything at 2 bits g128 asymmetric, on a 21 M
+parameter Qwen3-MoE (32 experts, top-4), calibrated on text of seven domains / of one domain only,
+reported on test text of all seven; CPU seconds of quantizing it; docs/quality has peers as well:
+  fast      0.23 / 0.35    23 s  GPTQ on min-max grids
+  balanced  0.16 / 0.17    48 s  grids and integers searched under the Hessian; half of the text
+                                 is written by the model itself
+  best      0.08 / 0.09   352 s  more of both kinds of text; each layer tuned by gradient
+methods, likewise at 4 bits, in thousandths of a nat per token:
+  rtn       2.73 / 2.73   round to nearest, needs no text
+  awq       2.57 / 2.67   activation-aware scales folded into norms and experts, then rtn
+  awq-gptq                the same scales, then GPTQ
+  gptq      0.77 / 1.16   Hessian-based error feedback per expert (default; here with preset fast)
 """
 TEXT_NUMBERS = ("windows", "written", "window", "batch", "seed")
 TEXT_HELP = (

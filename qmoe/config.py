@@ -65,17 +65,17 @@ class CalibrationConfig:
 
     text: "bundled" (all domains that ship with qmoe), "bundled:austen+factbook", a local file or
     folder, or "hf:NAME[:SPLIT[:COLUMN]]" for any `datasets` name (calibration/text.py).
-    windows x window tokens are used, spread evenly over the domains. written: windows more that
-    the model writes itself (calibration/writing.py), in the languages and domains it knows whatever
-    the text is. batch: windows per forward pass.
+    windows x window tokens are used, spread evenly over the domains. batch: windows per forward
+    pass. written: windows more that the model writes itself (writing.py), in the languages and
+    domains it knows, whatever the text is.
     """
 
     text: str = "bundled"
     windows: int = 128
-    written: int = 0
     window: int = 256
     batch: int = 8
     seed: int = 0
+    written: int = 0
 
     def __post_init__(self) -> None:
         expect("calibration text", self.text, str)

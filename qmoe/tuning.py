@@ -71,8 +71,8 @@ class Matrix:
         groups = original[e].float().unflatten(1, (self.scale.shape[1], -1))
         aim = (groups / self.scale[..., None] + zero[..., None]).flatten(1)
         q = stack.q[e].float()
-        self.latent = (q + (aim - q).clamp(-INSIDE, INSIDE)).requires_grad_()
-        self.ratio = torch.ones_like(self.scale).requires_grad_()
+        self.latent: Tensor = (q + (aim - q).clamp(-INSIDE, INSIDE)).requires_grad_()
+        self.ratio: Tensor = torch.ones_like(self.scale).requires_grad_()
 
     def scales(self) -> Tensor:
         """As they will be stored; the gradient passes straight through."""

@@ -33,11 +33,17 @@ def main() -> int:
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--intermediate", type=int, default=768)
     parser.add_argument("--windows", type=int, default=32, help="of 256 tokens, for calibration")
+    parser.add_argument(
+        "--preset",
+        choices=["fast", "balanced"],
+        default="fast",
+        help="fast is the GPTQ that others have; no text is written by these random models",
+    )
     parser.add_argument("--peer", metavar="PYTHON", help="compare with llm-compressor there")
     parser.add_argument("--child", nargs=2, metavar=("SRC", "DST"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(_quantize(*args.child, args.windows)))
+        print(json.dumps(_quantize(*args.child, args.preset, args.windows)))
         return 0
     layer = args.experts * 3 * args.hidden * args.intermediate * 2
     rows, peaks, good = [], [], True
@@ -54,7 +60,7 @@ def main() -> int:
         rows.append([str(layers), tables.size(layers * layer), tables.size(found["peak"]),
                      f"{seconds / layers:.0f}", spent + rest])  # fmt: skip
     header = ["layers", "experts in bf16", "peak memory", "s per layer", "spent on"]
-    tables.show("quantizing, gptq int4 g128", header, rows)
+    tables.show(f"quantizing, {args.preset}, int4 g128", header, rows)
     allowed = ALLOWED[0] * layer + ALLOWED[1]
     print(f"peak {tables.size(max(peaks))}, allowed {tables.size(allowed)} "
           f"({ALLOWED[0]} layers + {tables.size(ALLOWED[1])}); "
@@ -84,17 +90,18 @@ def _measure(args: argparse.Namespace, layers: int, folder: Path) -> dict[str, A
     make = [sys.executable, "-P", str(HERE / "random_model.py"), str(source), *map(str, shape)]
     subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
     child = [sys.executable, "-P", __file__, "--windows", str(args.windows)]
+    child += ["--preset", args.preset]
     child += ["--child", str(source), str(quantized)]
     done = subprocess.run(child, check=True, capture_output=True, text=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def _quantize(source: str, quantized: str, windows: int) -> dict[str, Any]:
+def _quantize(source: str, quantized: str, preset: str, windows: int) -> dict[str, Any]:
     import qmoe.layer
     import qmoe.pipeline
     import qmoe.solving
-    from qmoe import CalibrationConfig, QuantConfig, Scheme
+    from qmoe import QuantConfig, Scheme
     from qmoe.calibration.capture import Captured
     from qmoe.checkpoint import Checkpoint
     from qmoe.output import OutputFolder
@@ -119,11 +126,9 @@ def _quantize(source: str, quantized: str, windows: int) -> dict[str, Any]:
     OutputFolder.write_shard = timed("writing", OutputFolder.write_shard)  # type: ignore[method-assign]
     Units.save = timed("units", Units.save)  # type: ignore[method-assign]
     Checkpoint.check_finite = timed("checking", Checkpoint.check_finite)  # type: ignore[method-assign]
-    config = QuantConfig(
-        experts=Scheme(4, 128),
-        dense=Scheme(4, 128),
-        calibration=CalibrationConfig(windows=windows, window=256, batch=8),
-    )
+    scheme = Scheme(4, 128)
+    text = {"windows": windows, "written": 0, "window": 256, "batch": 8}
+    config = QuantConfig.preset(preset, experts=scheme, dense=scheme, **text)
     start = time.monotonic()
     qmoe.pipeline.quantize(source, quantized, config)
     seconds = time.monotonic() - start

@@ -28,7 +28,7 @@ PROMPT = "It was the opinion of the whole family that"
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="qmoe-quickstart-") as folder:
         path = Path(folder) / "demo-int4"
-        config = qmoe.QuantConfig(calibration=qmoe.CalibrationConfig(text=f"bundled:{SEEN}"))
+        config = qmoe.QuantConfig.preset("balanced", text=f"bundled:{SEEN}")
         report = qmoe.quantize(DEMO, path, config)
         print(f"quantized with {config.method}: experts {config.experts}, dense {config.dense}")
         print(f"fallbacks: {len(report['fallbacks'])}")

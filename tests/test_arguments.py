@@ -66,7 +66,7 @@ def test_text_options_contradict_statistics():
         args = parse(["quantize", "a", "b", option, "9", "--statistics", "s"])
         with pytest.raises(ConfigError, match=f"{option}: with --statistics no text is run"):
             config_from(args)
-    assert config_from(parse(["quantize", "a", "b"])) == QuantConfig()
+    assert config_from(parse(["quantize", "a", "b"])) == QuantConfig.preset("balanced")
 
 
 @pytest.mark.parametrize("text", ["word " * 1000, "~nobody-here/x.txt"])
