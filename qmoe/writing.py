@@ -20,6 +20,7 @@ from torch import Tensor
 from qmoe import ranks
 from qmoe.config import CalibrationConfig, QuantConfig
 from qmoe.memory import free
+from qmoe.model_config import CONFIG_ERRORS, first_line
 from qmoe.output import WRITTEN, OutputFolder
 from qmoe.plan import Source, open_source
 from qmoe.storage import write_safetensors
@@ -41,7 +42,10 @@ def written_windows(
         if not reason:
             folder = source.checkpoint.path
             tokenizer = open_tokenizer(folder, source.model.config, trust)
-            own = write(folder, source.weight_dtype(), tokenizer, config.calibration, trust)
+            try:
+                own = write(folder, source.weight_dtype(), tokenizer, config.calibration, trust)
+            except CONFIG_ERRORS as error:  # transformers cannot continue text in this family
+                reason = f"generating failed: {type(error).__name__}: {first_line(error)}"
         write_safetensors(path, {"windows": own}, {"reason": reason})
     ranks.gather(0)  # the others wait until it is there
     with safe_open(path, framework="pt") as file:

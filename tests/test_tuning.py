@@ -114,3 +114,14 @@ def test_no_memory_to_write_text_is_reported(demo, tmp_path, monkeypatch):
 def test_tuning_starts_from_gptq(method):
     with pytest.raises(ConfigError, match="tune: .* gptq"):
         QuantConfig(method, tune=10)
+
+
+def test_a_family_that_cannot_continue_text_is_reported(demo, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ValueError("this cache has no length")
+
+    monkeypatch.setattr("qmoe.writing._continue", fail)
+    config = QuantConfig(calibration=replace(TEXT, written=4))
+    report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
+    assert "generating failed: ValueError: this cache has no length" in report["fallbacks"][0]
+    assert report["calibration"]["written"] == 0
