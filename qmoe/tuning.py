@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 from qmoe import experts
 from qmoe.calibration.collect import collecting_experts
+from qmoe.errors import CalibrationError
 from qmoe.grid import limits, stored_scale
 from qmoe.job import Job, Result
 from qmoe.solving import hold
@@ -104,7 +105,8 @@ def tune(
     """Tune a layer whose weights are solved, for `job.config.tune` steps of one batch each.
 
     calls: the layer's inputs in the quantized model, targets: its outputs in the original one, one
-    for each batch. Replaces the weights in `result` and in the layer.
+    for each batch. Replaces the weights in `result` and in the layer; CalibrationError if it
+    diverges.
     """
     layer: Any = job.model.get_submodule(job.layer.name)
     matrices = {
@@ -129,6 +131,8 @@ def tune(
             inside = {n.removeprefix(f"{job.layer.name}."): p for n, p in given.items()}
             output = functional_call(layer, inside, calls[i].args, calls[i].kwargs)
             loss = relative_error(hidden(output), hidden(targets[i]))
+            if not loss.isfinite():
+                raise CalibrationError(f"{job.layer.name}: tuning gave NaN or Inf; use --tune 0")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
