@@ -72,10 +72,12 @@ class Captured:
         """Statistics of experts start to end; the experts still hold the weights they ran with."""
         stats = ExpertStats.empty(end - start, self.hidden, self.intermediate)
         first = experts.expert_weights(self.module)[0]
+        where = getattr(self.module, first).device
         for e in range(start, end):
             for row in range(self._start[e], self._start[e + 1], ROWS):
                 rows = slice(row, min(row + ROWS, self._start[e + 1]))
-                x, gate = self._x[self._token[rows]].float(), self._gate[rows]
+                x = self._x[self._token[rows]].float().to(where)
+                gate = self._gate[rows]
                 mid = experts.activation(self.module, experts.product(self.module, first, e, x))
                 stats.add(e - start, x, mid, gate, self._weight(gate))
         stats.sample = self._x[:: self.stride].float()

@@ -15,6 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qmoe import experts
 from qmoe.calibration.stats import LayerStats, LinearStats
+from qmoe.placing import CPU
 
 NAME = "qmoe_collect"
 
@@ -34,7 +35,7 @@ def experts_forward(
             return torch.zeros_like(hidden_states)
     routes = getattr(self, "_qmoe_routes", None)
     if routes is not None:
-        routes.append(top_k_index)
+        routes.append(top_k_index.cpu())
     out = torch.zeros_like(hidden_states)
     for e in top_k_index.unique().tolist():
         if e >= self.num_experts:  # a sentinel: this assignment goes to no expert
@@ -96,7 +97,7 @@ def sampling(
                 return
             x = args[0].reshape(-1, args[0].shape[-1])
             # Counted over all calls, so that short ones do not give their first token each.
-            kept[name].append(x[-seen[name] % stride :: stride].float().clone())
+            kept[name].append(x[-seen[name] % stride :: stride].to(CPU, torch.float32, copy=True))
             seen[name] += len(x)
 
         return sample

@@ -1,7 +1,8 @@
 """Routed-token statistics: what each matrix saw, summed so that parts can be merged by adding.
 
 A Hessian here is sum(w x x') over tokens x with weight w (GPTQ's H without the factor 2/n); for
-routed experts w is 1 or the squared gate. float32 throughout.
+routed experts w is 1 or the squared gate. float32 throughout, and in the machine's own memory,
+wherever the tokens are.
 """
 
 import json
@@ -52,17 +53,16 @@ class ExpertStats:
     def add(self, e: int, x: Tensor, mid: Tensor, gate: Tensor, weight: Tensor) -> None:
         """Account for tokens x [M, H] of expert e, second inputs mid [M, I], gate, weight [M]."""
         self.tokens[e] += len(x)
-        self.gate_mass[e] += gate.float().sum()
+        self.gate_mass[e] += gate.float().sum().cpu()
         self.add_weighted(e, x, mid, weight)
 
     def add_weighted(self, e: int, x: Tensor, mid: Tensor, weight: Tensor) -> None:
         """Add to the Hessians only (borrowed tokens are not routed tokens)."""
         weight = weight.float()
-        self.weight[e] += weight.sum()
-        root = weight.sqrt()[:, None]
-        x, mid = x.float() * root, mid.float() * root
-        self.first[e].addmm_(x.T, x)
-        self.second[e].addmm_(mid.T, mid)
+        self.weight[e] += weight.sum().cpu()
+        root = weight.sqrt()[:, None].to(x.device)
+        _add_products(self.first[e], x.float() * root)
+        _add_products(self.second[e], mid.float() * root)
 
 
 @dataclass
@@ -78,7 +78,15 @@ class LinearStats:
 
     def add(self, x: Float[Tensor, "M K"]) -> None:
         self.tokens += len(x)
-        self.hessian.addmm_(x.float().T, x.float())
+        _add_products(self.hessian, x.float())
+
+
+def _add_products(hessian: Float[Tensor, "K K"], x: Float[Tensor, "M K"]) -> None:
+    """Add x' x, computed where x is."""
+    if x.device == hessian.device:
+        hessian.addmm_(x.T, x)
+    else:
+        hessian += (x.T @ x).to(hessian.device)
 
 
 @dataclass

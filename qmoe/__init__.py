@@ -38,6 +38,7 @@ def quantize(
     *,
     statistics_from: Sequence[str | Path] = (),
     save_statistics: str | Path | None = None,
+    device: str | torch.device = "cpu",
     max_memory: int | None = None,
     progress: bool = True,
     trust_remote_code: bool = False,
@@ -46,8 +47,9 @@ def quantize(
 
     config: what to do; the default is 4-bit GPTQ experts, 8-bit dense linears. statistics_from:
     folders that `save_statistics` wrote for the same model; summed, they replace running text
-    through the model. max_memory: bytes it may take, None for what is free; activations that do not
-    fit wait in files beside `dst`. progress: a bar on standard error, if that is a terminal.
+    through the model. device: where layers are run and solved, "cpu" or a GPU ("cuda", "cuda:1").
+    max_memory: bytes of the machine's memory it may take, None for what is free; activations that
+    do not fit wait in files beside `dst`. progress: a bar on standard error, if that is a terminal.
     trust_remote_code: code that lies beside the weights may run, where transformers has no class
     for the model.
     Returns the report that is also written to `dst/qmoe_report.json`.
@@ -71,6 +73,7 @@ def quantize(
         config or QuantConfig(),
         statistics_from=statistics_from,
         save_statistics=save_statistics,
+        device=device,
         max_memory=max_memory,
         track=on_terminal if progress else silent,
         trust_remote_code=trust_remote_code,

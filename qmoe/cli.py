@@ -139,6 +139,11 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--batch", type=int, help=f"windows per forward pass ({c.batch})")
     p.add_argument("--seed", type=int, help=f"of the choice of windows ({c.seed})")
     p.add_argument(
+        "--device",
+        default="cpu",
+        help="where layers are run and solved: cpu, or a GPU: cuda, cuda:1",
+    )
+    p.add_argument(
         "--max-memory",
         type=float,
         metavar="GB",

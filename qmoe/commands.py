@@ -38,6 +38,7 @@ def quantize(args: argparse.Namespace) -> dict[str, Any]:
         config_from(args),
         statistics_from=args.statistics,
         save_statistics=args.save_statistics,
+        device=args.device,
         max_memory=None if args.max_memory is None else int(args.max_memory * 1e9),
         track=on_terminal if lead else silent,
         trust_remote_code=args.trust_remote_code,

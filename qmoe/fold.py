@@ -105,7 +105,8 @@ def fold_norm(
         hessian = _input_hessian(stats, name)
         hessians[id(hessian)] = hessian
         assert weight is not None
-        readers.append(Reader(_stacked(weight), _stacked(hessian), schemes[name]))
+        there = _stacked(hessian).to(weight.device)
+        readers.append(Reader(_stacked(weight), there, schemes[name]))
     s = awq_scales(readers, scale_dtype=scale_dtype, shared=True)[0]
     norm = model.get_submodule(fold.norm)
     weights = [w for n in fold.readers if (w := _columns(model.get_submodule(n))) is not None]
@@ -125,7 +126,8 @@ def fold_experts(
     """Per expert: scale the columns of down up and the rows of up down; returns the undo."""
     name, second = expert_weights(experts)
     first, down = rows(experts, name), rows(experts, second)
-    s = awq_scales([Reader(down, stats.second, scheme)], scale_dtype=scale_dtype, shared=False)
+    reader = Reader(down, stats.second.to(down.device), scheme)
+    s = awq_scales([reader], scale_dtype=scale_dtype, shared=False)
     changes = [
         (down, s[:, None]),
         (up_rows(experts, first), 1 / s[:, :, None]),
@@ -140,7 +142,7 @@ def fold_experts(
 def _apply(changes: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
     kept = [(tensor, tensor.detach().clone()) for tensor, _ in changes]
     for tensor, factor in changes:
-        tensor.data.mul_(factor)
+        tensor.data.mul_(factor.to(tensor.device))
 
     def undo() -> None:
         for tensor, before in kept:

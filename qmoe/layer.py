@@ -24,6 +24,7 @@ from qmoe.calibration.stats import LayerStats, LinearStats
 from qmoe.errors import CalibrationError, UnsupportedModelError
 from qmoe.fold import TOLERANCE, find_folds, fold_experts, fold_norm
 from qmoe.job import Job, Result
+from qmoe.placing import CPU, moved, whereabouts
 from qmoe.solving import borrow_rare, solve_parts
 from qmoe.structure import Layer
 from qmoe.suspend import Call
@@ -114,10 +115,12 @@ def _experts(job: Job) -> dict[str, Any]:
 
 def run_layer(model: nn.Module, layer: Layer, forward: Forward, calls: list[Call]) -> Iterator[Any]:
     """The layer's output for each batch, with experts run by qmoe: they may be in 16 bits, whatever
-    the activations are."""
+    the activations are. Batches come to where the layer is, and outputs go back."""
+    device = whereabouts(model.get_submodule(layer.name))
     with collecting_experts([model.get_submodule(n) for n in layer.experts]):
         for call in calls:
-            yield forward(*call.args, **call.kwargs)
+            args, kwargs = call.moved(device)
+            yield moved(forward(*args, **kwargs), CPU)
 
 
 def _gather(

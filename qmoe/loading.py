@@ -107,16 +107,8 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
 
 def usable_device(device: str | torch.device) -> torch.device:
     """The device by its name; ConfigError if it is none, is not there, or has no kernels."""
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from error
-    if place.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device: expected cpu, cuda or cuda:N, got {device!r}")
+    place = find_device(device)
     if place.type == "cuda":
-        count = torch.cuda.device_count()
-        if (place.index or 0) >= count:
-            raise ConfigError(f"device: {device!r} asked for, {count} CUDA devices found")
         from qmoe.kernels.experts import device_table
 
         try:

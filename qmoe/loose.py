@@ -41,7 +41,8 @@ def borrow(job: Job, names: list[str], result: Result) -> None:
             linears = {n: job.model.get_submodule(n) for n in job.layer.loose[name][e]}
             borrowed = LayerStats()
             with collecting_linears(linears, borrowed):
-                modules[e](sample)
+                where = next(modules[e].parameters()).device
+                modules[e](sample.to(where))
             weight = (job.config.min_tokens - tokens[e]) / len(sample)
             for linear, stats in borrowed.linears.items():
                 own = result.stats.linears.get(linear) or LinearStats.empty(len(stats.hessian))

@@ -23,6 +23,7 @@ PROCESS = 450_000_000  # Python, torch and transformers themselves
 TUNING = (
     22  # bytes per weight: the original, a latent value, its gradient, two of Adam's, the weight
 )
+CONTEXT = 1_000_000_000  # CUDA itself, and the activations of one batch
 WORKSPACE = 8  # times the Hessians solved at once
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -66,6 +67,26 @@ def spills(need: Need, allowed: int | None) -> bool:
             f"{limit / 1e9:.1f} GB {found}{more}"
         )
     return need.fixed + need.activations > limit
+
+
+def check_fits(source: Source, config: QuantConfig, device: torch.device) -> None:
+    """Raises ConfigError if a layer, its solver and a batch do not fit on a GPU."""
+    if device.type != "cuda":
+        return
+    widest = 4 if config.folds else torch.finfo(source.weight_dtype()).bits // 8
+    need = max(_layer_bytes(source, layer, widest) for layer in source.structure.layers)
+    if config.folds:
+        need += max(_hessian_bytes(source, layer) for layer in source.structure.layers)
+    if config.tune:
+        need += TUNING * max(map(_elements, source.stages()))
+    need += CONTEXT + _solver_bytes(source, config)
+    found = torch.cuda.mem_get_info(device)[0]
+    if need > found:
+        raise ConfigError(
+            f"device: quantizing this model takes about {need / 1e9:.1f} GB on it, and "
+            f"{found / 1e9:.1f} GB are free on {device}; use the CPU"
+            f"{', or --tune 0' if config.tune else ''}"
+        )
 
 
 def free() -> int:

@@ -22,6 +22,7 @@ from qmoe.units import Units
 MARKER = ".qmoe-partial"  # which process is writing what
 NOTE = ".qmoe-shard-{}.json"  # what was done for a finished shard
 WRITTEN = ".qmoe-written.safetensors"  # text that the model wrote
+WRITER = ".qmoe-writer"  # a small copy of the model while it writes
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 
 
@@ -125,6 +126,8 @@ class OutputFolder:
         if kind is None:
             self.units.clear()
             (self.path / WRITTEN).unlink(missing_ok=True)
+            for left in self.path.glob(WRITER + "*"):
+                shutil.rmtree(left)
             for note in self.path.glob(NOTE.format("*")):
                 note.unlink()
             # In this order: a kill between the two leaves a whole model with one file too many, and

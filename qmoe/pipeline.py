@@ -22,8 +22,9 @@ from qmoe.format import Schemes, quantization_config, unpacked_tensors
 from qmoe.head import Head
 from qmoe.job import Job
 from qmoe.layer import quantize_layer, run_layer
-from qmoe.memory import needed, spills
+from qmoe.memory import check_fits, needed, spills
 from qmoe.output import OutputFolder, make_folder
+from qmoe.placing import CPU, find_device, place
 from qmoe.plan import Source, check_combination, prepare, schemes_of
 from qmoe.progress import Track, silent
 from qmoe.remote_code import code_digest
@@ -45,6 +46,7 @@ def quantize(
     *,
     statistics_from: Sequence[str | Path] = (),
     save_statistics: str | Path | None = None,
+    device: str | torch.device = "cpu",
     max_memory: int | None = None,
     track: Track = silent,
     trust_remote_code: bool = False,
@@ -52,8 +54,10 @@ def quantize(
     """Quantize the MoE model in `src` (folder or hub name) into the new folder `dst`.
 
     statistics_from: folders written by `save_statistics` on the same model; they are summed and
-    used instead of running text through the model. max_memory: bytes one process may take, None for
-    what is free; activations that do not fit wait in files beside `dst`. trust_remote_code: code
+    used instead of running text through the model. device: where layers are run and solved, one at
+    a time, "cpu" or a GPU ("cuda", "cuda:1"; with several ranks "cuda" is a GPU for each); numbers
+    differ in the last digits between kinds of device. max_memory: bytes of the machine's memory one
+    process may take, None for what is free; activations that do not fit wait in files beside `dst`. trust_remote_code: code
     that lies beside the weights may run, where transformers has no class for the model. Returns the
     report, also written to `dst/qmoe_report.json`. Raises a QmoeError before any long work if
     something cannot work, and AuditError if the result is not what was promised; `dst` then does
@@ -65,11 +69,13 @@ def quantize(
     check_combination(config, given, save_statistics, dst)
     text = not given and config.method != "rtn"
     trust = trust_remote_code
+    where = find_device(device)
     source, windows, identity = prepare(src, dst, config, text=text, track=track, trust=trust)
     whole = bool(given) or save_statistics is not None
     c = config.calibration
     tokens = windows.numel() + (c.written * c.window if text else 0)
     spill = spills(needed(source, config, tokens, whole), max_memory)
+    check_fits(source, config, where)
     saved = None if save_statistics is None else Path(save_statistics)
     if saved is not None:
         make_folder(saved)
@@ -77,6 +83,7 @@ def quantize(
         "source": identity,
         **{name: str(value) for name, value in vars(config).items()},
         "text": fingerprint(windows),
+        "device": where.type,
         "statistics": f"from {[str(p) for p in given]} to {saved}",
         "code": code_digest(source.checkpoint.path),
         "versions": f"qmoe {__version__}, torch {torch.__version__}, "
@@ -85,9 +92,16 @@ def quantize(
     with OutputFolder(dst, len(source.structure.layers) + 1, about) as out:
         if saved is not None and any(saved.iterdir()) and not out.begun():
             raise OutputError(f"{saved}: is not empty; statistics of two runs must not mix")
-        run = _Run(source, config, given, saved, out, spill)
+        run = _Run(source, config, given, saved, out, spill, where)
         if text and c.written:
-            own, run.unwritten = written_windows(source, config, out, max_memory, trust)
+
+
+            def copy(folder: Path, rounding: QuantConfig) -> None:
+                options = {"device": where, "max_memory": max_memory, "trust_remote_code": trust}
+                quantize(source.checkpoint.path, folder, rounding, **options)
+
+            own, why = written_windows(source, config, out, where, max_memory, trust, copy)
+            run.written, run.not_original = len(own), why
             windows = torch.cat([windows, own])
         run.all_shards(windows, track)
         report = run.finish(windows, track, trust) if out.leads else {}
@@ -105,15 +119,18 @@ class _Run:
         saved: Path | None,
         out: OutputFolder,
         spill: bool,
+        device: torch.device,
     ) -> None:
         self.source, self.config, self.given, self.saved = source, config, given, saved
+        self.device = device
         self.out, self.scratch = out, Scratch(out.path if spill else None)
         sha = out.fingerprint["source"]
         self.about = {"model": sha, "gate_weighted": str(config.gate_weighted)}
         self.records: list[dict[str, Any]] = []
         self.head: dict[str, Quantized] = {}
         self.tokens = 0
-        self.unwritten = ""  # why the model wrote no text, if it should have
+        self.written = 0  # windows of text
+        self.not_original = ""  # why the original did not write them, if it should have
         # Of every quantized stack as it was solved, to be compared with what was written.
         self.digests: dict[str, str] = {}
         self.schemes = Schemes(self.new_config(), str(out.dst))
@@ -145,6 +162,7 @@ class _Run:
                 self.records.append(note["record"])
                 self.digests |= note["digests"]
             free(modules[i])
+            place(modules[i], CPU)  # its buffers, which the rest of the model may share
             source.checkpoint.release()
             # Nothing behind the last layer is of interest, unless lm_head is to be quantized.
             return outputs if head is not None or i + 1 < len(modules) else None
@@ -178,8 +196,9 @@ class _Run:
         report = build_report(self.config, source, self.records, audit, __version__)
         report |= {"source_sha256": self.about["model"], "digests": self.digests}
         report |= {"kept_sha256": audit.kept, "calibration": self.calibration(windows)}
-        if self.unwritten:
-            report["fallbacks"].insert(0, f"the model wrote no text: {self.unwritten}")
+        if self.not_original:
+            what = "a copy with 4-bit experts wrote text" if self.written else "no text was written"
+            report["fallbacks"].insert(0, f"{what}: {self.not_original}")
         out.write_json("qmoe_report.json", report)
         return report
 
@@ -211,6 +230,7 @@ class _Run:
         source = self.source
         names = source.weights.sources(layer.name)
         load_layer(source, layer, self._experts_dtype())
+        place(source.model.get_submodule(layer.name), self.device)
         schemes = schemes_of(source, layer, self.config)
         saved = self.saved
         save = (
@@ -252,12 +272,15 @@ class _Run:
         """The outputs of a layer that an earlier run quantized, from what it wrote."""
         originals, calls = self._streams(calls)
         model, outputs = self.source.model, []
+        module = model.get_submodule(layer.name)
         if originals:
             load_layer(self.source, layer, self._experts_dtype())
+            place(module, self.device)
             outputs += [self.scratch.keep(y) for y in run_layer(model, layer, forward, originals)]
-            free(model.get_submodule(layer.name))
+            free(module)
         weights = unpacked_tensors(self.out.read_shard(i), self.schemes)
         restore(self.source, layer, weights, self._experts_dtype())
+        place(module, self.device)
         outputs += [self.scratch.keep(y) for y in run_layer(model, layer, forward, calls)]
         return outputs
 
@@ -287,9 +310,11 @@ class _Run:
             return {"statistics": [str(p) for p in self.given]}
         if not len(windows):
             return {}
-        written = 0 if self.unwritten else self.config.calibration.written
-        shape = list(windows.shape)
-        return {"windows": shape, "written": written, "sha256": fingerprint(windows)}
+        return {
+            "windows": list(windows.shape),
+            "written": self.written,
+            "sha256": fingerprint(windows),
+        }
 
 
 def _stats_file(i: int) -> str:

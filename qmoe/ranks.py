@@ -37,6 +37,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def local() -> int:
+    """The rank among those of this machine."""
+    return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0
+
+
 def share(values: Sequence[T]) -> list[T]:
     """This rank's part of what there is to do: neighbours, so that all parts put together in the
     order of ranks are in the old order."""

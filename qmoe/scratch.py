@@ -1,4 +1,4 @@
-"""Tensors that wait on disk instead of in memory, where calibration text is long and memory short.
+"""Tensors that wait: in memory, or on disk where calibration text is long and memory short.
 
 A kept tensor lies in a file without a name that is mapped into memory: the operating system reads
 it when it is used, and the disk space is free again when the tensor is. Values are the same either
@@ -33,6 +33,7 @@ class Scratch:
         return self._keep(value) if isinstance(value, Tensor) else value
 
     def _keep(self, tensor: Tensor) -> Any:
+        tensor = tensor.cpu()
         if self.folder is None or tensor.nbytes < mmap.PAGESIZE:
             return tensor
         for earlier in list(self._maps):

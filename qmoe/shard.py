@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qmoe import experts
 from qmoe.format import packed_tensors
+from qmoe.placing import CPU
 from qmoe.naming import matrix_names, original_names, packed_names
 from qmoe.plan import Source
 from qmoe.structure import Layer
@@ -24,7 +25,7 @@ def shard_tensors(
     for target in sorted(changed):
         parameter = source.model.get_parameter(target)
         for name, tensor in original_names(source.model, target, parameter).items():
-            out[name] = tensor.to(weights.checkpoint.tensor(name).dtype)
+            out[name] = tensor.to(CPU, weights.checkpoint.tensor(name).dtype)
     for target, stack in quantized.items():
         out |= _packed(source, target, stack)
     return out

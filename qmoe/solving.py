@@ -12,6 +12,7 @@ from qmoe.calibration.stats import ExpertStats
 from qmoe.errors import CalibrationError
 from qmoe.grid import dequantize
 from qmoe.job import Job, Result
+from qmoe.placing import CPU
 from qmoe.solvers.solve import Solved, experts_at_once, join, solve
 from qmoe.types import Quantized
 from qmoe.units import Unit
@@ -32,9 +33,14 @@ def hold(job: Job, target: str, quantized: Quantized) -> None:
     name, _, weight = target.rpartition(".")
     module: Any = job.model.get_submodule(name)
     if name in job.layer.experts:
-        experts.put(module, weight, dequantize(quantized))
+        _put(module, weight, quantized, 0)
     else:
-        module.weight.data.copy_(dequantize(quantized)[0])
+        module.weight.data.copy_(dequantize(quantized.to(module.weight.device))[0])
+
+
+def _put(module: Any, weight: str, quantized: Quantized, start: int) -> None:
+    there = quantized.to(getattr(module, weight).device)
+    experts.put(module, weight, dequantize(there), start)
 
 
 def _solve_linear(job: Job, name: str, module: Any, result: Result) -> None:
@@ -42,7 +48,7 @@ def _solve_linear(job: Job, name: str, module: Any, result: Result) -> None:
     hessian = linear.hessian[None] if linear is not None else None
     solved = _solve(job, name, module.weight[None], hessian)
     if job.config.tune:
-        result.originals[f"{name}.weight"] = module.weight[None].clone()
+        result.originals[f"{name}.weight"] = module.weight[None].to(CPU, copy=True)
     if hessian is None and job.config.method != "rtn":
         # Its family multiplies with the weight by hand, or no token came to this expert.
         solved = replace(solved, rounded=[0])
@@ -58,7 +64,9 @@ def _solve_experts(job: Job, name: str, module: nn.Module, result: Result) -> No
         entry |= {"tokens": stats.tokens.tolist(), "gate_mass": stats.gate_mass.tolist()}
     weights = experts.expert_weights(module)
     if job.config.tune:
-        result.originals |= {f"{name}.{w}": experts.stack(module, w).clone() for w in weights}
+        result.originals |= {
+            f"{name}.{w}": experts.stack(module, w).to(CPU, copy=True) for w in weights
+        }
     E, chunk = len(experts.rows(module, weights[0])), _experts_at_once(module)
     starts = range(0, E, chunk)
     units: list[Unit] = []
@@ -69,7 +77,7 @@ def _solve_experts(job: Job, name: str, module: nn.Module, result: Result) -> No
         for start, unit in zip(at_once, ranks.gather(made), strict=False):
             assert unit is not None
             for weight, solved in zip(weights, unit.solved, strict=True):
-                experts.put(module, weight, dequantize(solved.quantized), start)
+                _put(module, weight, solved.quantized, start)
             units.append(unit)
     if stats is not None and not job.config.folds:  # which borrows before it folds
         entry["borrowed"] = [e for unit in units for e in unit.borrowed]
@@ -114,7 +122,9 @@ def borrow_rare(
     first = experts.expert_weights(module)[0]
 
     def middle(e: int, x: Tensor) -> Tensor:
-        return experts.activation(module, experts.product(module, first, start + e, x))
+        there = x.to(getattr(module, first).device)
+        mid = experts.activation(module, experts.product(module, first, start + e, there))
+        return mid.to(x.device)
 
     rare = borrow(part, middle, job.config.min_tokens, average_weight(whole))
     return [start + e for e in rare]

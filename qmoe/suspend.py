@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import greenlet
+import torch
 from torch import nn
+
+from qmoe.placing import moved
 
 
 class Call(NamedTuple):
@@ -19,6 +22,11 @@ class Call(NamedTuple):
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def moved(self, device: torch.device) -> "Call":
+        """The same arguments on that device; this call keeps its own."""
+        kwargs = {name: moved(value, device) for name, value in self.kwargs.items()}
+        return Call(moved(self.args, device), kwargs)
 
 
 Visit = Callable[[int, Callable[..., Any], list[Call]], list[Any] | None]

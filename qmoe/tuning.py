@@ -24,6 +24,7 @@ from qmoe.calibration.collect import collecting_experts
 from qmoe.errors import CalibrationError
 from qmoe.grid import limits, stored_scale
 from qmoe.job import Job, Result
+from qmoe.placing import whereabouts
 from qmoe.solving import hold
 from qmoe.suspend import Call
 from qmoe.types import Quantized
@@ -64,14 +65,15 @@ class Matrix:
     A latent value starts inside its integer's interval, on the side where the original weight is,
     so that those that were a close call change first."""
 
-    def __init__(self, stack: Quantized, original: Tensor, e: int):
+    def __init__(self, stack: Quantized, original: Tensor, e: int, device: torch.device):
         self.stack = stack
-        self.scale = stack.scale[e].float()
-        zero = stack.zero[e].float() if stack.zero is not None else torch.zeros_like(self.scale)
+        self.scale = stack.scale[e].float().to(device)
+        no = torch.zeros_like(self.scale)
+        zero = no if stack.zero is None else stack.zero[e].float().to(device)
         self.zero = zero
-        groups = original[e].float().unflatten(1, (self.scale.shape[1], -1))
+        groups = original[e].float().to(device).unflatten(1, (self.scale.shape[1], -1))
         aim = (groups / self.scale[..., None] + zero[..., None]).flatten(1)
-        q = stack.q[e].float()
+        q = stack.q[e].float().to(device)
         self.latent: Tensor = (q + (aim - q).clamp(-INSIDE, INSIDE)).requires_grad_()
         self.ratio: Tensor = torch.ones_like(self.scale).requires_grad_()
 
@@ -109,8 +111,9 @@ def tune(
     diverges.
     """
     layer: Any = job.model.get_submodule(job.layer.name)
+    device = whereabouts(layer)
     matrices = {
-        target: [Matrix(stack, result.originals[target], e) for e in range(len(stack.q))]
+        target: [Matrix(stack, result.originals[target], e, device) for e in range(len(stack.q))]
         for target, stack in result.weights.items()
         if target.startswith(f"{job.layer.name}.")
     }
@@ -129,8 +132,8 @@ def tune(
         for i in order:
             given = _plain(job, matrices) | {n: _as_stored(p, job) for n, p in kept.items()}
             inside = {n.removeprefix(f"{job.layer.name}."): p for n, p in given.items()}
-            output = functional_call(layer, inside, calls[i].args, calls[i].kwargs)
-            loss = relative_error(hidden(output), hidden(targets[i]))
+            output = functional_call(layer, inside, *calls[i].moved(device))
+            loss = relative_error(hidden(output), hidden(targets[i]).to(device))
             if not loss.isfinite():
                 raise CalibrationError(f"{job.layer.name}: tuning gave NaN or Inf; use --tune 0")
             optimizer.zero_grad()
@@ -237,8 +240,9 @@ def _put_back(
 ) -> None:
     for target, group in matrices.items():
         old = result.weights[target]
-        scale = torch.stack([m.scales().detach() for m in group]).to(old.scale.dtype)
-        new = Quantized(torch.stack([m.integers() for m in group]), scale, old.zero, old.scheme)
+        scale = torch.stack([m.scales().detach().cpu() for m in group]).to(old.scale.dtype)
+        q = torch.stack([m.integers().cpu() for m in group])
+        new = Quantized(q, scale, old.zero, old.scheme)
         result.weights[target] = new
         hold(job, target, new)
     for name, value in kept.items():

@@ -27,6 +27,10 @@ class Quantized:
     zero: Int8[Tensor, "E N G"] | None
     scheme: Scheme
 
+    def to(self, device: torch.device) -> "Quantized":
+        zero = None if self.zero is None else self.zero.to(device)
+        return Quantized(self.q.to(device), self.scale.to(device), zero, self.scheme)
+
 
 def digest(quantized: Quantized) -> str:
     """SHA-256 of the integers, scales and zero points: equal if and only if the weights are."""

@@ -5,12 +5,15 @@ none of it: calibrated on English essays alone, a model loses up to half more on
 code. What a model samples from itself covers what it knows (MoEQuant's self-sampling, Hu et al.,
 2025, arXiv 2505.03804, without its search; LLM-QAT, Liu et al., 2023, arXiv 2305.17888).
 
-Needs the whole model in memory; where that or something else is in the way there is no such text,
-and the report says why.
+A whole model has to be in memory for it. Where the original does not fit, a copy with experts
+rounded to 4 bits writes; where that does not either, or the family does not continue text, there is
+no such text. The report says so.
 """
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -18,74 +21,122 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qmoe import ranks
-from qmoe.config import CalibrationConfig, QuantConfig
+from qmoe.config import CHANNEL, CalibrationConfig, QuantConfig, Scheme
+from qmoe.experts import expert_weights, rows
+from qmoe.loading import load
 from qmoe.memory import free
 from qmoe.model_config import CONFIG_ERRORS, first_line
-from qmoe.output import WRITTEN, OutputFolder
+from qmoe.output import WRITER, WRITTEN, OutputFolder
+from qmoe.placing import CPU, place
 from qmoe.plan import Source, open_source
 from qmoe.storage import write_safetensors
 from qmoe.tokenizer import open_tokenizer
 
 ROWS = 64  # windows written at once
 ROOM = 1.3  # times the model's bytes: its weights, caches of attention, activations
+COPY = 0.6  # bytes per weight of experts in the copy, zero points and scales included
+
+Way = Literal["original", "copy", "none"]
 
 
 def written_windows(
-    source: Source, config: QuantConfig, out: OutputFolder, allowed: int | None, trust: bool
+    source: Source,
+    config: QuantConfig,
+    out: OutputFolder,
+    device: torch.device,
+    allowed: int | None,
+    trust: bool,
+    quantize: Callable[[Path, QuantConfig], Any],
 ) -> tuple[Int[Tensor, "n L"], str]:
-    """What the model writes, or none and the reason. Kept with the unfinished work, so that a run
-    that goes on has the same, whatever memory it finds. Of several processes one writes."""
+    """What the model writes, and why not the original wrote it ("" if it did); no windows if
+    nothing could. Kept with the unfinished work, so that a run that goes on has the same, whatever
+    memory it finds. Of several processes one writes. quantize: makes a quantized copy of the same
+    model in a folder."""
     path = out.path / WRITTEN
-    if out.leads and not path.exists():
-        reason = refusal(source, allowed)
-        own = torch.empty(0, config.calibration.window, dtype=torch.long)
-        if not reason:
-            folder = source.checkpoint.path
-            tokenizer = open_tokenizer(folder, source.model.config, trust)
-            try:
-                own = write(folder, source.weight_dtype(), tokenizer, config.calibration, trust)
-            except CONFIG_ERRORS as error:  # transformers cannot continue text in this family
-                reason = f"generating failed: {type(error).__name__}: {first_line(error)}"
-        write_safetensors(path, {"windows": own}, {"reason": reason})
-    ranks.gather(0)  # the others wait until it is there
+    if not ranks.first(path.exists()):
+        way, why = ranks.first(find_way(source, device, allowed))
+        if way == "copy":
+            _make_copy(out.path / WRITER, config, quantize)
+        if out.leads:
+            own = torch.empty(0, config.calibration.window, dtype=torch.long)
+            if way != "none":
+                try:
+                    own = _write(source, config, out.path / WRITER, way, device, trust)
+                except CONFIG_ERRORS as error:  # transformers cannot continue text in this family
+                    why = f"generating failed: {type(error).__name__}: {first_line(error)}"
+            write_safetensors(path, {"windows": own}, {"why": why})
+            shutil.rmtree(out.path / WRITER, ignore_errors=True)
+        ranks.gather(0)  # the others wait until it is there
     with safe_open(path, framework="pt") as file:
-        return file.get_tensor("windows"), file.metadata()["reason"]
+        return file.get_tensor("windows"), file.metadata()["why"]
 
 
-def refusal(source: Source, allowed: int | None) -> str:
-    """Why this model cannot write text here; empty if it can. allowed: bytes, None for what is
-    free."""
+def find_way(source: Source, device: torch.device, allowed: int | None) -> tuple[Way, str]:
+    """Who writes text here, and why not the original ("" if it does). allowed: bytes of the
+    machine's memory, None for what is free. A model on its way to a GPU is in that memory first."""
     if source.model.config.is_encoder_decoder or not source.model.can_generate():
-        return "it does not continue text"
+        return "none", "the model does not continue text"
     limit = free() if allowed is None else allowed
-    need = int(ROOM * _bytes(source))
-    if need > limit:
-        return f"that takes {need / 1e9:.1f} GB of memory, {limit / 1e9:.1f} GB can be had"
-    return ""
+    if device.type == "cuda":
+        limit = min(limit, torch.cuda.mem_get_info(device)[0])
+    whole, copy = (int(ROOM * n) for n in _bytes(source))
+    found = f"{limit / 1e9:.1f} GB can be had"
+    if whole <= limit:
+        return "original", ""
+    if copy <= limit:
+        return "copy", f"the original takes {whole / 1e9:.1f} GB of memory, {found}"
+    return "none", f"that takes {copy / 1e9:.1f} GB of memory even with 4-bit experts, {found}"
 
 
-def _bytes(source: Source) -> int:
-    elements = sum(parameter.numel() for parameter in source.model.parameters())
-    return int(elements * torch.finfo(source.weight_dtype()).bits // 8)
+def _bytes(source: Source) -> tuple[int, int]:
+    """Of the model as it is stored, and of the copy at most."""
+    each = torch.finfo(source.weight_dtype()).bits // 8
+    every = sum(parameter.numel() for parameter in source.model.parameters())
+    modules = [source.model.get_submodule(n) for x in source.structure.layers for n in x.experts]
+    routed = sum(rows(m, weight).numel() for m in modules for weight in expert_weights(m))
+    return every * each, int(routed * COPY) + (every - routed) * each
 
 
-def write(
-    path: Path, dtype: torch.dtype, tokenizer: Any, config: CalibrationConfig, trust: bool
+def _make_copy(
+    folder: Path, config: QuantConfig, quantize: Callable[[Path, QuantConfig], Any]
+) -> None:
+    """Round to nearest into `folder`: no text is needed, and one layer at a time in memory."""
+    if ranks.rank() == 0 and folder.exists():  # a run was killed while this copy wrote
+        shutil.rmtree(folder)
+    ranks.gather(0)
+    experts = Scheme(4, config.experts.group_size, symmetric=False)
+    quantize(folder, QuantConfig("rtn", experts, config.dense and Scheme(8, CHANNEL)))
+
+
+def _write(
+    source: Source, config: QuantConfig, copy: Path, way: Way, device: torch.device, trust: bool
 ) -> Int[Tensor, "n L"]:
+    folder, dtype = source.checkpoint.path, source.weight_dtype()
+    if way == "copy":
+        model, tokenizer = load(copy, dtype, device=device, trust_remote_code=trust)
+    else:
+        tokenizer = open_tokenizer(folder, source.model.config, trust)
+        whole = open_source(folder, dtype, trust)
+        whole.weights.load(whole.checkpoint.names(), dtype)
+        whole.weights.tie()
+        model = whole.model
+        place(model, device)
+    return write(model, tokenizer, config.calibration)
+
+
+def write(model: Any, tokenizer: Any, config: CalibrationConfig) -> Int[Tensor, "n L"]:
     """`config.written` windows of `config.window` tokens, sampled at temperature 1.
 
     Each begins with BOS, if the tokenizer starts texts with it, and a token drawn evenly from the
     vocabulary, which sets languages and domains apart. Same seed, same tokens on the same machine.
     """
-    source = open_source(path, dtype, trust)
-    source.weights.load(source.checkpoint.names(), dtype)
-    source.weights.tie()
     generator = torch.Generator().manual_seed(config.seed)
-    firsts = _first_tokens(tokenizer, source.model.config, config.written, generator)
-    with torch.random.fork_rng(devices=[]):
+    firsts = _first_tokens(tokenizer, model.config, config.written, generator)
+    devices = [] if model.device.type == "cpu" else [model.device]
+    with torch.random.fork_rng(devices=devices, device_type=model.device.type):
         torch.manual_seed(config.seed)
-        rows = [_continue(source.model, part, config.window) for part in firsts.split(ROWS)]
-    return torch.cat(rows)
+        parts = [part.to(model.device) for part in firsts.split(ROWS)]
+        return torch.cat([_continue(model, part, config.window).to(CPU) for part in parts])
 
 
 def _first_tokens(tokenizer: Any, config: Any, count: int, generator: torch.Generator) -> Tensor:

@@ -13,8 +13,10 @@ from qmoe.calibration.coverage import routes_kept
 from qmoe.compare import evaluate
 from qmoe.errors import ConfigError
 from qmoe.grid import limits
+from qmoe.plan import open_source
 from qmoe.report import read_report
 from qmoe.tuning import OnGrid, relative_error
+from qmoe.writing import _bytes
 
 LOW = Scheme(2, 32, False)
 TEXT = CalibrationConfig(windows=16, window=64)
@@ -99,15 +101,28 @@ def test_a_tuned_run_goes_on_to_the_same_bytes(demo, tmp_path, monkeypatch):
     assert same_files(tmp_path / "whole", tmp_path / "out")
     report = read_report(tmp_path / "out")
     assert report["calibration"]["windows"] == [20, 64] and report["calibration"]["written"] == 4
-    assert not report["fallbacks"] or "wrote no text" not in report["fallbacks"][0]
+    assert not [line for line in report["fallbacks"] if "text" in line]
 
 
 def test_no_memory_to_write_text_is_reported(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr("qmoe.writing.free", lambda: 1_000_000)
+    monkeypatch.setattr("qmoe.writing.free", lambda: 100_000)
     config = QuantConfig(calibration=replace(TEXT, written=4))
     report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
-    assert report["fallbacks"][0].startswith("the model wrote no text: that takes 0.0 GB")
+    assert report["fallbacks"][0].startswith("no text was written: that takes 0.0 GB")
     assert report["calibration"]["windows"] == [16, 64]
+    assert report["calibration"]["written"] == 0
+
+
+def test_without_memory_for_the_original_a_copy_writes(demo, tmp_path, monkeypatch):
+    whole, copy = _bytes(open_source(demo, torch.bfloat16))
+    monkeypatch.setattr("qmoe.writing.free", lambda: int(1.3 * (whole + copy) / 2))
+    config = QuantConfig(calibration=replace(TEXT, written=4))
+    report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
+    first = report["fallbacks"][0]
+    assert first.startswith("a copy with 4-bit experts wrote text: the original takes 0.0 GB")
+    assert report["calibration"]["windows"] == [20, 64]
+    assert report["calibration"]["written"] == 4
+    assert not list((tmp_path / "out").glob(".qmoe*"))  # the copy is gone
 
 
 @pytest.mark.parametrize("method", ["rtn", "awq"])

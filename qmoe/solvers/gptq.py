@@ -162,7 +162,7 @@ def _column_order(H: Tensor, act_order: bool) -> Tensor:
     diagonal = torch.diagonal(H, dim1=1, dim2=2)
     if act_order:
         return torch.argsort(diagonal, dim=1, descending=True, stable=True)
-    return torch.arange(H.shape[1]).repeat(H.shape[0], 1)
+    return torch.arange(H.shape[1], device=H.device).repeat(H.shape[0], 1)
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,9 @@ def _factorize(hessian: Tensor, order: Tensor, damp: float) -> _Factor:
     """
     E, K, _ = hessian.shape
     # With the identity for U no error is fed back: such experts are rounded to nearest.
-    factor = _Factor(torch.eye(K).repeat(E, 1, 1), torch.zeros(E, K), torch.zeros(E, K), {}, [])
+    none = torch.zeros(E, K, device=hessian.device)
+    identity = torch.eye(K, device=hessian.device).repeat(E, 1, 1)
+    factor = _Factor(identity, none, none.clone(), {}, [])
     for e in range(E):
         # L L' of the reversed matrix, reversed again, is U U'.
         backward = order[e].flip(0)

@@ -84,7 +84,7 @@ def refit_scales(W: Tensor, H: Tensor, at: Rounded, scale_dtype: torch.dtype) ->
     G = at.scale.shape[1]
     P = (at.q.unflatten(1, (G, -1)) - at.zero[:, :, None]).flatten(1, 2)
     wanted = ((H @ W) * P).view(E, G, -1, N).sum(2)
-    products = torch.empty(E, N, G, G)
+    products = torch.empty(E, N, G, G, device=W.device)
     size = K // G
     for g in range(G):
         columns = slice(g * size, (g + 1) * size)

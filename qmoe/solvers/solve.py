@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qmoe.config import Method, Scheme
 from qmoe.grid import dequantize
+from qmoe.placing import CPU
 from qmoe.solvers.awq import output_error
 from qmoe.solvers.gptq import gptq
 from qmoe.solvers.rtn import rtn
@@ -41,10 +42,12 @@ def solve(
     """Quantize a stack. AWQ's scales are already in the weights, so it rounds to nearest here.
 
     Only plain rounding can do without a Hessian. Takes several copies of the Hessians: give it
-    `experts_at_once` of a large stack, and `join` what comes back.
+    `experts_at_once` of a large stack, and `join` what comes back. Computed where the weights are;
+    the Hessian may be elsewhere, and the integers are in the machine's own memory.
     """
     if hessian is None:
-        return Solved(rtn(weight, scheme, scale_dtype), [])
+        return Solved(rtn(weight, scheme, scale_dtype).to(CPU), [])
+    hessian = hessian.to(weight.device)
     damped: dict[int, float] = {}
     rounded: list[int] = []
     if method.endswith("gptq"):
@@ -64,7 +67,7 @@ def solve(
         lost = output_error(dequantize(quantized) - weight, hessian)
         total = output_error(weight.float(), hessian)
     ratio = torch.where(total > 0, lost.clamp(min=0) / total.clamp(min=1e-30), 0.0)
-    return Solved(quantized, ratio.sqrt().tolist(), damped, rounded)
+    return Solved(quantized.to(CPU), ratio.sqrt().tolist(), damped, rounded)
 
 
 def experts_at_once(in_features: int) -> int:
