@@ -38,7 +38,7 @@ def quantize(
     *,
     statistics_from: Sequence[str | Path] = (),
     save_statistics: str | Path | None = None,
-    device: str | torch.device = "cpu",
+    device: "str | torch.device" = "cpu",
     max_memory: int | None = None,
     progress: bool = True,
     trust_remote_code: bool = False,

@@ -16,6 +16,7 @@ from qmoe.model_config import CONFIG_ERRORS
 from qmoe.modules import PackedLinear, finish_experts
 from qmoe.offloading import offload_experts
 from qmoe.packed_skeleton import PackedSource, open_packed
+from qmoe.placing import find_device
 from qmoe.plan import check_complete
 from qmoe.progress import Track, silent
 from qmoe.tokenizer import open_tokenizer

@@ -126,8 +126,8 @@ class OutputFolder:
         if kind is None:
             self.units.clear()
             (self.path / WRITTEN).unlink(missing_ok=True)
-            for left in self.path.glob(WRITER + "*"):
-                shutil.rmtree(left)
+            for copy in self.path.glob(WRITER + "*"):
+                shutil.rmtree(copy)
             for note in self.path.glob(NOTE.format("*")):
                 note.unlink()
             # In this order: a kill between the two leaves a whole model with one file too many, and

@@ -2,39 +2,25 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
-import qmoe.calibration.stats as statistics
 from qmoe import ranks
 from qmoe._version import __version__
-from qmoe.audit import audit_folder
 from qmoe.calibration.batches import fingerprint
-from qmoe.calibration.stats import LayerStats
 from qmoe.config import QuantConfig
-from qmoe.errors import OutputError, UnsupportedModelError
-from qmoe.format import Schemes, quantization_config, unpacked_tensors
-from qmoe.head import Head
-from qmoe.job import Job
-from qmoe.layer import quantize_layer, run_layer
+from qmoe.errors import OutputError
 from qmoe.memory import check_fits, needed, spills
 from qmoe.output import OutputFolder, make_folder
-from qmoe.placing import CPU, find_device, place
-from qmoe.plan import Source, check_combination, prepare, schemes_of
+from qmoe.placing import find_device
+from qmoe.plan import Source, check_combination, prepare
 from qmoe.progress import Track, silent
 from qmoe.remote_code import code_digest
-from qmoe.report import build_report
-from qmoe.scratch import Scratch
-from qmoe.shard import load_layer, restore, shard_tensors
-from qmoe.skeleton import free, inputs_of
-from qmoe.structure import Layer
-from qmoe.suspend import Call, suspended
-from qmoe.types import Quantized, digest
+from qmoe.run import Run
 from qmoe.writing import written_windows
 
 
@@ -57,12 +43,13 @@ def quantize(
     used instead of running text through the model. device: where layers are run and solved, one at
     a time, "cpu" or a GPU ("cuda", "cuda:1"; with several ranks "cuda" is a GPU for each); numbers
     differ in the last digits between kinds of device. max_memory: bytes of the machine's memory one
-    process may take, None for what is free; activations that do not fit wait in files beside `dst`. trust_remote_code: code
-    that lies beside the weights may run, where transformers has no class for the model. Returns the
-    report, also written to `dst/qmoe_report.json`. Raises a QmoeError before any long work if
-    something cannot work, and AuditError if the result is not what was promised; `dst` then does
-    not exist. A run that was killed or interrupted leaves `dst.partial`; the same call goes on from
-    there and writes the same bytes. In several processes (ranks.py) each does its share.
+    process may take, None for what is free; activations that do not fit wait in files beside `dst`.
+    trust_remote_code: code that lies beside the weights may run, where transformers has no class
+    for the model. Returns the report, also written to `dst/qmoe_report.json`. Raises a QmoeError
+    before any long work if something cannot work, and AuditError if the result is not what was
+    promised; `dst` then does not exist. A run that was killed or interrupted leaves `dst.partial`;
+    the same call goes on from there and writes the same bytes. In several processes (ranks.py) each
+    does its share.
     """
     dst = Path(os.path.expanduser(dst))
     given = [Path(p) for p in statistics_from]
@@ -71,35 +58,23 @@ def quantize(
     trust = trust_remote_code
     where = find_device(device)
     source, windows, identity = prepare(src, dst, config, text=text, track=track, trust=trust)
-    whole = bool(given) or save_statistics is not None
     c = config.calibration
     tokens = windows.numel() + (c.written * c.window if text else 0)
+    saved = None if save_statistics is None else Path(save_statistics)
+    whole = bool(given) or saved is not None
     spill = spills(needed(source, config, tokens, whole), max_memory)
     check_fits(source, config, where)
-    saved = None if save_statistics is None else Path(save_statistics)
     if saved is not None:
         make_folder(saved)
-    about = {
-        "source": identity,
-        **{name: str(value) for name, value in vars(config).items()},
-        "text": fingerprint(windows),
-        "device": where.type,
-        "statistics": f"from {[str(p) for p in given]} to {saved}",
-        "code": code_digest(source.checkpoint.path),
-        "versions": f"qmoe {__version__}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}",
-    }
+    about = {"source": identity, "text": fingerprint(windows), "device": where.type}
+    about |= {"statistics": f"from {[str(p) for p in given]} to {saved}"}
+    about |= _settings(config, source)
     with OutputFolder(dst, len(source.structure.layers) + 1, about) as out:
         if saved is not None and any(saved.iterdir()) and not out.begun():
             raise OutputError(f"{saved}: is not empty; statistics of two runs must not mix")
-        run = _Run(source, config, given, saved, out, spill, where)
+        run = Run(source, config, given, saved, out, spill, where)
         if text and c.written:
-
-
-            def copy(folder: Path, rounding: QuantConfig) -> None:
-                options = {"device": where, "max_memory": max_memory, "trust_remote_code": trust}
-                quantize(source.checkpoint.path, folder, rounding, **options)
-
+            copy = partial(quantize, device=where, max_memory=max_memory, trust_remote_code=trust)
             own, why = written_windows(source, config, out, where, max_memory, trust, copy)
             run.written, run.not_original = len(own), why
             windows = torch.cat([windows, own])
@@ -108,214 +83,10 @@ def quantize(
     return ranks.first(report)
 
 
-class _Run:
-    """State of one pass over the layers."""
-
-    def __init__(
-        self,
-        source: Source,
-        config: QuantConfig,
-        given: list[Path],
-        saved: Path | None,
-        out: OutputFolder,
-        spill: bool,
-        device: torch.device,
-    ) -> None:
-        self.source, self.config, self.given, self.saved = source, config, given, saved
-        self.device = device
-        self.out, self.scratch = out, Scratch(out.path if spill else None)
-        sha = out.fingerprint["source"]
-        self.about = {"model": sha, "gate_weighted": str(config.gate_weighted)}
-        self.records: list[dict[str, Any]] = []
-        self.head: dict[str, Quantized] = {}
-        self.tokens = 0
-        self.written = 0  # windows of text
-        self.not_original = ""  # why the original did not write them, if it should have
-        # Of every quantized stack as it was solved, to be compared with what was written.
-        self.digests: dict[str, str] = {}
-        self.schemes = Schemes(self.new_config(), str(out.dst))
-        for folder in given:
-            for i in range(len(source.structure.layers)):
-                statistics.check(folder / _stats_file(i), self.about)
-
-    def all_shards(self, windows: Tensor, track: Track) -> None:
-        """Run everything; each shard is written as soon as it is final."""
-        source, self.tokens = self.source, windows.numel()
-        source.weights.load(source.resident(), torch.float32)
-        source.weights.tie()
-        progress = iter(track(source.structure.layers, "quantizing layers"))
-        reached: set[int] = set()
-        modules = source.stages()
-        batches = ranks.share(windows.split(self.config.calibration.batch)) if len(windows) else []
-        head = None
-        if self.config.lm_head is not None:
-            head = Head(source, self.config, len(batches) if self.config.tune else 0)
-
-        def visit(i: int, forward: Any, calls: list[Call]) -> list[Any] | None:
-            next(progress)
-            reached.add(i)
-            layer, note = source.structure.layers[i], self.out.finished(i)
-            if note is None:
-                outputs = self._layer(i, layer, forward, calls)
-            else:
-                outputs = self._again(i, layer, forward, calls)
-                self.records.append(note["record"])
-                self.digests |= note["digests"]
-            free(modules[i])
-            place(modules[i], CPU)  # its buffers, which the rest of the model may share
-            source.checkpoint.release()
-            # Nothing behind the last layer is of interest, unless lm_head is to be quantized.
-            return outputs if head is not None or i + 1 < len(modules) else None
-
-        if not len(windows):
-            for i, module in enumerate(modules):
-                visit(i, module.forward, [])
-        else:
-            inputs = [inputs_of(source.model, ids) for ids in batches]
-            if self.config.tune:  # one stream of the original model, one of the quantized one
-                inputs += [inputs_of(source.model, ids) for ids in batches]
-            for _ in suspended(source.model, modules, inputs, visit):
-                pass
-        next(progress, None)  # lets the progress bar close
-        self._unreached(reached)
-        if head is not None:
-            quantized, record = head.solve()
-            self.records.append(record)
-            self.head = {f"{head.name}.weight": quantized}
-            self.digests |= {name: digest(stack) for name, stack in self.head.items()}
-        if self.out.leads:
-            self.out.write_shard(len(modules), self._resident_tensors(), {})
-
-    def finish(self, windows: Tensor, track: Track, trust: bool) -> dict[str, Any]:
-        """Write what goes beside the shards, audit the folder, and return its report."""
-        out, source = self.out, self.source
-        out.write_index()
-        out.copy_companions(source.checkpoint.path)
-        out.write_json("config.json", self.new_config())
-        audit = audit_folder(out.path, self.digests, track=track, trust=trust)
-        report = build_report(self.config, source, self.records, audit, __version__)
-        report |= {"source_sha256": self.about["model"], "digests": self.digests}
-        report |= {"kept_sha256": audit.kept, "calibration": self.calibration(windows)}
-        if self.not_original:
-            what = "a copy with 4-bit experts wrote text" if self.written else "no text was written"
-            report["fallbacks"].insert(0, f"{what}: {self.not_original}")
-        out.write_json("qmoe_report.json", report)
-        return report
-
-    def _unreached(self, reached: set[int]) -> None:
-        """Round the layers of a part of the model that no text reaches, such as a vision tower.
-
-        In a list of layers that text does run through, all must have been reached.
-        """
-        layers = self.source.structure.layers
-        lists = {layers[i].name.rpartition(".")[0] for i in reached}
-        for i, layer in enumerate(layers):
-            if i in reached:
-                continue
-            if layer.name.rpartition(".")[0] in lists:
-                raise UnsupportedModelError(f"{layer.name}: text runs past this layer of the model")
-            note = self.out.finished(i)
-            if note is None:
-                module = self.source.model.get_submodule(layer.name)
-                self._layer(i, layer, module.forward, [])
-            else:
-                self.out.read_shard(i)
-                self.records.append(note["record"])
-                self.digests |= note["digests"]
-            free(self.source.model.get_submodule(layer.name))
-
-    def _layer(self, i: int, layer: Layer, forward: Any, calls: list[Call]) -> list[Any]:
-        """Load, quantize, pack and write one layer; returns its outputs. Without calls and given
-        statistics it is rounded to nearest."""
-        source = self.source
-        names = source.weights.sources(layer.name)
-        load_layer(source, layer, self._experts_dtype())
-        place(source.model.get_submodule(layer.name), self.device)
-        schemes = schemes_of(source, layer, self.config)
-        saved = self.saved
-        save = (
-            None
-            if saved is None
-            else (lambda stats: statistics.save(stats, saved / _stats_file(i), self.about))
-        )
-        blind = not calls and not self.given
-        config = replace(self.config, method="rtn", tune=0) if blind else self.config
-        job = Job(
-            source.model,
-            layer,
-            config,
-            schemes,
-            source.weight_dtype(),
-            self.tokens,
-            save if self.out.leads else None,
-            self.scratch,
-            self.out.units if config.method == "gptq" else None,
-        )
-        given = LayerStats() if blind else None
-        if self.given:
-            parts = [statistics.load(p / _stats_file(i), self.about) for p in self.given]
-            given = statistics.merge(parts)
-        originals, calls = self._streams(calls)
-        result, outputs = quantize_layer(job, forward, calls, given, originals)
-        if config.method != self.config.method:
-            result.record["unreached"] = True
-        if not self.out.leads:
-            return outputs
-        tensors = shard_tensors(source, names, result.weights, result.changed)
-        digests = {target: digest(quantized) for target, quantized in result.weights.items()}
-        self.out.write_shard(i, tensors, {"record": result.record, "digests": digests})
-        self.records.append(result.record)
-        self.digests |= digests
-        return outputs
-
-    def _again(self, i: int, layer: Layer, forward: Any, calls: list[Call]) -> list[Any]:
-        """The outputs of a layer that an earlier run quantized, from what it wrote."""
-        originals, calls = self._streams(calls)
-        model, outputs = self.source.model, []
-        module = model.get_submodule(layer.name)
-        if originals:
-            load_layer(self.source, layer, self._experts_dtype())
-            place(module, self.device)
-            outputs += [self.scratch.keep(y) for y in run_layer(model, layer, forward, originals)]
-            free(module)
-        weights = unpacked_tensors(self.out.read_shard(i), self.schemes)
-        restore(self.source, layer, weights, self._experts_dtype())
-        place(module, self.device)
-        outputs += [self.scratch.keep(y) for y in run_layer(model, layer, forward, calls)]
-        return outputs
-
-    def _streams(self, calls: list[Call]) -> tuple[list[Call], list[Call]]:
-        """The batches that run through the original model, and those through the quantized one."""
-        half = len(calls) // 2 if self.config.tune else 0
-        return calls[:half], calls[half:]
-
-    def _experts_dtype(self) -> torch.dtype:
-        """Of routed experts in memory: as stored, but for AWQ, whose scales must not be rounded."""
-        return torch.float32 if self.config.folds else self.source.weight_dtype()
-
-    def _resident_tensors(self) -> dict[str, Tensor]:
-        return shard_tensors(self.source, self.source.resident(), self.head, set())
-
-    def new_config(self) -> dict[str, Any]:
-        """The source's config.json with `quantization_config` added."""
-        config = dict(self.source.checkpoint.config)
-        c = self.config
-        kept = self.source.kept_linears(c)
-        config["quantization_config"] = quantization_config(c.experts, c.dense, c.lm_head, kept)
-        return config
-
-    def calibration(self, windows: Tensor) -> dict[str, Any]:
-        """For the report: what the statistics come from."""
-        if self.given:
-            return {"statistics": [str(p) for p in self.given]}
-        if not len(windows):
-            return {}
-        return {
-            "windows": list(windows.shape),
-            "written": self.written,
-            "sha256": fingerprint(windows),
-        }
-
-
-def _stats_file(i: int) -> str:
-    return f"layer-{i:05d}.safetensors"
+def _settings(config: QuantConfig, source: Source) -> dict[str, str]:
+    """What else a run that goes on must have in common with the one that was stopped."""
+    return {name: str(value) for name, value in vars(config).items()} | {
+        "code": code_digest(source.checkpoint.path),
+        "versions": f"qmoe {__version__}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}",
+    }

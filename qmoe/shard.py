@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from qmoe import experts
 from qmoe.format import packed_tensors
-from qmoe.placing import CPU
 from qmoe.naming import matrix_names, original_names, packed_names
+from qmoe.placing import CPU
 from qmoe.plan import Source
 from qmoe.structure import Layer
 from qmoe.types import Quantized

@@ -37,6 +37,7 @@ ROOM = 1.3  # times the model's bytes: its weights, caches of attention, activat
 COPY = 0.6  # bytes per weight of experts in the copy, zero points and scales included
 
 Way = Literal["original", "copy", "none"]
+Quantize = Callable[[Path, Path, QuantConfig], Any]
 
 
 def written_windows(
@@ -46,17 +47,17 @@ def written_windows(
     device: torch.device,
     allowed: int | None,
     trust: bool,
-    quantize: Callable[[Path, QuantConfig], Any],
+    quantize: Quantize,
 ) -> tuple[Int[Tensor, "n L"], str]:
     """What the model writes, and why not the original wrote it ("" if it did); no windows if
     nothing could. Kept with the unfinished work, so that a run that goes on has the same, whatever
-    memory it finds. Of several processes one writes. quantize: makes a quantized copy of the same
-    model in a folder."""
+    memory it finds. Of several processes one writes. quantize: makes a quantized copy of a model
+    folder in another."""
     path = out.path / WRITTEN
     if not ranks.first(path.exists()):
         way, why = ranks.first(find_way(source, device, allowed))
         if way == "copy":
-            _make_copy(out.path / WRITER, config, quantize)
+            _make_copy(source.checkpoint.path, out.path / WRITER, config, quantize)
         if out.leads:
             own = torch.empty(0, config.calibration.window, dtype=torch.long)
             if way != "none":
@@ -97,15 +98,13 @@ def _bytes(source: Source) -> tuple[int, int]:
     return every * each, int(routed * COPY) + (every - routed) * each
 
 
-def _make_copy(
-    folder: Path, config: QuantConfig, quantize: Callable[[Path, QuantConfig], Any]
-) -> None:
+def _make_copy(original: Path, folder: Path, config: QuantConfig, quantize: Quantize) -> None:
     """Round to nearest into `folder`: no text is needed, and one layer at a time in memory."""
     if ranks.rank() == 0 and folder.exists():  # a run was killed while this copy wrote
         shutil.rmtree(folder)
     ranks.gather(0)
     experts = Scheme(4, config.experts.group_size, symmetric=False)
-    quantize(folder, QuantConfig("rtn", experts, config.dense and Scheme(8, CHANNEL)))
+    quantize(original, folder, QuantConfig("rtn", experts, config.dense and Scheme(8, CHANNEL)))
 
 
 def _write(

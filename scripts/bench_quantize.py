@@ -100,6 +100,7 @@ def _measure(args: argparse.Namespace, layers: int, folder: Path) -> dict[str, A
 def _quantize(source: str, quantized: str, preset: str, windows: int) -> dict[str, Any]:
     import qmoe.layer
     import qmoe.pipeline
+    import qmoe.run
     import qmoe.solving
     from qmoe import QuantConfig, Scheme
     from qmoe.calibration.capture import Captured
@@ -119,7 +120,7 @@ def _quantize(source: str, quantized: str, preset: str, windows: int) -> dict[st
 
         return run
 
-    qmoe.pipeline.load_layer = timed("reading", qmoe.pipeline.load_layer)
+    qmoe.run.load_layer = timed("reading", qmoe.run.load_layer)
     qmoe.layer.run_layer = timed("forward", qmoe.layer.run_layer)
     qmoe.solving.solve = timed("solving", qmoe.solving.solve)
     Captured.part = timed("Hessians", Captured.part)  # type: ignore[method-assign]

@@ -25,9 +25,9 @@ operations: Counter[str] = Counter()  # that ran on it
 
 
 class Pretended(Tensor):
-    """`real` has the numbers."""
+    """`held` has the numbers."""
 
-    real: Tensor
+    held: Tensor
 
     @staticmethod
     def __new__(cls, real: Tensor) -> "Pretended":
@@ -39,8 +39,18 @@ class Pretended(Tensor):
             dtype=real.dtype,
             device=torch.device(NAME, 0),
         )
-        made.real = real
+        made.held = real
         return made
+
+    # Torch's own refuse subclasses, or answer 0.
+    def tolist(self) -> Any:
+        return self.held.tolist()
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    def __repr__(self, **_: Any) -> str:
+        return f"Pretended({self.held})"
 
     @classmethod
     def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -56,6 +66,7 @@ def device() -> torch.device:
         op = getattr(getattr(aten, base), overload or "default")
         make = lambda *args, op=op, **kwargs: run(op, args, kwargs)  # noqa: E731
         torch.library.impl(f"aten::{name}", NAME)(make)
+    torch.library.impl("aten::_copy_from", NAME)(_copy_from)
     return torch.device(NAME, 0)
 
 
@@ -71,7 +82,7 @@ def run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     kwargs = kwargs if target is None else kwargs | {"device": torch.device("cpu")}
     operations[op.name()] += 1
     result = op(*tree_map(_real, args), **tree_map(_real, kwargs))
-    known = {id(t.real if isinstance(t, Pretended) else t): t for t in tensors}
+    known = {id(t.held if isinstance(t, Pretended) else t): t for t in tensors}
 
     def pretend(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -81,5 +92,10 @@ def run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return tree_map(pretend, result)
 
 
+def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    """What `copy_` comes to where torch sees no subclass: numbers that are put into elements."""
+    return _real(target).copy_(_real(source))
+
+
 def _real(value: Any) -> Any:
-    return value.real if isinstance(value, Pretended) else value
+    return value.held if isinstance(value, Pretended) else value

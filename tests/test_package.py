@@ -33,7 +33,7 @@ LAYERS = [
     {"head"},
     {"audit"},
     {"report", "loading", "evaluate", "baselines"},
-    {"writing"},
+    {"writing", "run"},
     {"pipeline", "bench"},
     {"compare", "tables", "families"},
     {"cli", "commands"},
