@@ -5,6 +5,7 @@ DeepSeek-V3); its tokens do. So tokens are kept while the layer runs, and Hessia
 them for a few experts at a time.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -65,20 +66,35 @@ class Captured:
     def _weight(self, gate: Tensor) -> Tensor:
         return gate.square() if self.gate_weighted else torch.ones_like(gate)
 
-    def finite(self) -> bool:
-        return bool(self._x.isfinite().all()) and bool(self._gate.isfinite().all())
+    def received(self) -> tuple[Float[Tensor, "T H"], Float[Tensor, " M"]]:
+        """All tokens, and the gates of all assignments."""
+        return self._x, self._gate
 
-    def part(self, start: int, end: int) -> ExpertStats:
-        """Statistics of experts start to end; the experts still hold the weights they ran with."""
+    def inputs(self, e: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Expert e's tokens [M, H], their gates and weights [M], a part at a time."""
+        for row in range(self._start[e], self._start[e + 1], ROWS):
+            rows = slice(row, min(row + ROWS, self._start[e + 1]))
+            gate = self._gate[rows]
+            yield self._x[self._token[rows]].float(), gate, self._weight(gate)
+
+    def sample(self) -> Float[Tensor, "B H"]:
+        """Tokens of the layer, routed anywhere."""
+        return self._x[:: self.stride].float()
+
+    def part(self, start: int, end: int, second: bool = True) -> ExpertStats:
+        """Statistics of experts start to end; the experts still hold the weights they ran with.
+        second: whether the second matrix's Hessian is wanted, else it stays zero."""
         stats = ExpertStats.empty(end - start, self.hidden, self.intermediate)
         first = experts.expert_weights(self.module)[0]
         where = getattr(self.module, first).device
         for e in range(start, end):
-            for row in range(self._start[e], self._start[e + 1], ROWS):
-                rows = slice(row, min(row + ROWS, self._start[e + 1]))
-                x = self._x[self._token[rows]].float().to(where)
-                gate = self._gate[rows]
-                mid = experts.activation(self.module, experts.product(self.module, first, e, x))
-                stats.add(e - start, x, mid, gate, self._weight(gate))
-        stats.sample = self._x[:: self.stride].float()
+            for x, gate, weight in self.inputs(e):
+                there = x.to(where)
+                mid = None
+                if second:
+                    mid = experts.activation(
+                        self.module, experts.product(self.module, first, e, there)
+                    )
+                stats.add(e - start, there, mid, gate, weight)
+        stats.sample = self.sample()
         return stats

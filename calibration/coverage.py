@@ -10,6 +10,7 @@ sees, never a switch to another method. Every expert treated so is reported.
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from qmoe.calibration.capture import Captured
@@ -30,10 +31,17 @@ def borrow(
     rare = [e for e, n in enumerate(stats.tokens.tolist()) if n < min_tokens]
     sample = stats.sample
     for e in rare:
-        total = (min_tokens - int(stats.tokens[e])) * average
-        weight = torch.full((len(sample),), total / len(sample))
+        weight = borrowed_weight(stats.tokens[e], min_tokens, average, sample)
         stats.add_weighted(e, sample, middle(e, sample), weight)
     return rare
+
+
+def borrowed_weight(
+    tokens: Int[Tensor, ""], min_tokens: int, average: float, sample: Float[Tensor, "B H"]
+) -> Float[Tensor, " B"]:
+    """Of every token of the sample, for an expert with so few tokens of its own."""
+    total = (min_tokens - int(tokens)) * average
+    return torch.full((len(sample),), total / len(sample))
 
 
 def average_weight(stats: ExpertStats | Captured) -> float:

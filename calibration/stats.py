@@ -50,19 +50,22 @@ class ExpertStats:
             **{k: v[start:end] for k, v in vars(self).items() if k not in shared}, **shared
         )
 
-    def add(self, e: int, x: Tensor, mid: Tensor, gate: Tensor, weight: Tensor) -> None:
-        """Account for tokens x [M, H] of expert e, second inputs mid [M, I], gate, weight [M]."""
+    def add(self, e: int, x: Tensor, mid: Tensor | None, gate: Tensor, weight: Tensor) -> None:
+        """Account for tokens x [M, H] of expert e, gate, weight [M], and second inputs mid [M, I],
+        or None if their Hessian is gathered elsewhere."""
         self.tokens[e] += len(x)
         self.gate_mass[e] += gate.float().sum().cpu()
         self.add_weighted(e, x, mid, weight)
 
-    def add_weighted(self, e: int, x: Tensor, mid: Tensor, weight: Tensor) -> None:
+    def add_weighted(self, e: int, x: Tensor, mid: Tensor | None, weight: Tensor) -> None:
         """Add to the Hessians only (borrowed tokens are not routed tokens)."""
         weight = weight.float()
         self.weight[e] += weight.sum().cpu()
         root = weight.sqrt()[:, None].to(x.device)
-        _add_products(self.first[e], x.float() * root)
-        _add_products(self.second[e], mid.float() * root)
+        for into, inputs in ((self.first, x), (self.second, mid)):
+            if inputs is not None:
+                weighted = inputs.float() * root
+                add_products(into[e], weighted, weighted)
 
 
 @dataclass
@@ -77,16 +80,19 @@ class LinearStats:
         return cls(torch.tensor(0), torch.zeros(in_features, in_features))
 
     def add(self, x: Float[Tensor, "M K"]) -> None:
+        x = x.float()
         self.tokens += len(x)
-        _add_products(self.hessian, x.float())
+        add_products(self.hessian, x, x)
 
 
-def _add_products(hessian: Float[Tensor, "K K"], x: Float[Tensor, "M K"]) -> None:
-    """Add x' x, computed where x is."""
-    if x.device == hessian.device:
-        hessian.addmm_(x.T, x)
+def add_products(
+    into: Float[Tensor, "K K"], x: Float[Tensor, "M K"], y: Float[Tensor, "M K"]
+) -> None:
+    """Add x' y, computed where they are."""
+    if x.device == into.device:
+        into.addmm_(x.T, y)
     else:
-        hessian += (x.T @ x).to(hessian.device)
+        into += (x.T @ y).to(into.device)
 
 
 @dataclass

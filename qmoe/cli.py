@@ -22,7 +22,7 @@ from qmoe.config import (
 from qmoe.errors import ConfigError, QmoeError
 
 METHODS = """\
-presets: what --search, --tune, --windows and --written are unless given, with KL to the
+presets: what --search, --feedback, --tune, --windows and --written are unless given, with KL to the
 original as a share of round-to-nearest's, everything at 2 bits g128 asymmetric, on a 21 M
 parameter Qwen3-MoE (32 experts, top-4), calibrated on text of seven domains / of one domain only,
 reported on test text of all seven; CPU seconds of quantizing it; docs/quality has peers as well:
@@ -123,6 +123,11 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="grids and integers beyond GPTQ's one pass on min-max grids",
     )
+    p.add_argument(
+        "--feedback",
+        action=argparse.BooleanOptionalAction,
+        help="fit matrices to what the quantized ones before them give; takes text",
+    )
     p.add_argument("--tune", type=int, metavar="STEPS", help="tuning each layer's output; 0: none")
     p.add_argument("--damp", type=float, default=d.damp, help="share of the mean Hessian diagonal")
     p.add_argument(
@@ -200,7 +205,8 @@ def _compare_options(p: argparse.ArgumentParser) -> None:
 
 def config_from(args: argparse.Namespace) -> QuantConfig:
     """The QuantConfig that `quantize`'s options describe."""
-    given = {"searched": args.search, "tune": args.tune} | _text_options(args)
+    given = {"searched": args.search, "feedback": args.feedback, "tune": args.tune}
+    given |= _text_options(args)
     dense = (
         Scheme(args.dense_bits, args.dense_group_size, not args.dense_asymmetric)
         if (args.dense_bits != 16)

@@ -53,9 +53,9 @@ class Scheme:
 # What quality may cost. fast: GPTQ on min-max grids. balanced: better grids and integers, and half
 # of the text written by the model itself. best: more of both kinds of text, and each layer tuned.
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"searched": False, "tune": 0, "windows": 128, "written": 0},
-    "balanced": {"searched": True, "tune": 0, "windows": 64, "written": 64},
-    "best": {"searched": True, "tune": 200, "windows": 128, "written": 128},
+    "fast": {"searched": False, "feedback": False, "tune": 0, "windows": 128, "written": 0},
+    "balanced": {"searched": True, "feedback": True, "tune": 0, "windows": 64, "written": 64},
+    "best": {"searched": True, "feedback": True, "tune": 200, "windows": 128, "written": 128},
 }
 
 
@@ -101,9 +101,11 @@ class QuantConfig:
     with group scales fixed from the original weights, so nothing extra is stored. damp: share of
     the mean Hessian diagonal added to it. gate_weighted: weigh each routed token's contribution to
     its expert's Hessian by the squared gate. searched: grids and integers that GPTQ's one pass on
-    min-max grids leaves out (solvers/search.py). tune: steps of tuning each layer against the
-    original's output, after it is solved (qmoe/tuning.py); 0 is none. min_tokens: an expert with
-    fewer calibration tokens borrows tokens of its layer (see calibration/coverage.py).
+    min-max grids leaves out (solvers/search.py). feedback: matrices behind quantized ones are
+    fitted to what those give (solvers/feedback.py); with statistics from or for files there is
+    none, since it takes text in between. tune: steps of tuning each layer against the original's
+    output, after it is solved (qmoe/tuning.py); 0 is none. min_tokens: an expert with fewer
+    calibration tokens borrows tokens of its layer (see calibration/coverage.py).
     """
 
     method: Method = "gptq"
@@ -114,6 +116,7 @@ class QuantConfig:
     damp: float = 0.01
     gate_weighted: bool = True
     searched: bool = True
+    feedback: bool = True
     tune: int = 0
     min_tokens: int = 256
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -127,7 +130,7 @@ class QuantConfig:
             raise ConfigError(f"calibration: expected its config, got {self.calibration!r}")
         if self.method not in get_args(Method):
             raise ConfigError(f"method: expected one of {get_args(Method)}, got {self.method!r}")
-        for name in ("act_order", "gate_weighted", "searched"):
+        for name in ("act_order", "gate_weighted", "searched", "feedback"):
             expect(name, getattr(self, name), bool)
         for name in ("min_tokens", "tune"):
             expect(name, getattr(self, name), int)

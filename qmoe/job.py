@@ -51,3 +51,9 @@ class Job:
         """Whether statistics of all experts are needed at once: AWQ folds them into the layer, and
         a file holds all of them."""
         return self.save is not None or self.config.folds
+
+    @property
+    def feedback(self) -> bool:
+        """Whether matrices are fitted to quantized ones before them: that takes text, and all
+        experts' statistics only when those before them are solved."""
+        return self.config.feedback and self.config.method == "gptq" and not self.whole

@@ -20,12 +20,14 @@ from qmoe.calibration.collect import (
     sampling,
 )
 from qmoe.calibration.coverage import routes_kept
+from qmoe.calibration.feedback import Inputs, keeping_inputs
 from qmoe.calibration.stats import LayerStats, LinearStats
 from qmoe.errors import CalibrationError, UnsupportedModelError
+from qmoe.feedback import refit_linears, steps
 from qmoe.fold import TOLERANCE, find_folds, fold_experts, fold_norm
 from qmoe.job import Job, Result
 from qmoe.placing import CPU, moved, whereabouts
-from qmoe.solving import borrow_rare, solve_parts
+from qmoe.solving import borrow_rare, check_finite, solve_parts
 from qmoe.structure import Layer
 from qmoe.suspend import Call
 from qmoe.tuning import hidden, tune
@@ -65,9 +67,11 @@ def quantize_layer(
     for i, names in enumerate(parts):
         if not names:
             continue
+        fed = names if i == 0 and given is None and job.feedback else []
         if given is None:
             keep = before is None and not targets
-            outputs = _gather(job, names, forward, calls, result, keep)
+            with keeping_inputs(_modules(job, fed), job.scratch) as inputs:
+                outputs = _gather(job, names, forward, calls, result, keep)
             before = before if before is not None else outputs
             if job.save is not None and not any(parts[i + 1 :]):
                 job.save(result.stats)
@@ -75,7 +79,10 @@ def quantize_layer(
         if job.config.folds:
             _borrow_whole(job, names, result)
             _fold(job, names, forward, calls, result)
-        solve_parts(job, names, result)
+        if fed:
+            _solve_in_steps(job, names, forward, calls, inputs, result)
+        else:
+            solve_parts(job, names, result)
     if given is not None:
         result.record["error"] = None
         return result, []
@@ -85,6 +92,18 @@ def quantize_layer(
     after = [job.scratch.keep(y) for y in run_layer(job.model, job.layer, forward, calls)]
     result.record["error"] = _relative_rms(after, targets or before or after)
     return result, targets + after
+
+
+def _solve_in_steps(
+    job: Job, names: list[str], forward: Forward, calls: list[Call], inputs: Inputs, result: Result
+) -> None:
+    """Solve linears one behind the other. Ranks without a batch do as the others do."""
+    owners = next((o for o in ranks.gather(inputs.owners) if o), {})
+    for owner, step in steps(names, owners):
+        if owner:
+            before = inputs.tensors.pop(owner, [])
+            refit_linears(job, step, forward, calls, before, result)
+        solve_parts(job, step, result)
 
 
 def _tune(
@@ -109,8 +128,12 @@ def _tune(
             result.record["experts"][name].setdefault("routing_kept", {})[when] = round(kept, 6)
 
 
+def _modules(job: Job, names: list[str]) -> dict[str, Any]:
+    return {name: job.model.get_submodule(name) for name in names}
+
+
 def _experts(job: Job) -> dict[str, Any]:
-    return {name: job.model.get_submodule(name) for name in job.layer.experts}
+    return _modules(job, job.layer.experts)
 
 
 def run_layer(model: nn.Module, layer: Layer, forward: Forward, calls: list[Call]) -> Iterator[Any]:
@@ -129,7 +152,7 @@ def _gather(
     """Run the layer on all batches and add the statistics of `names` to the result; returns the
     outputs if they are to be kept."""
     experts = [n for n in names if n in job.layer.experts]
-    modules: dict[str, Any] = {n: job.model.get_submodule(n) for n in names}
+    modules = _modules(job, names)
     stride = max(1, job.tokens // SAMPLE)
     for name in experts:
         # One experts module, nothing behind it that is gathered, no output kept: not computed.
@@ -149,10 +172,7 @@ def _gather(
         del modules[name]._qmoe_captured
         _finish(job, name, modules[name], result)
     for name, tensor in result.stats.tensors()[0].items():
-        if not tensor.isfinite().all():
-            raise CalibrationError(
-                f"{name.partition('|')[0]}: calibration gave NaN or Inf; the model overflows on it"
-            )
+        check_finite(name.partition("|")[0], tensor)
     for name in lists:
         if not any(loose.count(job, name, result)):
             raise UnsupportedModelError(f"{name}: no calibration token reached its experts")
@@ -187,8 +207,7 @@ def _finish(job: Job, name: str, module: nn.Module, result: Result) -> None:
         kind = type(module).__name__
         raise UnsupportedModelError(f"{name} ({kind}): no calibration token reached its experts")
     captured.finish()
-    if not captured.finite():
-        raise CalibrationError(f"{name}: calibration gave NaN or Inf; the model overflows on it")
+    check_finite(name, *captured.received())
     if job.whole:
         result.stats.experts[name] = captured.part(0, len(captured.tokens))
         del result.captured[name]

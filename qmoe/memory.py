@@ -6,6 +6,7 @@ last can wait on disk (scratch.py). `scripts/bench_quantize.py` prints what a ru
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -51,7 +52,14 @@ def needed(source: Source, config: QuantConfig, tokens: int, whole: bool = False
     # A layer's inputs, its outputs before and after, and what its experts received, which all ranks
     # have of all text.
     streams = 2 if config.tune else 1
-    activations = 4 * hidden * (3 * streams * tokens // ranks.count() + tokens) if tokens else 0
+    activations = 4 * hidden * (3 * streams * tokens // ranks.count() + tokens)
+    if config.feedback and config.method == "gptq" and not whole:
+        # What dense linears got, in bfloat16; more than is kept, as those at the front are not.
+        activations += (
+            2
+            * max(map(partial(_dense_inputs, source), source.structure.layers))
+            * (tokens // ranks.count())
+        )
     return Need(PROCESS + resident + layer + _solver_bytes(source, config), activations)
 
 
@@ -115,6 +123,12 @@ def _layer_bytes(source: Source, layer: Layer, widest: int) -> int:
     loading = widest * max(stacks)
     solved = 2 * sum(stacks)
     return widest * sum(stacks) + 4 * (every - sum(stacks)) + max(loading, solved)
+
+
+def _dense_inputs(source: Source, layer: Layer) -> int:
+    """Features that dense linears outside the MoE block take in, together."""
+    outside = [n for n in layer.dense if n not in layer.in_block]
+    return sum(source.model.get_submodule(n).in_features for n in outside)
 
 
 def _hessian_bytes(source: Source, layer: Layer) -> int:

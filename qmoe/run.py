@@ -120,6 +120,9 @@ class Run:
         report = build_report(self.config, source, self.records, audit, __version__)
         report |= {"source_sha256": self.about["model"], "digests": self.digests}
         report |= {"kept_sha256": audit.kept, "calibration": self.calibration(windows)}
+        if self.config.feedback and self.config.method == "gptq" and (self.given or self.saved):
+            line = "no feedback between matrices: statistics come from files or go to files"
+            report["fallbacks"].insert(0, line)
         if self.not_original:
             what = "a copy with 4-bit experts wrote text" if self.written else "no text was written"
             report["fallbacks"].insert(0, f"{what}: {self.not_original}")

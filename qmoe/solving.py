@@ -3,16 +3,19 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qmoe import experts, ranks
 from qmoe.calibration.capture import Captured
 from qmoe.calibration.coverage import average_weight, borrow
+from qmoe.calibration.feedback import second_moments
 from qmoe.calibration.stats import ExpertStats
 from qmoe.errors import CalibrationError
 from qmoe.grid import dequantize
 from qmoe.job import Job, Result
 from qmoe.placing import CPU
+from qmoe.solvers.feedback import refit
 from qmoe.solvers.solve import Solved, experts_at_once, join, solve
 from qmoe.types import Quantized
 from qmoe.units import Unit
@@ -81,6 +84,9 @@ def _solve_experts(job: Job, name: str, module: nn.Module, result: Result) -> No
             units.append(unit)
     if stats is not None and not job.config.folds:  # which borrows before it folds
         entry["borrowed"] = [e for unit in units for e in unit.borrowed]
+    if units[0].fitted is not None:
+        fitted = [unit.fitted for unit in units if unit.fitted is not None]
+        result.originals[f"{name}.{weights[1]}"] = torch.cat(fitted)
     for i, weight in enumerate(weights):
         whole = join([unit.solved[i] for unit in units])
         result.weights[f"{name}.{weight}"] = whole.quantized
@@ -101,15 +107,27 @@ def _unit(job: Job, name: str, stats: ExpertStats | Captured | None, start: int,
         if known is not None:
             return known
     module = job.model.get_submodule(name)
-    part = None if stats is None else stats.part(start, end)
+    feedback = job.feedback and isinstance(stats, Captured)
+    part = None
+    if isinstance(stats, Captured):
+        part = stats.part(start, end, second=not feedback)
+    elif stats is not None:
+        part = stats.part(start, end)
     borrowed: list[int] = []
     if stats is not None and part is not None:
-        _check_finite(name, part)
+        check_finite(name, part.first, part.second)
         if not job.config.folds:
             borrowed = borrow_rare(job, module, part, stats, start)
-    hessians = (None, None) if part is None else (part.first, part.second)
-    weights = [experts.stack(module, w, start, end) for w in experts.expert_weights(module)]
-    unit = Unit([_solve(job, name, w, h) for w, h in zip(weights, hessians, strict=True)], borrowed)
+    first, second = (experts.stack(module, w, start, end) for w in experts.expert_weights(module))
+    solved = _solve(job, name, first, None if part is None else part.first)
+    hessian = None if part is None else part.second
+    if isinstance(stats, Captured) and feedback:
+        there = dequantize(solved.quantized.to(first.device))
+        cross, hessian = second_moments(stats, start, there, job.config.min_tokens)
+        check_finite(name, cross, hessian)
+        second = refit(second, cross, hessian, job.config.damp)
+    fitted = second.to(CPU) if feedback and job.config.tune else None
+    unit = Unit([solved, _solve(job, name, second, hessian)], borrowed, fitted)
     if job.units is not None:
         job.units.save(name, start, end, unit)
     return unit
@@ -130,8 +148,9 @@ def borrow_rare(
     return [start + e for e in rare]
 
 
-def _check_finite(name: str, part: ExpertStats) -> None:
-    if not (part.first.isfinite().all() and part.second.isfinite().all()):
+def check_finite(name: str, *moments: Tensor) -> None:
+    """CalibrationError unless all these sums are finite."""
+    if not all(moment.isfinite().all() for moment in moments):
         raise CalibrationError(f"{name}: calibration gave NaN or Inf; the model overflows on it")
 
 

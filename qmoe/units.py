@@ -22,11 +22,12 @@ PATTERN = ".qmoe-unit-{}-{}.safetensors"
 
 @dataclass(frozen=True)
 class Unit:
-    """Some neighbouring experts of a module: their first and second stacks, and which of them
-    borrowed tokens."""
+    """Some neighbouring experts of a module: their first and second stacks, which of them borrowed
+    tokens, and the second stack's weights as they were fitted to the first's, if they are tuned."""
 
     solved: list[Solved]
     borrowed: list[int] = field(default_factory=list)
+    fitted: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,15 @@ class Units:
         solved = [_solved(tensors, i, entry, scheme) for i, entry in enumerate(note["solved"])]
         if [digest(s.quantized) for s in solved] != note["digests"]:
             raise _damaged(path, "its checksum does not fit")
-        return Unit(solved, note["borrowed"])
+        return Unit(solved, note["borrowed"], tensors.get("fitted"))
 
     def save(self, name: str, start: int, end: int, unit: Unit) -> None:
         tensors: dict[str, Tensor] = {}
         for i, solved in enumerate(unit.solved):
             parts = vars(solved.quantized).items()
             tensors |= {f"{i}.{key}": part for key, part in parts if isinstance(part, Tensor)}
+        if unit.fitted is not None:
+            tensors["fitted"] = unit.fitted
         note = {
             "solved": [{"error": s.error, "damped": s.damped, "rounded": s.rounded}
                        for s in unit.solved],
