@@ -116,8 +116,11 @@ def sampling(
 
 
 @contextmanager
-def collecting_linears(linears: dict[str, nn.Module], into: LayerStats) -> Iterator[None]:
-    """Gather the inputs of these linears; those given the very same tensor share one Hessian."""
+def collecting_linears(
+    linears: dict[str, nn.Module], into: LayerStats, dtype: torch.dtype = torch.float32
+) -> Iterator[None]:
+    """Gather the inputs of these linears; those given the very same tensor share one Hessian.
+    dtype: that of the sums while they grow."""
     last: list[tuple[Tensor, LinearStats]] = []
 
     def hook(name: str) -> Any:
@@ -127,7 +130,7 @@ def collecting_linears(linears: dict[str, nn.Module], into: LayerStats) -> Itera
             if last and last[0][0] is x and (known is None or known is last[0][1]):
                 into.linears[name] = last[0][1]
                 return
-            stats = into.linears.setdefault(name, LinearStats.empty(x.shape[-1]))
+            stats = into.linears.setdefault(name, LinearStats.empty(x.shape[-1], dtype))
             stats.add(x.reshape(-1, x.shape[-1]))
             # Holding the tensor keeps its identity from being reused.
             last[:] = [(x, stats)]

@@ -76,8 +76,9 @@ class LinearStats:
     hessian: Float[Tensor, "K K"]
 
     @classmethod
-    def empty(cls, in_features: int) -> "LinearStats":
-        return cls(torch.tensor(0), torch.zeros(in_features, in_features))
+    def empty(cls, in_features: int, dtype: torch.dtype = torch.float32) -> "LinearStats":
+        """dtype: float64 where the sum over batches must not depend on their order."""
+        return cls(torch.tensor(0), torch.zeros(in_features, in_features, dtype=dtype))
 
     def add(self, x: Float[Tensor, "M K"]) -> None:
         x = x.float()
@@ -88,8 +89,8 @@ class LinearStats:
 def add_products(
     into: Float[Tensor, "K K"], x: Float[Tensor, "M K"], y: Float[Tensor, "M K"]
 ) -> None:
-    """Add x' y, computed where they are."""
-    if x.device == into.device:
+    """Add x' y, computed where they are, in their type."""
+    if x.device == into.device and x.dtype == into.dtype:
         into.addmm_(x.T, y)
     else:
         into += (x.T @ y).to(into.device)

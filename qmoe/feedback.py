@@ -45,7 +45,9 @@ def refit_linears(
     """Fit the weights of linears that share an input, and have their statistics of what the layer
     as it is now gives them. inputs: what they got before, a tensor [.., K] for each of `calls`."""
     first: Any = job.model.get_submodule(names[0])
-    stats = LinearStats.empty(first.in_features)
+    # In float64, so that sums over batches are the same for any number of ranks: what is fitted to
+    # them magnifies a last digit.
+    stats = LinearStats.empty(first.in_features, torch.float64)
     cross = torch.zeros_like(stats.hessian)
     before = iter(inputs)
 
@@ -71,8 +73,11 @@ def refit_linears(
     for total in (stats.tokens, stats.hessian, cross):
         ranks.add(total)
     check_finite(names[0], stats.hessian, cross)
+    stats.hessian = stats.hessian.float()
     for name in names:
         linear: Any = job.model.get_submodule(name)
-        moved = refit(linear.weight[None], cross[None], stats.hessian[None], job.config.damp)
+        moved = refit(
+            linear.weight[None], cross[None].float(), stats.hessian[None], job.config.damp
+        )
         linear.weight.data.copy_(moved[0])
         result.stats.linears[name] = stats

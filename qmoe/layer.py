@@ -162,7 +162,10 @@ def _gather(
     linears = {n: m for n, m in modules.items() if n not in experts}
     lists = loose.modules_of(job, names)
     sampled = sampling(lists, stride, result.stats.samples)
-    with sampled, collecting_linears(linears, result.stats):
+    shared = {n: m for n, m in linears.items() if n in job.layer.dense}
+    own = {n: m for n, m in linears.items() if n not in shared}  # an expert's: many, and small sums
+    collected = collecting_linears(shared, result.stats, torch.float64)
+    with sampled, collected, collecting_linears(own, result.stats):
         outputs = [
             job.scratch.keep(out) if keep else None
             for out in run_layer(job.model, job.layer, forward, calls)
@@ -181,19 +184,19 @@ def _gather(
 
 def _add_ranks(stats: LayerStats, linears: list[str], lists: list[str]) -> None:
     """Sum the statistics of linears over the ranks, and join the samples of lists of experts."""
-    if ranks.count() == 1:
-        return
-    for name in linears:
+    for name in linears if ranks.count() > 1 else []:
         here = stats.linears.get(name)
         size = max(ranks.gather(0 if here is None else len(here.hessian)))
         if size:  # else no token of any rank came to this linear
-            total = LinearStats.empty(size)
+            total = LinearStats.empty(size, torch.float64)
             if here is not None:
                 total.tokens += here.tokens
                 total.hessian += here.hessian
             ranks.add(total.tokens)
             ranks.add(total.hessian)
             stats.linears[name] = total
+    for linear in stats.linears.values():
+        linear.hessian = linear.hessian.float()
     for name in lists:
         found = [sample for sample in ranks.gather(stats.samples.get(name)) if sample is not None]
         if found:

@@ -32,7 +32,8 @@ from qmoe.plan import Source, open_source
 from qmoe.storage import write_safetensors
 from qmoe.tokenizer import open_tokenizer
 
-ROWS = 64  # windows written at once
+TEXTS = 2  # in a window; longer ones take more steps and bring no more
+ROWS = 128  # texts written at once
 ROOM = 1.3  # times the model's bytes: its weights, caches of attention, activations
 COPY = 0.6  # bytes per weight of experts in the copy, zero points and scales included
 
@@ -124,18 +125,21 @@ def _write(
 
 
 def write(model: Any, tokenizer: Any, config: CalibrationConfig) -> Int[Tensor, "n L"]:
-    """`config.written` windows of `config.window` tokens, sampled at temperature 1.
+    """`config.written` windows of `config.window` tokens, each of a few texts sampled at
+    temperature 1.
 
-    Each begins with BOS, if the tokenizer starts texts with it, and a token drawn evenly from the
+    A text begins with BOS, if the tokenizer starts texts with it, and a token drawn evenly from the
     vocabulary, which sets languages and domains apart. Same seed, same tokens on the same machine.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    firsts = _first_tokens(tokenizer, model.config, config.written, generator)
+    count, length = config.written * TEXTS, -(-config.window // TEXTS)
+    firsts = _first_tokens(tokenizer, model.config, count, generator)
     devices = [] if model.device.type == "cpu" else [model.device]
     with torch.random.fork_rng(devices=devices, device_type=model.device.type):
         torch.manual_seed(config.seed)
         parts = [part.to(model.device) for part in firsts.split(ROWS)]
-        return torch.cat([_continue(model, part, config.window).to(CPU) for part in parts])
+        texts = torch.cat([_continue(model, part, length).to(CPU) for part in parts])
+    return texts.reshape(config.written, -1)[:, : config.window]
 
 
 def _first_tokens(tokenizer: Any, config: Any, count: int, generator: torch.Generator) -> Tensor:

@@ -8,6 +8,7 @@ import test_remote_code
 import torch
 from helpers import save_random
 from safetensors.torch import load_file
+from test_remote_code import own_cache as own_cache  # a fixture that is used by itself
 from test_resume import interrupt_after, same_files
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

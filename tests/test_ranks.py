@@ -36,10 +36,8 @@ def test_two_processes_write_what_one_does(tmp_path, demo):
         assert "audit passed" in done.stdout and done.stdout.count("became") == 1
     one, two = dict(weights(tmp_path / "one")), dict(weights(tmp_path / "two"))
     assert one.keys() == two.keys()
-    # Sums over the text are added in another order for what is not routed: a few integers on the
-    # border may fall the other way.
-    same = [float((one[name] == two[name]).float().mean()) for name in one]
-    assert min(same) > 0.9 and sum(same) / len(same) > 0.999
+    # Sums over the text are added in another order, but in float64, and rounded once.
+    assert all(torch.equal(one[name], two[name]) for name in one)
     reports = [json.loads((tmp_path / n / "qmoe_report.json").read_text()) for n in ("one", "two")]
     for a, b in zip(*(report["layers"] for report in reports), strict=True):
         for name, entry in a["experts"].items():

@@ -52,6 +52,22 @@ def _presets() -> list[Method]:
     return [Method(name, "ours", ("--preset", name), writes=True) for name in ("balanced", "best")]
 
 
+def _pieces() -> list[Method]:
+    """`balanced` without one of its pieces each."""
+    without = {
+        "feedback": ("--no-feedback",),
+        "search": ("--no-search",),
+        "written text": ("--written", "0", "--windows", "128"),
+        "gate weight": ("--no-gate-weight",),
+        "borrowing": ("--min-tokens", "0"),
+    }
+    return [
+        Method(f"balanced without {what}", "ours", ("--preset", "balanced", *options), (2,),
+               writes="--written" not in options)
+        for what, options in without.items()
+    ]  # fmt: skip
+
+
 def _gguf() -> list[Method]:
     return [
         Method(f"llama.cpp {kind}", "llama_cpp", ("--type", kind), (bits,))
@@ -65,6 +81,7 @@ METHODS = [
     _ours("gptq-plain", "--preset", "fast", "--no-act-order", "--no-gate-weight"),
     _ours("gptq", "--preset", "fast"),
     *_presets(),
+    *_pieces(),
     Method("autoround-50", "autoround", ("--iterations", "50")),
     Method("autoround-200", "autoround", ("--iterations", "200")),
     Method("llm-compressor gptq", "llm_compressor", ("--method", "gptq")),
