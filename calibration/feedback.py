@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -29,12 +30,12 @@ def second_moments(
     sample, average = captured.sample(), average_weight(captured)
     for i, matrix in enumerate(quantized):
         e = start + i
-        tokens = [(x, weight) for x, _, weight in captured.inputs(e)]
+        borrowed = []
         if captured.tokens[e] < min_tokens:
-            tokens.append(
-                (sample, borrowed_weight(captured.tokens[e], min_tokens, average, sample))
-            )
-        for x, weight in tokens:
+            weight = borrowed_weight(captured.tokens[e], min_tokens, average, sample)
+            borrowed.append((sample, weight))
+        own = ((x, weight) for x, _, weight in captured.inputs(e))
+        for x, weight in chain(own, borrowed):
             there = x.to(matrix.device)
             mid = experts.activation(module, experts.product(module, first, e, there))
             y = there @ matrix.T

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from qmoe.memory import needed, spills
 from qmoe.plan import open_source
 from qmoe.scratch import Scratch
 
-CONFIG = QuantConfig(experts=Scheme(4, 64), calibration=CalibrationConfig(windows=8, batch=2))
+TEXT = CalibrationConfig(windows=8, batch=2)
+CONFIG = QuantConfig(experts=Scheme(4, 64), searched=False, calibration=TEXT)
 
 
 def need(demo, tokens):
@@ -59,7 +61,7 @@ def test_no_room_on_disk_is_an_error_and_not_a_signal(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_waiting_on_disk_changes_no_byte(tmp_path, demo, method, monkeypatch):
-    config = QuantConfig(method, Scheme(4, 64), calibration=CONFIG.calibration)
+    config = replace(CONFIG, method=method)
     qmoe.quantize(demo, tmp_path / "whole", config, progress=False)
     kept = []
     original = Scratch._keep

@@ -3,6 +3,7 @@
 import filecmp
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from qmoe.compare import evaluate
 from qmoe.errors import CalibrationError, ConfigError
 
 SMALL = CalibrationConfig(windows=16)
+FAST = QuantConfig(searched=False, calibration=SMALL)
 
 
 def same_files(a, b):
@@ -86,9 +88,8 @@ def test_the_report_tells_what_was_done(quantized):
 
 
 def test_statistics_saved_and_used_give_nearly_the_same_model(demo, tmp_path):
-    config = QuantConfig(calibration=SMALL)
-    qmoe.quantize(demo, tmp_path / "a", config, save_statistics=tmp_path / "s", progress=False)
-    qmoe.quantize(demo, tmp_path / "b", config, statistics_from=[tmp_path / "s"], progress=False)
+    qmoe.quantize(demo, tmp_path / "a", FAST, save_statistics=tmp_path / "s", progress=False)
+    qmoe.quantize(demo, tmp_path / "b", FAST, statistics_from=[tmp_path / "s"], progress=False)
     for file in (tmp_path / "a").glob("*.safetensors"):
         first, second = load_file(file), load_file(tmp_path / "b" / file.name)
         for name, tensor in first.items():
@@ -97,7 +98,7 @@ def test_statistics_saved_and_used_give_nearly_the_same_model(demo, tmp_path):
 
 def test_statistics_of_two_texts_can_be_summed(demo, tmp_path):
     for seed in (0, 1):
-        config = QuantConfig(calibration=CalibrationConfig(windows=8, seed=seed))
+        config = replace(FAST, calibration=CalibrationConfig(windows=8, seed=seed))
         qmoe.quantize(
             demo,
             tmp_path / f"q{seed}",
@@ -106,9 +107,7 @@ def test_statistics_of_two_texts_can_be_summed(demo, tmp_path):
             progress=False,
         )
     both = [tmp_path / "s0", tmp_path / "s1"]
-    report = qmoe.quantize(
-        demo, tmp_path / "both", QuantConfig(), statistics_from=both, progress=False
-    )
+    report = qmoe.quantize(demo, tmp_path / "both", FAST, statistics_from=both, progress=False)
     (entry,) = report["layers"][0]["experts"].values()
     assert sum(entry["tokens"]) == 2 * 8 * 256 * 4
     assert report["layers"][0]["error"] is None
@@ -116,9 +115,7 @@ def test_statistics_of_two_texts_can_be_summed(demo, tmp_path):
 
 def test_statistics_of_another_model_are_refused_before_work(demo, tmp_path):
     folder = tmp_path / "s"
-    qmoe.quantize(
-        demo, tmp_path / "q", QuantConfig(calibration=SMALL), save_statistics=folder, progress=False
-    )
+    qmoe.quantize(demo, tmp_path / "q", FAST, save_statistics=folder, progress=False)
     (folder / "layer-00003.safetensors").unlink()
     with pytest.raises(CalibrationError, match="layer-00003.safetensors: no readable statistics"):
         qmoe.quantize(demo, tmp_path / "x", statistics_from=[folder], progress=False)
@@ -132,15 +129,14 @@ def test_statistics_of_another_model_are_refused_before_work(demo, tmp_path):
 def test_an_expert_that_no_token_reaches(demo, tmp_path):
     """One word over and over starves most experts: nothing fails, everything is reported."""
     (tmp_path / "word.txt").write_text("the " * 400)
-    config = QuantConfig(
-        min_tokens=0, calibration=CalibrationConfig(str(tmp_path / "word.txt"), 1, 64)
-    )
+    word = CalibrationConfig(str(tmp_path / "word.txt"), 1, 64)
+    config = replace(FAST, min_tokens=0, calibration=word)
     report = qmoe.quantize(demo, tmp_path / "q", config, progress=False)
     rounded = [line for line in report["fallbacks"] if "rounded to nearest" in line]
     assert rounded and "no usable statistics" in rounded[0]
     model, _ = qmoe.load(tmp_path / "q", progress=False)
     assert model(input_ids=torch.arange(32)[None]).logits.isfinite().all()
-    config = QuantConfig(calibration=config.calibration)
+    config = replace(FAST, calibration=word)
     report = qmoe.quantize(demo, tmp_path / "q2", config, progress=False)
     assert not [line for line in report["fallbacks"] if "rounded to nearest" in line]
     assert [line for line in report["fallbacks"] if "saw only" in line]
@@ -149,9 +145,8 @@ def test_an_expert_that_no_token_reaches(demo, tmp_path):
 @pytest.mark.parametrize("bits, group, symmetric", [(2, 32, False), (3, 64, True), (8, 128, True)])
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
 def test_methods_and_schemes_give_working_models(demo, tmp_path, method, bits, group, symmetric):
-    config = QuantConfig(
-        method, Scheme(bits, group, symmetric), act_order=bits != 3, calibration=SMALL
-    )
+    config = replace(FAST, method=method, experts=Scheme(bits, group, symmetric))
+    config = replace(config, act_order=bits != 3, searched=bits == 2)
     qmoe.quantize(demo, tmp_path / "q", config, progress=False)
     result = evaluate(tmp_path / "q", against=demo, windows=2)
     assert result["overall"]["qmoe"]["kl"] < {2: 0.2, 3: 0.03, 8: 0.002}[bits]

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from qmoe import ranks
 
-OPTIONS = ("--windows", "10", "--batch", "2", "--dense-bits", "8")
+OPTIONS = ("--windows", "10", "--batch", "2", "--written", "6", "--no-search")
 
 
 def quantize(demo, out, *launcher):

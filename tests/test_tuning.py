@@ -20,7 +20,7 @@ from qmoe.writing import _bytes
 
 LOW = Scheme(2, 32, False)
 TEXT = CalibrationConfig(windows=16, window=64)
-TUNED = QuantConfig(experts=LOW, dense=LOW, tune=12, calibration=TEXT)
+TUNED = QuantConfig(experts=LOW, dense=LOW, searched=False, tune=12, calibration=TEXT)
 
 
 def same_files(a, b):
@@ -56,9 +56,8 @@ def test_routes_kept_ignores_order_and_sentinels():
 
 def test_tuning_brings_layers_closer_and_says_what_became_of_routing(demo, tmp_path):
     text = CalibrationConfig(windows=32, window=64, batch=4)
-    report = qmoe.quantize(
-        demo, tmp_path / "out", replace(TUNED, tune=40, calibration=text), progress=False
-    )
+    config = replace(TUNED, searched=True, feedback=False, tune=40, calibration=text)
+    report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
     for layer in report["layers"]:
         assert layer["tuning"]["tuned"] < layer["tuning"]["solved"]
         assert layer["tuning"]["tuned"] == layer["error"]
@@ -106,7 +105,7 @@ def test_a_tuned_run_goes_on_to_the_same_bytes(demo, tmp_path, monkeypatch):
 
 def test_no_memory_to_write_text_is_reported(demo, tmp_path, monkeypatch):
     monkeypatch.setattr("qmoe.writing.free", lambda: 100_000)
-    config = QuantConfig(calibration=replace(TEXT, written=4))
+    config = QuantConfig(searched=False, calibration=replace(TEXT, written=4))
     report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
     assert report["fallbacks"][0].startswith("no text was written: that takes 0.0 GB")
     assert report["calibration"]["windows"] == [16, 64]
@@ -116,7 +115,7 @@ def test_no_memory_to_write_text_is_reported(demo, tmp_path, monkeypatch):
 def test_without_memory_for_the_original_a_copy_writes(demo, tmp_path, monkeypatch):
     whole, copy = _bytes(open_source(demo, torch.bfloat16))
     monkeypatch.setattr("qmoe.writing.free", lambda: int(1.3 * (whole + copy) / 2))
-    config = QuantConfig(calibration=replace(TEXT, written=4))
+    config = QuantConfig(searched=False, calibration=replace(TEXT, written=4))
     report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
     first = report["fallbacks"][0]
     assert first.startswith("a copy with 4-bit experts wrote text: the original takes 0.0 GB")
@@ -136,7 +135,7 @@ def test_a_family_that_cannot_continue_text_is_reported(demo, tmp_path, monkeypa
         raise ValueError("this cache has no length")
 
     monkeypatch.setattr("qmoe.writing._continue", fail)
-    config = QuantConfig(calibration=replace(TEXT, written=4))
+    config = QuantConfig(searched=False, calibration=replace(TEXT, written=4))
     report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
     assert "generating failed: ValueError: this cache has no length" in report["fallbacks"][0]
     assert report["calibration"]["written"] == 0
