@@ -51,12 +51,11 @@ class Scheme:
 
 
 # What quality may cost. fast: GPTQ on min-max grids. balanced: better grids and integers, and half
-# of the text written by the model itself. best: more of both kinds of text, and each layer tuned,
-# after which nothing is left of what feedback brings (docs/quality).
+# of the text written by the model itself. best: more of both kinds of text, and each layer tuned.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"searched": False, "feedback": False, "tune": 0, "windows": 128, "written": 0},
     "balanced": {"searched": True, "feedback": True, "tune": 0, "windows": 64, "written": 64},
-    "best": {"searched": True, "feedback": False, "tune": 200, "windows": 128, "written": 128},
+    "best": {"searched": True, "feedback": True, "tune": 200, "windows": 128, "written": 128},
 }
 
 

@@ -30,8 +30,9 @@ from qmoe.suspend import Call
 from qmoe.types import Quantized
 
 # Adam's rates at the first step; they fall to zero in equal steps. A rate is roughly how far a
-# value moves in a step: integers in units of 1, scales relative to what they are.
-INTEGERS, SCALES, KEPT = 0.01, 0.003, 0.0005
+# value moves in a step: integers in units of 1, scales relative to what they are. Norms and routers
+# make up for rounding, whose error halves with every bit: moved further they only add noise.
+INTEGERS, SCALES, KEPT = 0.01, 0.003, 0.0005  # of two bits, the last
 INSIDE = 0.45  # how far from its integer a latent value may start
 BETAS = (0.9, 0.95)
 
@@ -122,7 +123,7 @@ def tune(
     groups = [
         {"params": [m.latent for m in every], "lr": INTEGERS},
         {"params": [m.ratio for m in every], "lr": SCALES},
-        {"params": list(kept.values()), "lr": KEPT},
+        {"params": list(kept.values()), "lr": KEPT * 2.0 ** (2 - job.config.experts.bits)},
     ]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     steps = job.config.tune
