@@ -197,7 +197,7 @@ def test_experts_that_saw_few_tokens_borrow_from_their_list(saved, tmp_path, dem
         for linear in ("linear", "linear_v", "linear_1"):
             part = layer["dense"][f"model.layers.{i}.mlp.experts.5.{linear}"]
             assert part["error"] > 0 and "rounded" not in part
-    assert "borrowed tokens of their layer" in report["fallbacks"][0]
+    assert any("borrowed tokens of their layer" in line for line in report["fallbacks"])
     loaded, _ = qmoe.load(tmp_path / "q", progress=False, trust_remote_code=True)
     model.load_state_dict(dequantized(tmp_path / "q"))
     assert_close(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
