@@ -27,9 +27,9 @@ original as a share of round-to-nearest's, everything at 2 bits g128 asymmetric,
 parameter Qwen3-MoE (32 experts, top-4), calibrated on text of seven domains / of one domain only,
 reported on test text of all seven; CPU seconds of quantizing it; docs/quality has peers as well:
   fast      0.23 / 0.35    23 s  GPTQ on min-max grids
-  balanced  0.16 / 0.17    48 s  grids and integers searched under the Hessian; half of the text
-                                 is written by the model itself
-  best      0.08 / 0.09   352 s  more of both kinds of text; each layer tuned by gradient
+  balanced  0.13 / 0.14    42 s  grids and integers searched under the Hessian; matrices fitted to
+                                 what quantized ones give; half of the text is the model's own
+  best      0.08 / 0.08   335 s  more of both kinds of text; each layer tuned by gradient
 methods, likewise at 4 bits, in thousandths of a nat per token:
   rtn       2.73 / 2.73   round to nearest, needs no text
   awq       2.57 / 2.67   activation-aware scales folded into norms and experts, then rtn

@@ -52,19 +52,20 @@ def _presets() -> list[Method]:
     return [Method(name, "ours", ("--preset", name), writes=True) for name in ("balanced", "best")]
 
 
-def _pieces() -> list[Method]:
-    """`balanced` without one of its pieces each."""
-    without = {
-        "feedback": ("--no-feedback",),
-        "search": ("--no-search",),
-        "written text": ("--written", "0", "--windows", "128"),
-        "gate weight": ("--no-gate-weight",),
-        "borrowing": ("--min-tokens", "0"),
+def _variants() -> list[Method]:
+    """`balanced` without one of its pieces each, and with ten times its text."""
+    changes = {
+        "without feedback": ("--no-feedback",),
+        "without search": ("--no-search",),
+        "without written text": ("--written", "0", "--windows", "128"),
+        "without gate weight": ("--no-gate-weight",),
+        "without borrowing": ("--min-tokens", "0"),
+        "with ten times the text": ("--written", "640", "--windows", "640"),
     }
     return [
-        Method(f"balanced without {what}", "ours", ("--preset", "balanced", *options), (2,),
-               writes="--written" not in options)
-        for what, options in without.items()
+        Method(f"balanced {what}", "ours", ("--preset", "balanced", *options), (2,),
+               writes=what != "without written text")
+        for what, options in changes.items()
     ]  # fmt: skip
 
 
@@ -81,7 +82,7 @@ METHODS = [
     _ours("gptq-plain", "--preset", "fast", "--no-act-order", "--no-gate-weight"),
     _ours("gptq", "--preset", "fast"),
     *_presets(),
-    *_pieces(),
+    *_variants(),
     Method("autoround-50", "autoround", ("--iterations", "50")),
     Method("autoround-200", "autoround", ("--iterations", "200")),
     Method("llm-compressor gptq", "llm_compressor", ("--method", "gptq")),

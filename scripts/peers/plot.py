@@ -16,7 +16,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> bool:
     from matplotlib import pyplot
 
     rows = [r for r in rows if "kl_over_rtn" in r and r["seed"] == rows[0]["seed"]]
-    rows = [r for r in rows if " without " not in r["method"]]  # the table has them
+    rows = [r for r in rows if not r["method"].startswith("balanced ")]  # the table has variants
     models = list(dict.fromkeys(r["model"] for r in rows))
     regimes = list(dict.fromkeys(r["regime"] for r in rows))
     looks = _looks(list(dict.fromkeys(r["method"] for r in rows)))
