@@ -4,8 +4,9 @@ Routed experts: one function registered with transformers' experts interface, so
 gates arrive for free and no router is re-implemented. Dense linears: forward hooks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,9 +34,8 @@ def experts_forward(
         captured.saw(hidden_states, top_k_index, top_k_weights)
         if captured.last:  # and nothing of the layer's output is needed
             return torch.zeros_like(hidden_states)
-    routes = getattr(self, "_qmoe_routes", None)
-    if routes is not None:
-        routes.append(top_k_index.cpu())
+    for watch in getattr(self, "_qmoe_watches", ()):
+        watch(hidden_states, top_k_index)
     out = torch.zeros_like(hidden_states)
     for e in top_k_index.unique().tolist():
         if e >= self.num_experts:  # a sentinel: this assignment goes to no expert
@@ -68,16 +68,19 @@ def collecting_experts(modules: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def recording_routes(modules: dict[str, Any]) -> Iterator[dict[str, list[Tensor]]]:
-    """The experts [T, A] that every call of these modules sends its tokens to, by module."""
-    routes: dict[str, list[Tensor]] = {name: [] for name in modules}
+def watching_experts(
+    modules: dict[str, Any], see: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Calls see(name, hidden states [T, H], chosen experts [T, A]) at every call of these modules,
+    before they compute."""
+    before = {name: getattr(module, "_qmoe_watches", ()) for name, module in modules.items()}
     for name, module in modules.items():
-        module._qmoe_routes = routes[name]
+        module._qmoe_watches = (*before[name], partial(see, name))
     try:
-        yield routes
+        yield
     finally:
-        for module in modules.values():
-            del module._qmoe_routes
+        for name, module in modules.items():
+            module._qmoe_watches = before[name]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qmoe import experts as routed
 from qmoe import loose, ranks
@@ -16,7 +16,6 @@ from qmoe.calibration.capture import Captured
 from qmoe.calibration.collect import (
     collecting_experts,
     collecting_linears,
-    recording_routes,
     sampling,
 )
 from qmoe.calibration.coverage import routes_kept
@@ -27,10 +26,17 @@ from qmoe.feedback import refit_linears, steps
 from qmoe.fold import TOLERANCE, find_folds, fold_experts, fold_norm
 from qmoe.job import Job, Result
 from qmoe.placing import CPU, moved, whereabouts
+from qmoe.routing import (
+    recording_inputs,
+    recording_routes,
+    router_logits,
+    router_parameters,
+    routers,
+)
 from qmoe.solving import borrow_rare, check_finite, solve_parts
 from qmoe.structure import Layer
 from qmoe.suspend import Call
-from qmoe.tuning import hidden, tune
+from qmoe.tuning import Aims, hidden, tune
 
 Forward = Callable[..., Any]
 SAMPLE = 256  # tokens of the layer kept for experts that saw too few of their own
@@ -52,8 +58,8 @@ def quantize_layer(
     """
     layer, result = job.layer, Result()
     result.record = {"name": layer.name, "experts": {}, "dense": {}, "kept": layer.kept}
-    with recording_routes(_experts(job)) as wanted:
-        targets = [job.scratch.keep(y) for y in run_layer(job.model, layer, forward, originals)]
+    aims = _original(job, forward, originals)
+    targets = aims.outputs
     if given is not None:
         result.stats = given
         if job.config.method != "rtn":
@@ -88,10 +94,21 @@ def quantize_layer(
         return result, []
     result.captured.clear()
     if targets:
-        _tune(job, forward, calls, targets, wanted, result)
+        _tune(job, forward, calls, aims, result)
     after = [job.scratch.keep(y) for y in run_layer(job.model, job.layer, forward, calls)]
     result.record["error"] = _relative_rms(after, targets or before or after)
     return result, targets + after
+
+
+def _original(job: Job, forward: Forward, originals: list[Call]) -> Aims:
+    """What the layer gives and chooses before it is touched."""
+    aims, modules = Aims(), _experts(job)
+    weights, names = router_parameters(job), routers(job)
+    with recording_routes(modules) as aims.routes, recording_inputs(modules) as inputs:
+        for output in run_layer(job.model, job.layer, forward, originals):
+            aims.outputs.append(job.scratch.keep(output))
+            aims.logits.append(router_logits(inputs, names, weights))
+    return aims
 
 
 def _solve_in_steps(
@@ -106,25 +123,18 @@ def _solve_in_steps(
         solve_parts(job, step, result)
 
 
-def _tune(
-    job: Job,
-    forward: Forward,
-    calls: list[Call],
-    targets: list[Any],
-    wanted: dict[str, list[Tensor]],
-    result: Result,
-) -> None:
+def _tune(job: Job, forward: Forward, calls: list[Call], aims: Aims, result: Result) -> None:
     """Tune, and record before and after: the error of the layer's output, and what share of the
     original's choices of experts it makes."""
     errors = result.record["tuning"] = {}
     for when in ("solved", "tuned"):
         if when == "tuned":
-            tune(job, forward, calls, targets, result)
+            tune(job, forward, calls, aims, result)
         with recording_routes(_experts(job)) as chosen:
             outputs = [job.scratch.keep(y) for y in run_layer(job.model, job.layer, forward, calls)]
-        errors[when] = _relative_rms(outputs, targets)
+        errors[when] = _relative_rms(outputs, aims.outputs)
         for name, module in _experts(job).items():
-            kept = routes_kept(wanted[name], chosen[name], module.num_experts)
+            kept = routes_kept(aims.routes[name], chosen[name], module.num_experts)
             result.record["experts"][name].setdefault("routing_kept", {})[when] = round(kept, 6)
 
 

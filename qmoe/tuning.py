@@ -8,11 +8,13 @@ and routers. The family of AutoRound (Cheng et al., 2023, arXiv 2309.05516) and 
 al., 2023, arXiv 2308.13137), started from GPTQ's solution instead of from plain rounding.
 
 The loss is each token's squared error over its squared size: norms divide every token by its size,
-and a few huge ones (attention sinks) must not outweigh the rest.
+and a few huge ones (attention sinks) must not outweigh the rest. To it comes that of the router's
+logits, or tuning would send tokens to other experts (routing.py).
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +27,15 @@ from qmoe.errors import CalibrationError
 from qmoe.grid import limits, stored_scale
 from qmoe.job import Job, Result
 from qmoe.placing import whereabouts
+from qmoe.routing import (
+    Parameters,
+    logits_error,
+    recording_inputs,
+    relative_error,
+    router_logits,
+    router_parameters,
+    routers,
+)
 from qmoe.solving import hold
 from qmoe.suspend import Call
 from qmoe.types import Quantized
@@ -33,6 +44,7 @@ from qmoe.types import Quantized
 # value moves in a step: integers in units of 1, scales relative to what they are. Norms and routers
 # make up for rounding, whose error halves with every bit: moved further they only add noise.
 INTEGERS, SCALES, KEPT = 0.01, 0.003, 0.0005  # of two bits, the last
+LOGITS = 0.3  # of the routers' error in the loss
 INSIDE = 0.45  # how far from its integer a latent value may start
 BETAS = (0.9, 0.95)
 
@@ -102,14 +114,23 @@ class Lazy:
         return experts.as_stored(self.module, self.name, self.matrices[e].weight())
 
 
+@dataclass
+class Aims:
+    """What the original layer gives and chooses. outputs and logits (routing.py): one for each
+    batch. routes: the chosen experts [T, A] of every call of an experts module."""
+
+    outputs: list[Any] = field(default_factory=list)
+    logits: list[Parameters] = field(default_factory=list)
+    routes: dict[str, list[Tensor]] = field(default_factory=dict)
+
+
 def tune(
-    job: Job, forward: Callable[..., Any], calls: list[Call], targets: list[Any], result: Result
+    job: Job, forward: Callable[..., Any], calls: list[Call], aims: Aims, result: Result
 ) -> None:
     """Tune a layer whose weights are solved, for `job.config.tune` steps of one batch each.
 
-    calls: the layer's inputs in the quantized model, targets: its outputs in the original one, one
-    for each batch. Replaces the weights in `result` and in the layer; CalibrationError if it
-    diverges.
+    calls: the layer's inputs in the quantized model, one for each batch. Replaces the weights in
+    `result` and in the layer; CalibrationError if it diverges.
     """
     layer: Any = job.model.get_submodule(job.layer.name)
     device = whereabouts(layer)
@@ -129,12 +150,21 @@ def tune(
     steps = job.config.tune
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     order = _order(len(calls), steps, job.config.calibration.seed)
-    with torch.enable_grad(), _standing_in(job, matrices), _running(layer, forward):
+    watched = recording_inputs({name: job.model.get_submodule(name) for name in job.layer.experts})
+    names, fixed = routers(job), router_parameters(job)
+    with (
+        torch.enable_grad(),
+        _standing_in(job, matrices),
+        _running(layer, forward),
+        watched as inputs,
+    ):
         for i in order:
             given = _plain(job, matrices) | {n: _as_stored(p, job) for n, p in kept.items()}
             inside = {n.removeprefix(f"{job.layer.name}."): p for n, p in given.items()}
             output = functional_call(layer, inside, *calls[i].moved(device))
-            loss = relative_error(hidden(output), hidden(targets[i]).to(device))
+            logits = router_logits(inputs, names, fixed | given)
+            loss = relative_error(hidden(output), hidden(aims.outputs[i]).to(device))
+            loss = loss + LOGITS * logits_error(logits, aims.logits[i])
             if not loss.isfinite():
                 raise CalibrationError(f"{job.layer.name}: tuning gave NaN or Inf; use --tune 0")
             optimizer.zero_grad()
@@ -142,13 +172,6 @@ def tune(
             optimizer.step()
             falling.step()
     _put_back(job, matrices, kept, result)
-
-
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens of squared error over squared size."""
-    size = target.float().square().sum(-1)
-    lost = (output.float() - target.float()).square().sum(-1)
-    return torch.where(size > 0, lost / size.clamp(min=torch.finfo(torch.float32).tiny), 0).mean()
 
 
 def hidden(output: Any) -> Tensor:
@@ -168,20 +191,12 @@ def _order(calls: int, steps: int, seed: int) -> list[int]:
 
 def _kept(job: Job) -> dict[str, Tensor]:
     """What stays in 16 bits and may move: norms and routers."""
-    found = {}
-    block = {name.rpartition(".")[0] for name in job.layer.experts}
-    for name, module in job.model.get_submodule(job.layer.name).named_modules(
-        prefix=job.layer.name
-    ):
-        norm = "norm" in type(module).__name__.lower()
-        router = job.layer.kept.get(name) == "router" or (
-            name.rpartition(".")[0] in block
-            and name not in job.layer.experts
-            and not isinstance(module, nn.Linear)
-        )
-        for key, parameter in module.named_parameters(recurse=False):
-            if (norm and parameter.dim() == 1) or (router and parameter.dim() == 2):
-                found[f"{name}.{key}"] = parameter
+    found = router_parameters(job)
+    layer = job.model.get_submodule(job.layer.name)
+    for name, module in layer.named_modules(prefix=job.layer.name):
+        if "norm" in type(module).__name__.lower():
+            own = module.named_parameters(recurse=False)
+            found |= {f"{name}.{key}": p for key, p in own if p.dim() == 1}
     return found
 
 

@@ -11,11 +11,12 @@ import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.calibration.coverage import routes_kept
 from qmoe.compare import evaluate
-from qmoe.errors import ConfigError
+from qmoe.errors import CalibrationError, ConfigError
 from qmoe.grid import limits
 from qmoe.plan import open_source
 from qmoe.report import read_report
-from qmoe.tuning import OnGrid, relative_error
+from qmoe.routing import logits_error, relative_error
+from qmoe.tuning import OnGrid
 from qmoe.writing import _bytes
 
 LOW = Scheme(2, 32, False)
@@ -52,6 +53,17 @@ def test_routes_kept_ignores_order_and_sentinels():
     before = [torch.tensor([[0, 1], [2, 4]]), torch.tensor([[3, 0]])]
     after = [torch.tensor([[1, 0], [4, 3]]), torch.tensor([[1, 0]])]
     assert routes_kept(before, after, experts=4) == pytest.approx(3 / 5)
+
+
+def test_router_logits_count_less_their_mean():
+    aim = {"experts": torch.tensor([[1.0, -1.0], [2.0, 0.0]])}
+    same = {"experts": aim["experts"] + 7}
+    assert logits_error(same, aim) == 0
+    other = {"experts": torch.tensor([[2.0, -2.0], [2.0, 0.0]])}
+    assert torch.isclose(logits_error(other, aim), torch.tensor(0.5))
+    assert logits_error({}, {}) == 0
+    with pytest.raises(CalibrationError, match="experts: .*other tokens.*--tune 0"):
+        logits_error({"experts": aim["experts"][:1]}, aim)
 
 
 def test_tuning_brings_layers_closer_and_says_what_became_of_routing(demo, tmp_path):
