@@ -6,11 +6,12 @@ sent it there; at 4 bits such tokens, one in a hundred, are half of the KL.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qmoe import experts
 from qmoe.calibration.collect import watching_experts
 from qmoe.errors import CalibrationError
 from qmoe.job import Job
@@ -38,8 +39,10 @@ def routers(job: Job) -> dict[str, str]:
     found = {}
     for name in job.layer.experts:
         block, module = name.rpartition(".")[0] + ".", job.model.get_submodule(name)
+        first = experts.rows(module, experts.expert_weights(module)[0])
         for key, weight in router_parameters(job).items():
-            if key.startswith(block) and len(weight) >= cast(int, module.num_experts):
+            fits = len(weight) >= len(first) and weight.shape[1] == first.shape[2]
+            if key.startswith(block) and fits:
                 found[name] = key
     return found
 
