@@ -126,7 +126,8 @@ def _unit(job: Job, name: str, stats: ExpertStats | Captured | None, start: int,
         cross, hessian = second_moments(stats, start, there, job.config.min_tokens)
         check_finite(name, cross, hessian)
         second = refit(second, cross, hessian, job.config.damp)
-    fitted = second.to(CPU) if feedback and job.config.tune else None
+    # Contiguous: some families keep their experts transposed, and so is what is fitted then.
+    fitted = second.to(CPU).contiguous() if feedback and job.config.tune else None
     unit = Unit([solved, _solve(job, name, second, hessian)], borrowed, fitted)
     if job.units is not None:
         job.units.save(name, start, end, unit)

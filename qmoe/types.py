@@ -39,5 +39,15 @@ def digest(quantized: Quantized) -> str:
     for tensor in (quantized.q, quantized.scale.float(), quantized.zero):
         if tensor is not None:
             sha.update(str(tuple(tensor.shape)).encode())
-            sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            sha.update(_raw(tensor))
     return sha.hexdigest()
+
+
+def checksum(tensor: Tensor) -> str:
+    """SHA-256 of the bytes of a tensor."""
+    return hashlib.sha256(_raw(tensor)).hexdigest()
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    raw: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return raw

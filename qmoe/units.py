@@ -15,7 +15,7 @@ from qmoe.config import Scheme
 from qmoe.errors import OutputError
 from qmoe.solvers.solve import Solved
 from qmoe.storage import write_safetensors
-from qmoe.types import Quantized, digest
+from qmoe.types import Quantized, checksum, digest
 
 PATTERN = ".qmoe-unit-{}-{}.safetensors"
 
@@ -50,7 +50,10 @@ class Units:
         solved = [_solved(tensors, i, entry, scheme) for i, entry in enumerate(note["solved"])]
         if [digest(s.quantized) for s in solved] != note["digests"]:
             raise _damaged(path, "its checksum does not fit")
-        return Unit(solved, note["borrowed"], tensors.get("fitted"))
+        fitted = tensors.get("fitted")
+        if fitted is not None and checksum(fitted) != note["fitted"]:
+            raise _damaged(path, "its checksum does not fit")
+        return Unit(solved, note["borrowed"], fitted)
 
     def save(self, name: str, start: int, end: int, unit: Unit) -> None:
         tensors: dict[str, Tensor] = {}
@@ -64,6 +67,7 @@ class Units:
                        for s in unit.solved],
             "digests": [digest(s.quantized) for s in unit.solved],
             "borrowed": unit.borrowed,
+            "fitted": None if unit.fitted is None else checksum(unit.fitted),
         }  # fmt: skip
         write_safetensors(self._path(name, start, end), tensors, {"unit": json.dumps(note)})
 

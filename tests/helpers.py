@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    GptOssConfig,
     MixtralConfig,
     OlmoeConfig,
     Qwen2MoeConfig,
@@ -48,6 +49,9 @@ FAMILIES: dict[str, Any] = {
         intermediate_size=32,
         num_experts=4,
         num_experts_per_tok=2,
+    ),
+    "gpt_oss": lambda: GptOssConfig(
+        **BASE, head_dim=16, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2
     ),
     "deepseek_v3": lambda: DeepseekV3Config(
         **{**BASE, "num_key_value_heads": 4},

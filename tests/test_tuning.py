@@ -80,7 +80,7 @@ def test_tuning_brings_layers_closer_and_says_what_became_of_routing(demo, tmp_p
     assert evaluate(tmp_path / "out", against=demo, windows=2)["overall"]["qmoe"]["kl"] < 0.2
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe", "gpt_oss"])
 def test_tuned_families_pass_the_audit_and_load(family, demo, tmp_path):
     source = save_random(family, tmp_path / "source", demo, torch.bfloat16)
     qmoe.quantize(source, tmp_path / "out", replace(TUNED, tune=3), progress=False)
