@@ -107,7 +107,7 @@ def _original(job: Job, forward: Forward, originals: list[Call]) -> Aims:
     with recording_routes(modules) as aims.routes, recording_inputs(modules) as inputs:
         for output in run_layer(job.model, job.layer, forward, originals):
             aims.outputs.append(job.scratch.keep(output))
-            aims.logits.append(router_logits(inputs, names, weights))
+            aims.logits.append(moved(router_logits(inputs, names, weights), CPU))
     return aims
 
 
