@@ -136,7 +136,8 @@ def _result(args: argparse.Namespace, case: Case, method: Method, bits: int) -> 
         if not again and not (bad and args.retry):
             return
     out = case.folder / "runs" / stem.name
-    shutil.rmtree(out, ignore_errors=True)
+    for left in (out, out.with_name(f"{out.name}.partial")):  # of a benchmark that was stopped
+        shutil.rmtree(left, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     task = Task(case.model, bits, case.text, case.tokens, case.seed)
