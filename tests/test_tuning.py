@@ -67,8 +67,8 @@ def test_router_logits_count_less_their_mean():
 
 
 def test_tuning_brings_layers_closer_and_says_what_became_of_routing(demo, tmp_path):
-    text = CalibrationConfig(windows=32, window=64, batch=4)
-    config = replace(TUNED, searched=True, feedback=False, tune=40, calibration=text)
+    text = CalibrationConfig(windows=24, window=64, batch=4)
+    config = replace(TUNED, feedback=False, tune=24, calibration=text)
     report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
     for layer in report["layers"]:
         assert layer["tuning"]["tuned"] < layer["tuning"]["solved"]
@@ -93,7 +93,7 @@ def test_tuned_families_pass_the_audit_and_load(family, demo, tmp_path):
 def test_a_tuned_run_goes_on_to_the_same_bytes(demo, tmp_path, monkeypatch):
     from qmoe.output import OutputFolder
 
-    config = replace(TUNED, calibration=replace(TEXT, written=4))
+    config = replace(TUNED, tune=3, calibration=replace(TEXT, written=4))
     qmoe.quantize(demo, tmp_path / "whole", config, progress=False)
     write = OutputFolder.write_shard
 
