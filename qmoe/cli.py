@@ -29,7 +29,7 @@ reported on test text of all seven; CPU seconds of quantizing it; docs/quality h
   fast      0.23 / 0.35    23 s  GPTQ on min-max grids
   balanced  0.13 / 0.14    42 s  grids and integers searched under the Hessian; matrices fitted to
                                  what quantized ones give; half of the text is the model's own
-  best      0.08 / 0.08   335 s  more of both kinds of text; each layer tuned by gradient
+  best      0.07 / 0.08   340 s  more of both kinds of text; each layer tuned by gradient
 methods, likewise at 4 bits, in thousandths of a nat per token:
   rtn       2.73 / 2.73   round to nearest, needs no text
   awq       2.57 / 2.67   activation-aware scales folded into norms and experts, then rtn

@@ -76,4 +76,4 @@ def test_help_names_measured_costs(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["quantize", "--help"])
     out = capsys.readouterr().out
-    assert "balanced  0.16 / 0.17" in out and "gptq      0.77 / 1.16" in out
+    assert "balanced  0.13 / 0.14" in out and "gptq      0.77 / 1.16" in out

@@ -14,7 +14,7 @@ from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.compare import evaluate
 from qmoe.errors import CalibrationError, ConfigError
 
-SMALL = CalibrationConfig(windows=16)
+SMALL = CalibrationConfig(windows=8)
 FAST = QuantConfig(searched=False, calibration=SMALL)
 
 
@@ -36,10 +36,10 @@ def test_gptq_beats_rounding_in_and_out_of_domain(demo, tmp_path):
     config = QuantConfig(
         experts=Scheme(3, 128, False),
         dense=Scheme(3, 128, False),
-        calibration=CalibrationConfig("bundled:austen+factbook", windows=48),
+        calibration=CalibrationConfig("bundled:austen+factbook", windows=32),
     )
     qmoe.quantize(demo, tmp_path / "q3", config, progress=False)
-    result = evaluate(tmp_path / "q3", against=demo, baselines=["rtn", "nf4"], windows=8)
+    result = evaluate(tmp_path / "q3", against=demo, baselines=["rtn", "nf4"], windows=6)
     rtn, ours = result["scores"]["rtn"], result["scores"]["qmoe"]
     for domain in rtn:
         assert ours[domain]["kl"] < 0.9 * rtn[domain]["kl"], domain
@@ -48,12 +48,12 @@ def test_gptq_beats_rounding_in_and_out_of_domain(demo, tmp_path):
 
 
 def test_same_seed_same_bytes(demo, quantized, tmp_path):
-    qmoe.quantize(demo, tmp_path / "again", QuantConfig(calibration=SMALL), progress=False)
+    qmoe.quantize(demo, tmp_path / "again", FAST, progress=False)
     assert same_files(quantized, tmp_path / "again")
 
 
 def test_another_seed_other_bytes(demo, quantized, tmp_path):
-    config = QuantConfig(calibration=CalibrationConfig(windows=16, seed=1))
+    config = replace(FAST, calibration=CalibrationConfig(windows=8, seed=1))
     qmoe.quantize(demo, tmp_path / "other", config, progress=False)
     assert not same_files(quantized, tmp_path / "other")
 
@@ -71,8 +71,8 @@ def test_what_is_not_quantized_is_byte_for_byte_the_source(demo, quantized):
 
 def test_the_report_tells_what_was_done(quantized):
     report = json.loads((quantized / "qmoe_report.json").read_text())
-    assert QuantConfig.from_dict(report["config"]) == QuantConfig(calibration=SMALL)
-    tokens = 16 * 256
+    assert QuantConfig.from_dict(report["config"]) == FAST
+    tokens = 8 * 256
     for layer in report["layers"]:
         (entry,) = layer["experts"].values()
         assert sum(entry["tokens"]) == 4 * tokens
