@@ -19,6 +19,8 @@ import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.errors import OutputError
 
+# gpt-oss stores its experts fused: plain transformers has no names for them (see test_matrix.py).
+NAMED = [family for family in FAMILIES if family != "gpt_oss"]
 CALIBRATION = CalibrationConfig(windows=6, window=64, batch=2)
 IDS = torch.arange(1, 33).view(2, 16) * 37
 
@@ -78,7 +80,7 @@ def dequantized_twin(source, quantized, path):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NAMED)
 def test_reloaded_equals_the_model_with_dequantized_weights(family, symmetric, tmp_path, demo):
     source, quantized, report = quantize(
         family, tmp_path, demo, experts=Scheme(4, 32, symmetric), dense=Scheme(8, -1, symmetric)
@@ -88,7 +90,7 @@ def test_reloaded_equals_the_model_with_dequantized_weights(family, symmetric, t
     assert report["bytes"]["experts 16-bit"] == report["bytes"]["dense 16-bit"] == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NAMED)
 def test_plain_transformers_gives_the_same_logits_without_qmoe(family, tmp_path, demo):
     _, quantized, report = quantize(family, tmp_path, demo, experts=Scheme(4, 32))
     assert report["symmetric"]
