@@ -60,7 +60,7 @@ def test_bench_measures_every_model(demo, quantized, capsys):
 
 def test_people_get_tables_and_no_progress_bars_when_piped(demo, quantized, tmp_path, capsys):
     for command in (
-        ["quantize", demo, tmp_path / "q", "--windows", "4"],
+        ["quantize", demo, tmp_path / "q", "--preset", "fast", "--windows", "4"],
         ["inspect", quantized, "--experts"],
         ["inspect", demo],
         ["eval", quantized, "--against", demo, "--windows", "1"],
