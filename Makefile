@@ -9,7 +9,7 @@ quickstart: .venv/ready
 
 # Processes of one thread each: small models gain nothing from threads.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 8
 
 lint: .venv/ready
 	$(BIN)/ruff check .
