@@ -13,10 +13,20 @@ from qmoe.errors import CalibrationError
 def tokenize(tokenizer: Any, text: str, window: int) -> Int[Tensor, "n L"]:
     """All whole windows of a text. Each starts with BOS if the tokenizer starts texts with it."""
     start = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = _ids(tokenizer, text)
     body = window - len(start)
     rows = torch.tensor(ids[: len(ids) // body * body], dtype=torch.long).view(-1, body)
     return torch.cat([torch.tensor(start, dtype=torch.long).expand(len(rows), -1), rows], dim=1)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if hasattr(backend, "encode_batch_fast"):  # twice as fast: where tokens stand is left out
+        tokenizer("")  # takes back any truncation and padding that the tokenizer's file asks for
+        ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    else:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def sample_windows(

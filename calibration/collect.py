@@ -21,6 +21,10 @@ from qmoe.placing import CPU
 NAME = "qmoe_collect"
 
 
+class Ended(Exception):
+    """A run of a layer that is to go no further than its experts has come there."""
+
+
 def experts_forward(
     self: Any,
     hidden_states: Float[Tensor, "T H"],
@@ -28,6 +32,8 @@ def experts_forward(
     top_k_weights: Float[Tensor, "T A"],
 ) -> Float[Tensor, "T H"]:
     """Run plain experts one by one; keep what they received if the module is to be captured."""
+    if getattr(self, "_qmoe_ends", False):
+        raise Ended
     first, second = experts.expert_weights(self)
     captured = getattr(self, "_qmoe_captured", None)
     if captured is not None:
@@ -81,6 +87,18 @@ def watching_experts(
     finally:
         for name, module in modules.items():
             module._qmoe_watches = before[name]
+
+
+@contextmanager
+def ending_at(modules: list[Any]) -> Iterator[None]:
+    """A run that comes to one of these experts modules raises Ended."""
+    for module in modules:
+        module._qmoe_ends = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module._qmoe_ends
 
 
 @contextmanager

@@ -41,8 +41,9 @@ def second_moments(
             y = there @ matrix.T
             y = experts.stack_activation(module, y if biases is None else y + biases[e])
             root = weight.sqrt()[:, None].to(matrix.device)
-            add_products(cross[i], mid.float() * root, y.float() * root)
-            add_products(hessian[i], y.float() * root, y.float() * root)
+            weighted = y.float() * root
+            add_products(cross[i], mid.float() * root, weighted)
+            add_products(hessian[i], weighted, weighted)
     return cross, hessian
 
 

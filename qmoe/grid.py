@@ -26,17 +26,32 @@ def stored_scale(scale: Float[Tensor, "*any"], dtype: torch.dtype) -> Float[Tens
 
 
 def grid_of(
-    weight: Float[Tensor, "E N K"], scheme: Scheme, scale_dtype: torch.dtype, ratio: float = 1.0
+    weight: Float[Tensor, "E N K"], scheme: Scheme, scale_dtype: torch.dtype
 ) -> tuple[Float[Tensor, "E N G"], Float[Tensor, "E N G"]]:
-    """Min-max scale and zero point of every group, both float32. ratio: of the range to cover.
+    """Min-max scale and zero point of every group, both float32."""
+    return grid_between(*group_range(weight, scheme), scheme, scale_dtype)
+
+
+def group_range(
+    weight: Float[Tensor, "E N K"], scheme: Scheme
+) -> tuple[Float[Tensor, "E N G"], Float[Tensor, "E N G"]]:
+    """The smallest and largest weight of every group, zero among them."""
+    low, high = weight.float().unflatten(-1, (scheme.groups(weight.shape[-1]), -1)).aminmax(dim=-1)
+    return low.clamp(max=0), high.clamp(min=0)
+
+
+def grid_between(
+    low: Float[Tensor, "*any"],
+    high: Float[Tensor, "*any"],
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+) -> tuple[Float[Tensor, "*any"], Float[Tensor, "*any"]]:
+    """Scale and zero point, both float32, of the grid from low <= 0 to high >= 0.
 
     The scale is rounded to `scale_dtype` first, because that is what will be stored and what the
     integers must be chosen for. A group of zeros gets the smallest normal scale, so no division
     by zero is possible later. Zero points are whole numbers in float; 0 if symmetric.
     """
-    groups = weight.float().unflatten(-1, (scheme.groups(weight.shape[-1]), -1))
-    low = groups.amin(-1).clamp(max=0) * ratio
-    high = groups.amax(-1).clamp(min=0) * ratio
     qmin, qmax = limits(scheme.bits)
     if scheme.symmetric:
         scale = torch.maximum(-low, high) * 2 / (qmax - qmin)

@@ -34,7 +34,8 @@ class Result:
 @dataclass(frozen=True)
 class Job:
     """What is the same for every part of a layer. tokens: of calibration text, in all batches of
-    all ranks. scratch: where activations wait. units: where solved experts are kept."""
+    all ranks. scratch: where activations wait. units: where solved experts are kept. last: whether
+    nothing behind the layer is to be run."""
 
     model: nn.Module
     layer: Layer
@@ -45,6 +46,7 @@ class Job:
     save: Callable[[LayerStats], None] | None = None
     scratch: Scratch = field(default_factory=Scratch)
     units: Units | None = None
+    last: bool = False
 
     @property
     def whole(self) -> bool:

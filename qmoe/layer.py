@@ -5,6 +5,7 @@ what they will see at run time.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from qmoe import experts as routed
 from qmoe import loose, ranks
 from qmoe.calibration.capture import Captured
 from qmoe.calibration.collect import (
+    Ended,
     collecting_experts,
     collecting_linears,
+    ending_at,
     sampling,
+    watching_experts,
 )
 from qmoe.calibration.coverage import routes_kept
 from qmoe.calibration.feedback import Inputs, keeping_inputs
@@ -40,6 +44,7 @@ from qmoe.tuning import Aims, hidden, tune
 
 Forward = Callable[..., Any]
 SAMPLE = 256  # tokens of the layer kept for experts that saw too few of their own
+EVERY = 4  # of so many batches one says how far a layer that is not tuned is from the original
 
 
 def quantize_layer(
@@ -95,8 +100,13 @@ def quantize_layer(
     result.captured.clear()
     if targets:
         _tune(job, forward, calls, aims, result)
-    after = [job.scratch.keep(y) for y in run_layer(job.model, job.layer, forward, calls)]
-    result.record["error"] = _relative_rms(after, targets or before or after)
+    reference = targets or before or [None] * len(calls)
+    after: list[Any] = [None] * len(calls)
+    for i, call in enumerate(calls):
+        if reference[i] is not None or not job.last:
+            [output] = run_layer(job.model, job.layer, forward, [call])
+            after[i] = job.scratch.keep(output)
+    result.record["error"] = _relative_rms(after, reference)
     return result, targets + after
 
 
@@ -159,8 +169,8 @@ def run_layer(model: nn.Module, layer: Layer, forward: Forward, calls: list[Call
 def _gather(
     job: Job, names: list[str], forward: Forward, calls: list[Call], result: Result, keep: bool
 ) -> list[Any]:
-    """Run the layer on all batches and add the statistics of `names` to the result; returns the
-    outputs if they are to be kept."""
+    """Run the layer on all batches and add the statistics of `names` to the result. Returns the
+    outputs of some of them if they are to be kept, with None for the others."""
     experts = [n for n in names if n in job.layer.experts]
     modules = _modules(job, names)
     stride = max(1, job.tokens // SAMPLE)
@@ -176,10 +186,13 @@ def _gather(
     own = {n: m for n, m in linears.items() if n not in shared}  # an expert's: many, and small sums
     collected = collecting_linears(shared, result.stats, torch.float64)
     with sampled, collected, collecting_linears(own, result.stats):
-        outputs = [
-            job.scratch.keep(out) if keep else None
-            for out in run_layer(job.model, job.layer, forward, calls)
-        ]
+        if not experts and not lists:
+            outputs = _run_some(job, forward, calls, result.stats, keep)
+        else:
+            outputs = [
+                job.scratch.keep(out) if keep else None
+                for out in run_layer(job.model, job.layer, forward, calls)
+            ]
     _add_ranks(result.stats, list(linears), list(lists))
     for name in experts:
         del modules[name]._qmoe_captured
@@ -190,6 +203,32 @@ def _gather(
         if not any(loose.count(job, name, result)):
             raise UnsupportedModelError(f"{name}: no calibration token reached its experts")
     return outputs if keep else []
+
+
+def _run_some(
+    job: Job, forward: Forward, calls: list[Call], stats: LayerStats, keep: bool
+) -> list[Any]:
+    """The outputs of every EVERY-th batch if they are to be kept. The others run as far as there is
+    something to gather: not through the experts, unless a linear behind them adds to `stats`."""
+    modules, outputs, ends = _experts(job), [None] * len(calls), False
+    at_experts: list[dict[str, int]] = []
+
+    def tokens() -> dict[str, int]:
+        return {name: int(linear.tokens) for name, linear in stats.linears.items()}
+
+    for i, call in enumerate(calls):
+        kept = keep and i % EVERY == 0
+        if i == 0:
+            watched = watching_experts(modules, lambda *_: at_experts.append(tokens()))
+        elif kept or not ends:
+            watched = nullcontext()
+        else:
+            watched = ending_at(list(modules.values()))
+        with watched, suppress(Ended):
+            [output] = run_layer(job.model, job.layer, forward, [call])
+            outputs[i] = job.scratch.keep(output) if kept else None
+        ends = ends or (i == 0 and at_experts[:1] == [tokens()])
+    return outputs
 
 
 def _add_ranks(stats: LayerStats, linears: list[str], lists: list[str]) -> None:
@@ -292,8 +331,9 @@ def _check_given(job: Job, given: LayerStats) -> None:
 
 
 def _relative_rms(outputs: list[Any], reference: list[Any]) -> float:
-    """RMS of the difference over RMS of the reference, all batches together."""
-    pairs = [(hidden(a), hidden(b)) for a, b in zip(outputs, reference, strict=True)]
+    """RMS of the difference over RMS of the reference, all batches that it has together."""
+    both = zip(outputs, reference, strict=True)
+    pairs = [(hidden(a), hidden(b)) for a, b in both if b is not None]
     lost = sum(ranks.gather(sum(float((a.float() - b.float()).square().sum()) for a, b in pairs)))
     total = sum(ranks.gather(sum(float(b.float().square().sum()) for _, b in pairs)))
     return (lost / total) ** 0.5 if total else 0.0

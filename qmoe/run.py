@@ -88,8 +88,7 @@ class Run:
             free(modules[i])
             place(modules[i], CPU)  # its buffers, which the rest of the model may share
             source.checkpoint.release()
-            # Nothing behind the last layer is of interest, unless lm_head is to be quantized.
-            return outputs if head is not None or i + 1 < len(modules) else None
+            return None if self._last(i) else outputs
 
         if not len(windows):
             for i, module in enumerate(modules):
@@ -177,6 +176,7 @@ class Run:
             save if self.out.leads else None,
             self.scratch,
             self.out.units if config.method == "gptq" else None,
+            self._last(i),
         )
         given = LayerStats() if blind else None
         if self.given:
@@ -210,6 +210,10 @@ class Run:
         place(module, self.device)
         outputs += [self.scratch.keep(y) for y in run_layer(model, layer, forward, calls)]
         return outputs
+
+    def _last(self, i: int) -> bool:
+        """Nothing behind the last layer is of interest, unless lm_head is to be quantized."""
+        return self.config.lm_head is None and i + 1 == len(self.source.structure.layers)
 
     def _streams(self, calls: list[Call]) -> tuple[list[Call], list[Call]]:
         """The batches that run through the original model, and those through the quantized one."""

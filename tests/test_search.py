@@ -60,7 +60,7 @@ def test_stored_scales_are_those_the_integers_were_chosen_for():
 def test_refitted_scales_are_the_least_squares_solution():
     W, H = problem(E=1, N=5)
     at = start(W, H, Scheme(3, 32, False))
-    fitted = refit_scales(W.mT, H, at, F32)
+    fitted = refit_scales(H @ W.mT, H, at, F32)
     root = torch.linalg.cholesky(H[0].double(), upper=True)
     steps = (at.q - at.zero.repeat_interleave(32, 1))[0].double()
     for n in range(5):
@@ -74,10 +74,14 @@ def test_moving_integers_never_loses_and_ends_where_no_single_move_helps():
     scheme = Scheme(2, -1, False)
     at = start(W, H, scheme)
     before = at.loss
+    error = W.mT - values(at)
+    slope = H @ error
     for _ in range(30):
         old = at.q
-        move_integers(W.mT, H, at, scheme.bits)
+        move_integers(W.mT, H, at, error, slope, scheme.bits)
         D = W - values(at).mT
+        assert_close(error, D.mT)
+        assert_close(slope, H @ D.mT, most=1e-3, rms=1e-3)
         now = ((D @ H) * D).sum(2)
         assert (now <= before * (1 + 1e-5)).all()
         before = now

@@ -63,7 +63,6 @@ def gptq(
     # [E, K, N] from here on: a column is then contiguous along N, which makes the loop faster.
     W = torch.stack([w.float().T[o] for w, o in zip(weight, order, strict=True)])
     total = _loss(factor, _times_upper(W, factor.upper), W)
-    scale, zero = (grid.mT.contiguous() for grid in grid_of(weight, scheme, scale_dtype))
     group = order // (K // scheme.groups(K))
     # With act-order the columns of one group are not neighbors: their grids are final beforehand.
     static = act_order or searched or scheme.groups(K) == 1

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qmoe.config import Scheme
-from qmoe.grid import grid_of, limits, stored_scale
+from qmoe.grid import grid_between, group_range, limits, stored_scale
 
 RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the min-max range
 REFITS = 2
@@ -61,53 +61,64 @@ def search(
         q, loss = round_on(scale, zero)
         return Rounded(q, scale, zero, loss)
 
+    low, high = (bound.mT.contiguous() for bound in group_range(W.mT, scheme))
+
     def on_range(ratio: float) -> Rounded:
-        return rounded(*(g.mT.contiguous() for g in grid_of(W.mT, scheme, scale_dtype, ratio)))
+        return rounded(*grid_between(low * ratio, high * ratio, scheme, scale_dtype))
 
     best = on_range(RATIOS[0])
     for ratio in RATIOS[1:]:
         best.take(on_range(ratio))
+    wanted = H @ W
     for _ in range(REFITS):
-        best.take(rounded(refit_scales(W, H, best, scale_dtype), best.zero))
+        best.take(rounded(refit_scales(wanted, H, best, scale_dtype), best.zero))
+    D = _error(W, best.q, best.scale, best.zero)
+    slope = H @ D
     for _ in range(SWEEPS):
-        move_integers(W, H, best, scheme.bits)
-        scale = refit_scales(W, H, best, scale_dtype)
-        best.loss = _loss(_error(W, best.q, best.scale, best.zero), H)
-        best.take(Rounded(best.q, scale, best.zero, _loss(_error(W, best.q, scale, best.zero), H)))
+        move_integers(W, H, best, D, slope, scheme.bits)
+        best.loss = (D * slope).sum(1)
+        scale = refit_scales(wanted, H, best, scale_dtype)
+        moved = _error(W, best.q, scale, best.zero)
+        through = H @ moved
+        lower = ((moved * through).sum(1) < best.loss)[:, None]
+        best.scale = torch.where(lower, scale, best.scale)
+        D, slope = torch.where(lower, moved, D), torch.where(lower, through, slope)
     return best
 
 
-def refit_scales(W: Tensor, H: Tensor, at: Rounded, scale_dtype: torch.dtype) -> Tensor:
-    """[E, G, N] the scales with the least output error for given integers: one least-squares
-    problem of G unknowns per row. A scale that would change threefold stays as it is."""
-    E, K, N = W.shape
+def refit_scales(
+    wanted: Tensor, H: Tensor, at: Rounded, scale_dtype: torch.dtype
+) -> Float[Tensor, "E G N"]:
+    """The scales with the least output error for given integers: one least-squares problem of G
+    unknowns per row. A scale that would change threefold stays as it is. wanted: H W."""
+    E, K, N = wanted.shape
     G = at.scale.shape[1]
     P = (at.q.unflatten(1, (G, -1)) - at.zero[:, :, None]).flatten(1, 2)
-    wanted = ((H @ W) * P).view(E, G, -1, N).sum(2)
-    products = torch.empty(E, N, G, G, device=W.device)
+    target = (wanted * P).view(E, G, -1, N).sum(2)
+    products = torch.empty(E, N, G, G, device=wanted.device)
     size = K // G
     for g in range(G):
-        columns = slice(g * size, (g + 1) * size)
-        through = H[:, :, columns] @ P[:, columns]
-        products[:, :, :, g] = (through * P).view(E, G, size, N).sum(2).mT
+        columns, below = slice(g * size, (g + 1) * size), slice(g * size, K)
+        through = H[:, below, columns] @ P[:, columns]
+        sums = (through * P[:, below]).view(E, G - g, size, N).sum(2).mT
+        products[:, :, g:, g] = products[:, :, g, g:] = sums
     # A group without energy (or all its integers at zero) has no scale of its own.
-    ridge = 1e-6 * products.diagonal(dim1=2, dim2=3).mean(2) + torch.finfo(W.dtype).tiny
+    ridge = 1e-6 * products.diagonal(dim1=2, dim2=3).mean(2) + torch.finfo(wanted.dtype).tiny
     products.diagonal(dim1=2, dim2=3).add_(ridge[..., None])
-    fitted, bad = torch.linalg.solve_ex(products, wanted.mT[..., None])
+    fitted, bad = torch.linalg.solve_ex(products, target.mT[..., None])
     scale = fitted[..., 0].mT
     sound = (scale > at.scale / 3) & (scale < at.scale * 3) & (bad == 0)[:, None]
     return torch.where(sound, stored_scale(scale, scale_dtype), at.scale)
 
 
-def move_integers(W: Tensor, H: Tensor, at: Rounded, bits: int) -> None:
+def move_integers(W: Tensor, H: Tensor, at: Rounded, D: Tensor, slope: Tensor, bits: int) -> None:
     """One sweep of coordinate descent: every integer in turn goes where the error is least, all
-    others as they are. In place; the error never rises."""
+    others as they are; the error never rises. Changes at.q, and D (W less what `at` stands for)
+    and slope (H D) with it, both [E, K, N], in place."""
     E, K, N = W.shape
     qmin, qmax = limits(bits)
     size = K // at.scale.shape[1]
-    D = _error(W, at.q, at.scale, at.zero)
     energy = H.diagonal(dim1=1, dim2=2)[..., None]
-    slope = H @ D
     q = at.q.clone()
     for start in range(0, K, BLOCK):
         block = slice(start, min(start + BLOCK, K))
@@ -131,9 +142,3 @@ def _error(W: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     groups = q.unflatten(1, (scale.shape[1], -1))
     error: Tensor = W - ((groups - zero[:, :, None]) * scale[:, :, None]).flatten(1, 2)
     return error
-
-
-def _loss(D: Tensor, H: Tensor) -> Tensor:
-    """[E, N] d' H d of every row."""
-    loss: Tensor = (D * (H @ D)).sum(1)
-    return loss

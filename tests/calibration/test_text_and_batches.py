@@ -104,3 +104,23 @@ def test_a_tokenizer_that_starts_texts_with_bos_starts_every_window_with_it(toke
 def test_text_shorter_than_a_window(tokenizer):
     with pytest.raises(CalibrationError, match="shorter than one window of 512 tokens"):
         sample_windows(tokenizer, {"note": "too short"}, 4, 512, seed=0)
+
+
+def test_what_a_tokenizers_file_says_of_truncation_and_padding_plays_no_part(tokenizer):
+    """Text is longer than what a model's authors cut their inputs to."""
+    text = "The bread was warm. " * 50
+    expected = tokenize(tokenizer, text, 16)
+    tokenizer.backend_tokenizer.enable_truncation(max_length=20)
+    tokenizer.backend_tokenizer.enable_padding(length=1000)
+    assert torch.equal(tokenize(tokenizer, text, 16), expected)
+
+
+def test_a_tokenizer_without_a_fast_backend_gives_the_same(tokenizer):
+    class Slow:
+        bos_token_id = tokenizer.bos_token_id
+
+        def __call__(self, *args, **kwargs):
+            return tokenizer(*args, **kwargs)
+
+    text = "The bread was warm. " * 50
+    assert torch.equal(tokenize(Slow(), text, 16), tokenize(tokenizer, text, 16))
