@@ -72,8 +72,9 @@ def device() -> torch.device:
 
 def run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operation that has to do with the device, on the real tensors."""
-    tensors: list[Tensor] = []
-    mapped(lambda value: tensors.append(value) if isinstance(value, Tensor) else None, (args, kwargs))
+    given: list[Any] = []
+    mapped(given.append, (args, kwargs))
+    tensors = [t for t in given if isinstance(t, Tensor)]
     ours = [t for t in tensors if isinstance(t, Pretended)]
     foreign = [t for t in tensors if not isinstance(t, Pretended) and t.dim()]
     if ours and foreign and op not in BETWEEN:
