@@ -1,5 +1,6 @@
 """Tiny random models, MoE inputs, and the one tolerance."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -17,6 +19,8 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
+
+ONE_DOMAIN = "bundled:austen"  # where any text does: tokenizing all of them takes a second
 
 BASE = dict(
     vocab_size=4096,
@@ -91,6 +95,18 @@ def save_random(
     model.save_pretrained(path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tokenizer / name, path / name)
+    return path
+
+
+def first_layers(model: Path, path: Path, count: int) -> Path:
+    """The first layers of a trained model: as real as the whole, in part of its time."""
+    shutil.copytree(model, path)
+    config = json.loads((path / "config.json").read_text()) | {"num_hidden_layers": count}
+    (path / "config.json").write_text(json.dumps(config))
+    later = tuple(f"model.layers.{i}." for i in range(count, 100))
+    tensors = load_file(path / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(later)}
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
 

@@ -6,7 +6,7 @@ import pretend_device
 import pytest
 import test_remote_code
 import torch
-from helpers import save_random
+from helpers import ONE_DOMAIN, save_random
 from safetensors.torch import load_file
 from test_remote_code import own_cache as own_cache  # a fixture that is used by itself
 from test_resume import interrupt_after, same_files
@@ -19,7 +19,7 @@ from qmoe.placing import CPU, find_device, moved
 
 DEVICE = pretend_device.device()  # before any test's backward pass: autograd counts devices once
 LOW = Scheme(2, 32, False)
-TEXT = CalibrationConfig(windows=6, window=32, batch=2)
+TEXT = CalibrationConfig(ONE_DOMAIN, windows=6, window=32, batch=2)
 FAST = QuantConfig(experts=LOW, searched=False, calibration=TEXT)
 CONFIGS = {
     "rtn": QuantConfig("rtn", LOW),

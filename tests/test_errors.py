@@ -13,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qmoe.cli import main
 
+LITTLE = ("--preset", "fast", "--windows", "4")  # of work, for processes of their own
+
 
 @pytest.fixture
 def model(demo, tmp_path):
@@ -226,7 +228,7 @@ def test_disk_full_while_writing(tmp_path, demo):
     """The kernel refuses to let files grow past 300 kB, as a full disk or quota would."""
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
-    process = start(tmp_path, demo, limit, "--windows", "4")
+    process = start(tmp_path, demo, limit, *LITTLE)
     err = process.communicate()[1]
     assert process.returncode == 1 and "the disk is full; nothing was left behind" in err, err
     assert list(tmp_path.iterdir()) == []
@@ -242,7 +244,7 @@ def test_a_small_disk_really_full(tmp_path, demo):
     try:
         lie = "import shutil; d = shutil.disk_usage; "
         lie += "shutil.disk_usage = lambda p: d('/')._replace(free=10**12)"
-        process = start(disk, demo, lie, "--windows", "4")
+        process = start(disk, demo, lie, *LITTLE)
         err = process.communicate()[1]
         assert process.returncode == 1 and "the disk is full; run the same command" in err, err
         assert [p.name for p in disk.iterdir()] == ["out.partial"]
@@ -340,8 +342,7 @@ def test_statistics_in_the_destination(capsys, tmp_path, demo):
 def test_disk_full_while_keeping_statistics(tmp_path, demo):
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))"
-    options = ("--windows", "4", "--save-statistics", str(tmp_path / "s"))
-    process = start(tmp_path, demo, limit, *options)
+    process = start(tmp_path, demo, limit, *LITTLE, "--save-statistics", str(tmp_path / "s"))
     err = process.communicate()[1]
     assert process.returncode == 1 and "the disk is full" in err and "Traceback" not in err, err
     assert not (tmp_path / "out").exists() and list((tmp_path / "s").iterdir()) == []
@@ -355,14 +356,24 @@ def test_statistics_that_cannot_be_kept(capsys, tmp_path, demo):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"text": 1'])
-def test_text_tables_that_cannot_be_read(tmp_path, demo, content):
+def test_text_tables_that_cannot_be_read(tmp_path, demo):
+    """In one process of its own, which keeps what it makes of them in another place."""
     cache = f"import os; os.environ['HF_DATASETS_CACHE'] = {str(tmp_path / 'cache')!r}"
-    (tmp_path / "t.jsonl").write_text(content)
-    process = start(tmp_path, demo, cache, "--calibration", str(tmp_path / "t.jsonl"))
+    tables = []
+    for i, content in enumerate(["", "{", '{"text": 1']):
+        tables.append(str(tmp_path / f"{i}.jsonl"))
+        (tmp_path / f"{i}.jsonl").write_text(content)
+    earlier = f"""{cache}
+import sys; from qmoe.cli import main
+for table in {tables[1:]!r}:
+    assert main([*sys.argv[1:], "--calibration", table]) == 1
+"""
+    process = start(tmp_path, demo, earlier, "--calibration", tables[0])
     err = process.communicate()[1]
-    assert process.returncode == 1 and "Traceback" not in err
-    assert err.splitlines()[-1].startswith("error: ") and "cannot load the dataset" in err
+    assert process.returncode == 1 and "Traceback" not in err, err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 3 and all("cannot load the dataset" in error for error in errors)
+    assert err.splitlines()[-1] == errors[-1]
     assert "examples/s" not in err  # no progress bars where there is no terminal
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import FAMILIES, assert_close
+from helpers import FAMILIES, ONE_DOMAIN, assert_close, first_layers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -115,21 +115,23 @@ def test_linears_are_solved_one_behind_the_other():
 
 
 def test_layers_come_closer_to_the_originals(demo, tmp_path):
+    source = first_layers(demo, tmp_path / "source", 1)
     text = CalibrationConfig(windows=32)
     error = {}
     for feedback in (False, True):
         config = QuantConfig(
             experts=LOW, dense=LOW, searched=False, feedback=feedback, calibration=text
         )
-        report = qmoe.quantize(demo, tmp_path / f"{feedback}", config, progress=False)
+        report = qmoe.quantize(source, tmp_path / f"{feedback}", config, progress=False)
         error[feedback] = report["layers"][0]["error"]
     assert error[True] < 0.95 * error[False]
 
 
 def test_statistics_in_files_go_without_and_say_so(demo, tmp_path):
-    config = QuantConfig(searched=False, calibration=CalibrationConfig(windows=4))
+    source = first_layers(demo, tmp_path / "source", 1)
+    config = QuantConfig(searched=False, calibration=CalibrationConfig(ONE_DOMAIN, windows=4))
     qmoe.quantize(
-        demo, tmp_path / "out", config, save_statistics=tmp_path / "stats", progress=False
+        source, tmp_path / "out", config, save_statistics=tmp_path / "stats", progress=False
     )
     report = json.loads((tmp_path / "out" / "qmoe_report.json").read_text())
     assert "no feedback between matrices" in report["fallbacks"][0]

@@ -9,11 +9,12 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from helpers import ONE_DOMAIN
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
 import qmoe.compare
-from qmoe import QuantConfig, Scheme
+from qmoe import Scheme
 from qmoe.audit import audit_model
 from qmoe.calibration.batches import sample_windows
 from qmoe.calibration.text import load_texts
@@ -29,6 +30,9 @@ REFUSED = {
     "ernie4_5_vl_moe": "together with those of another module",
     "inkling_mm_model": "scipy",
 }
+# No search, which knows no families; `make families` has it.
+TEXT = replace(CONFIG.calibration, text=ONE_DOMAIN)
+FAST = replace(CONFIG, searched=False, calibration=TEXT)
 FAMILIES = {family.model_type: family for family in families()}
 KINDS = {
     "aria_text": "fused, transposed",
@@ -64,13 +68,13 @@ def test_there_are_as_many_as_there_were():
 @pytest.mark.filterwarnings("ignore")  # of families' own code
 @pytest.mark.parametrize("name", KINDS)
 def test_family(name, tmp_path):
-    report = check(FAMILIES[name], tmp_path)
+    report = check(FAMILIES[name], tmp_path, FAST)
     assert report["bytes"]["experts 16-bit"] == 0
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_experts_that_are_no_matrices_are_kept_and_reported(tmp_path):
-    report = check(FAMILIES["doge"], tmp_path)
+    report = check(FAMILIES["doge"], tmp_path, FAST)
     tables = 2 * 2 * 6 * 64 * 4  # layers, tables, experts, hidden size, bytes
     assert report["bytes"]["experts 16-bit"] == tables
     said = [line for line in report["fallbacks"] if "looked up, not a matrix" in line]
@@ -85,7 +89,7 @@ def test_experts_in_another_form_with_awq_and_compared_with_the_original_streame
     sends to another expert; a wrong fold costs nats."""
     source, quantized = tmp_path / "source", tmp_path / "quantized"
     save_tiny(FAMILIES[name], source)
-    config = replace(CONFIG, method="awq", experts=Scheme(8, 32))
+    config = replace(FAST, method="awq", experts=Scheme(8, 32))
     qmoe.quantize(source, quantized, config, progress=False)
     result = qmoe.compare.evaluate(quantized, against=source, windows=2, window=64)
     assert 0 < result["overall"]["qmoe"]["kl"] < 0.2
@@ -99,7 +103,7 @@ def test_experts_in_another_form_of_another_size_are_refused(cut, tmp_path):
     config["ffn_config"] |= cut
     (tmp_path / "source" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="by config.json"):
-        qmoe.quantize(tmp_path / "source", tmp_path / "quantized", CONFIG, progress=False)
+        qmoe.quantize(tmp_path / "source", tmp_path / "quantized", FAST, progress=False)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -137,7 +141,7 @@ ROUTING = {
 def test_tokens_are_counted_as_the_model_itself_routes_them(name, tmp_path):
     source = tmp_path / "source"
     save_tiny(FAMILIES[name], source)
-    config = QuantConfig(experts=Scheme(4, 32), dense=None, calibration=CONFIG.calibration)
+    config = replace(FAST, dense=None)
     report = qmoe.quantize(source, tmp_path / "quantized", config, progress=False)
     first = next(layer["experts"] for layer in report["layers"] if layer["experts"])
     (where, entry), *_ = first.items()  # nothing before the first experts is quantized

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import ONE_DOMAIN, first_layers
 from test_resume import same_files
 
 import qmoe
@@ -15,7 +16,7 @@ from qmoe.memory import needed, spills
 from qmoe.plan import open_source
 from qmoe.scratch import Scratch
 
-TEXT = CalibrationConfig(windows=8, batch=2)
+TEXT = CalibrationConfig(ONE_DOMAIN, windows=6, window=128, batch=2)
 CONFIG = QuantConfig(experts=Scheme(4, 64), searched=False, calibration=TEXT)
 
 
@@ -61,13 +62,14 @@ def test_no_room_on_disk_is_an_error_and_not_a_signal(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_waiting_on_disk_changes_no_byte(tmp_path, demo, method, monkeypatch):
+    source = first_layers(demo, tmp_path / "source", 2)
     config = replace(CONFIG, method=method)
-    qmoe.quantize(demo, tmp_path / "whole", config, progress=False)
+    qmoe.quantize(source, tmp_path / "whole", config, progress=False)
     kept = []
     original = Scratch._keep
     monkeypatch.setattr(Scratch, "_keep", lambda self, t: kept.append(t) or original(self, t))
-    limit = needed(open_source(demo, torch.float32), config, 2048).fixed + 1000
-    qmoe.quantize(demo, tmp_path / "out", config, max_memory=limit, progress=False)
+    limit = needed(open_source(source, torch.float32), config, 6 * 128).fixed + 1000
+    qmoe.quantize(source, tmp_path / "out", config, max_memory=limit, progress=False)
     assert kept and same_files(tmp_path / "whole", tmp_path / "out")
 
 

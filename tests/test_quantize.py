@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import first_layers
 from safetensors.torch import load_file
 
 import qmoe
@@ -88,8 +89,9 @@ def test_the_report_tells_what_was_done(quantized):
 
 
 def test_statistics_saved_and_used_give_nearly_the_same_model(demo, tmp_path):
-    qmoe.quantize(demo, tmp_path / "a", FAST, save_statistics=tmp_path / "s", progress=False)
-    qmoe.quantize(demo, tmp_path / "b", FAST, statistics_from=[tmp_path / "s"], progress=False)
+    source = first_layers(demo, tmp_path / "source", 2)
+    qmoe.quantize(source, tmp_path / "a", FAST, save_statistics=tmp_path / "s", progress=False)
+    qmoe.quantize(source, tmp_path / "b", FAST, statistics_from=[tmp_path / "s"], progress=False)
     for file in (tmp_path / "a").glob("*.safetensors"):
         first, second = load_file(file), load_file(tmp_path / "b" / file.name)
         for name, tensor in first.items():
@@ -97,32 +99,33 @@ def test_statistics_saved_and_used_give_nearly_the_same_model(demo, tmp_path):
 
 
 def test_statistics_of_two_texts_can_be_summed(demo, tmp_path):
+    source = first_layers(demo, tmp_path / "source", 2)
     for seed in (0, 1):
         config = replace(FAST, calibration=CalibrationConfig(windows=8, seed=seed))
         qmoe.quantize(
-            demo,
+            source,
             tmp_path / f"q{seed}",
             config,
             save_statistics=tmp_path / f"s{seed}",
             progress=False,
         )
     both = [tmp_path / "s0", tmp_path / "s1"]
-    report = qmoe.quantize(demo, tmp_path / "both", FAST, statistics_from=both, progress=False)
+    report = qmoe.quantize(source, tmp_path / "both", FAST, statistics_from=both, progress=False)
     (entry,) = report["layers"][0]["experts"].values()
     assert sum(entry["tokens"]) == 2 * 8 * 256 * 4
     assert report["layers"][0]["error"] is None
 
 
 def test_statistics_of_another_model_are_refused_before_work(demo, tmp_path):
-    folder = tmp_path / "s"
-    qmoe.quantize(demo, tmp_path / "q", FAST, save_statistics=folder, progress=False)
-    (folder / "layer-00003.safetensors").unlink()
-    with pytest.raises(CalibrationError, match="layer-00003.safetensors: no readable statistics"):
-        qmoe.quantize(demo, tmp_path / "x", statistics_from=[folder], progress=False)
+    source, folder = first_layers(demo, tmp_path / "source", 2), tmp_path / "s"
+    qmoe.quantize(source, tmp_path / "q", FAST, save_statistics=folder, progress=False)
+    (folder / "layer-00001.safetensors").unlink()
+    with pytest.raises(CalibrationError, match="layer-00001.safetensors: no readable statistics"):
+        qmoe.quantize(source, tmp_path / "x", statistics_from=[folder], progress=False)
     assert not (tmp_path / "x").exists()
     with pytest.raises(ConfigError, match="awq rescales statistics"):
         qmoe.quantize(
-            demo, tmp_path / "x", QuantConfig("awq"), statistics_from=[folder], progress=False
+            source, tmp_path / "x", QuantConfig("awq"), statistics_from=[folder], progress=False
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import ONE_DOMAIN, assert_close
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, dynamic_module_utils
 
@@ -29,7 +29,8 @@ CODE = Path(__file__).parent / "data" / "remote-code"
 STYLES = ["grok", "deepseek", "expert_choice"]
 CONFIG = QuantConfig(
     experts=Scheme(4, 32),
-    calibration=CalibrationConfig(windows=6, window=64, batch=2),
+    searched=False,
+    calibration=CalibrationConfig(ONE_DOMAIN, windows=6, window=64, batch=2),
 )
 IDS = torch.arange(1, 33).view(2, 16) * 37
 
@@ -245,7 +246,7 @@ def test_commands_run_with_the_option(tmp_path, demo, capsys):
 
     parts = run("inspect", source)["parts"]
     assert {"name": "model.layers.1.mlp.experts.5.down_proj", "shapes": [[64, 32]]} in parts
-    little = ("--windows", "4", "--window", "64")
+    little = ("--windows", "4", "--written", "2", "--window", "64", "--no-search")
     run("quantize", source, quantized, "--group-size", "32", "--bits", "8", *little)
     assert run("inspect", quantized)["bytes"]["experts 16-bit"] == 0
     assert "tokens" in run("inspect", quantized, "--experts")["experts"][0]

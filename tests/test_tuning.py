@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import FAMILIES, save_random
+from helpers import FAMILIES, ONE_DOMAIN, first_layers, save_random
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
@@ -20,7 +20,7 @@ from qmoe.tuning import OnGrid
 from qmoe.writing import _bytes
 
 LOW = Scheme(2, 32, False)
-TEXT = CalibrationConfig(windows=16, window=64)
+TEXT = CalibrationConfig(ONE_DOMAIN, windows=16, window=64)
 TUNED = QuantConfig(experts=LOW, dense=LOW, searched=False, tune=12, calibration=TEXT)
 
 
@@ -93,8 +93,9 @@ def test_tuned_families_pass_the_audit_and_load(family, demo, tmp_path):
 def test_a_tuned_run_goes_on_to_the_same_bytes(demo, tmp_path, monkeypatch):
     from qmoe.output import OutputFolder
 
+    source = first_layers(demo, tmp_path / "source", 2)
     config = replace(TUNED, tune=3, calibration=replace(TEXT, written=4))
-    qmoe.quantize(demo, tmp_path / "whole", config, progress=False)
+    qmoe.quantize(source, tmp_path / "whole", config, progress=False)
     write = OutputFolder.write_shard
 
     def stop_at_second(self, i, tensors, note):
@@ -105,10 +106,10 @@ def test_a_tuned_run_goes_on_to_the_same_bytes(demo, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(OutputFolder, "write_shard", stop_at_second)
         with pytest.raises(KeyboardInterrupt):
-            qmoe.quantize(demo, tmp_path / "out", config, progress=False)
+            qmoe.quantize(source, tmp_path / "out", config, progress=False)
     with monkeypatch.context() as patch:  # what the model wrote is kept, not written again
         patch.setattr("qmoe.writing.write", None)
-        qmoe.quantize(demo, tmp_path / "out", config, progress=False)
+        qmoe.quantize(source, tmp_path / "out", config, progress=False)
     assert same_files(tmp_path / "whole", tmp_path / "out")
     report = read_report(tmp_path / "out")
     assert report["calibration"]["windows"] == [20, 64] and report["calibration"]["written"] == 4
