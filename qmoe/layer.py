@@ -212,12 +212,13 @@ def _run_some(
     something to gather: not through the experts, unless a linear behind them adds to `stats`."""
     modules, outputs, ends = _experts(job), [None] * len(calls), False
     at_experts: list[dict[str, int]] = []
+    ahead = sum(ranks.gather(len(calls))[: ranks.rank()])  # batches of the ranks before this one
 
     def tokens() -> dict[str, int]:
         return {name: int(linear.tokens) for name, linear in stats.linears.items()}
 
     for i, call in enumerate(calls):
-        kept = keep and i % EVERY == 0
+        kept = keep and (ahead + i) % EVERY == 0
         if i == 0:
             watched = watching_experts(modules, lambda *_: at_experts.append(tokens()))
         elif kept or not ends:
