@@ -94,18 +94,19 @@ def _dataset(spec: str, data_files: str | None = None) -> dict[str, str]:
     from datasets.exceptions import DatasetsError
 
     name, split, column = (spec.split(":") + ["", ""])[:3]
+    shown = data_files or f"hf:{spec}"
     quiet = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(name, split=split or "train", data_files=data_files)
     except (OSError, ValueError, KeyError, StopIteration, DatasetsError) as error:
-        raise CalibrationError(f"hf:{spec}: cannot load the dataset: {error}") from error
+        raise CalibrationError(f"{shown}: cannot load the dataset: {error}") from error
     finally:
         if not quiet:
             datasets.enable_progress_bars()
     column = column or "text"
     if column not in rows.column_names:
         raise CalibrationError(
-            f"hf:{spec}: no column {column!r}; the dataset has {rows.column_names}"
+            f"{shown}: no column {column!r}; the dataset has {rows.column_names}"
         )
     return {Path(name).name: "\n\n".join(str(text) for text in rows[column])}

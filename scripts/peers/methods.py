@@ -54,17 +54,19 @@ def _presets() -> list[Method]:
 
 def _variants() -> list[Method]:
     """`balanced` without one of its pieces each, and with ten times its text."""
+    unwritten = ("--written", "0", "--windows", "128")
     changes = {
         "without feedback": ("--no-feedback",),
         "without search": ("--no-search",),
-        "without written text": ("--written", "0", "--windows", "128"),
+        "without written text": unwritten,
         "without gate weight": ("--no-gate-weight",),
         "without borrowing": ("--min-tokens", "0"),
+        "without written text and borrowing": (*unwritten, "--min-tokens", "0"),
         "with ten times the text": ("--written", "640", "--windows", "640"),
     }
     return [
         Method(f"balanced {what}", "ours", ("--preset", "balanced", *options), (2,),
-               writes=what != "without written text")
+               writes="without written text" not in what)
         for what, options in changes.items()
     ]  # fmt: skip
 
