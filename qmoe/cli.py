@@ -17,6 +17,7 @@ from qmoe.config import (
     CalibrationConfig,
     Method,
     QuantConfig,
+    Rotate,
     Scheme,
 )
 from qmoe.errors import ConfigError, QmoeError
@@ -188,6 +189,13 @@ def _scheme_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--dense-group-size", type=int, choices=[*GROUPS, CHANNEL], default=CHANNEL)
     p.add_argument("--dense-asymmetric", action="store_true")
+    p.add_argument(
+        "--rotate",
+        choices=get_args(Rotate),
+        default=d.rotate,
+        help="Hadamard rotation of all quantized weights and, at run time, of what they read; the "
+        "result loads in qmoe only",
+    )
     p.add_argument("--lm-head-bits", type=int, choices=[*BITS, 16], default=16, help="16 leaves it")
 
 
@@ -224,6 +232,7 @@ def config_from(args: argparse.Namespace) -> QuantConfig:
         dense=dense,
         lm_head=head,
         act_order=not args.no_act_order,
+        rotate=args.rotate,
         damp=args.damp,
         gate_weighted=not args.no_gate_weight,
         min_tokens=args.min_tokens,

@@ -56,8 +56,16 @@ def show_quantize(report: dict[str, Any]) -> None:
     fallbacks = report["fallbacks"]
     print(f"{len(fallbacks)} fallbacks{':' if fallbacks else ''}")
     _show_lines(fallbacks)
-    if not report["symmetric"]:
-        print("zero points: this checkpoint loads in qmoe, not in plain transformers")
+    only = [
+        n
+        for n, is_so in (
+            ("zero points", not report["symmetric"]),
+            ("rotated weights", report["rotated"]),
+        )
+        if is_so
+    ]
+    if only:
+        print(f"{' and '.join(only)}: this checkpoint loads in qmoe, not in plain transformers")
 
 
 def _show_lines(lines: list[str], most: int = 20) -> None:

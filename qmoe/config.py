@@ -1,11 +1,12 @@
 """What to do to a model: frozen dataclasses, checked when they are made, strict when read back."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, cast, get_args
 
 from qmoe.errors import ConfigError
 
 Method = Literal["rtn", "gptq", "awq", "awq-gptq"]
+Rotate = Literal["off", "online"]
 BITS = (2, 3, 4, 8)
 GROUPS = (32, 64, 128)
 CHANNEL = -1
@@ -18,16 +19,22 @@ class Scheme:
     bits: 2, 3, 4 or 8. group_size: input features that share a scale, 32, 64 or 128, or -1 for one
     scale per output channel. symmetric: without zero points. Only symmetric weights can be loaded
     by plain transformers and by vLLM's Marlin kernels; asymmetric ones lose less and run in qmoe.
+    rotation: 0, or the block of a Hadamard rotation that is in the stored weights and that inputs
+    go through at run time (qmoe/rotation.py); such weights run in qmoe only.
     """
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
+    rotation: int = 0
 
     def __post_init__(self) -> None:
         expect("bits", self.bits, int)
         expect("group size", self.group_size, int)
         expect("symmetric", self.symmetric, bool)
+        expect("rotation", self.rotation, int)
+        if self.rotation < 0 or self.rotation & (self.rotation - 1):
+            raise ConfigError(f"rotation: expected 0 or a power of two, got {self.rotation}")
         if self.bits not in BITS:
             raise ConfigError(f"bits: expected one of {BITS}, got {self.bits}")
         if self.group_size not in (*GROUPS, CHANNEL):
@@ -47,7 +54,8 @@ class Scheme:
 
     def __str__(self) -> str:
         group = "channel" if self.group_size == CHANNEL else f"g{self.group_size}"
-        return f"int{self.bits} {group} {'sym' if self.symmetric else 'asym'}"
+        rotated = f" rotated by {self.rotation}" if self.rotation else ""
+        return f"int{self.bits} {group} {'sym' if self.symmetric else 'asym'}{rotated}"
 
 
 # What quality may cost. fast: GPTQ on min-max grids. balanced: better grids and integers, and half
@@ -104,8 +112,10 @@ class QuantConfig:
     min-max grids leaves out (solvers/search.py). feedback: matrices behind quantized ones are
     fitted to what those give (solvers/feedback.py); with statistics from or for files there is
     none, since it takes text in between. tune: steps of tuning each layer against the original's
-    output, after it is solved (qmoe/tuning.py); 0 is none. min_tokens: an expert with fewer
-    calibration tokens borrows tokens of its layer (see calibration/coverage.py).
+    output, after it is solved (qmoe/tuning.py); 0 is none. rotate: "online" puts a Hadamard
+    rotation into all quantized weights, in the largest blocks that fit (qmoe/rotation.py).
+    min_tokens: an expert with fewer calibration tokens borrows tokens of its layer (see
+    calibration/coverage.py).
     """
 
     method: Method = "gptq"
@@ -118,6 +128,7 @@ class QuantConfig:
     searched: bool = True
     feedback: bool = True
     tune: int = 0
+    rotate: Rotate = "off"
     min_tokens: int = 256
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
@@ -139,6 +150,12 @@ class QuantConfig:
         expect("damp", self.damp, float)
         if self.tune and not self.method.endswith("gptq"):
             raise ConfigError(f"tune: starts from gptq's weights, the method is {self.method}")
+        if self.rotate not in get_args(Rotate):
+            raise ConfigError(f"rotate: expected one of {get_args(Rotate)}, got {self.rotate!r}")
+        if len({scheme.rotation for scheme in self._schemes()}) > 1:
+            raise ConfigError("rotation: expected the same block in all schemes")
+        if self.folds and (self.rotate != "off" or any(s.rotation for s in self._schemes())):
+            raise ConfigError(f"rotate: not with AWQ's scales, the method is {self.method}")
         if not 0 < self.damp < 1:
             raise ConfigError(f"damp: expected a share between 0 and 1, got {self.damp}")
 
@@ -159,9 +176,24 @@ class QuantConfig:
 
     @property
     def symmetric(self) -> bool:
-        """Whether nothing has zero points, so that plain transformers can load the result."""
-        schemes = (self.experts, self.dense, self.lm_head)
-        return all(scheme is None or scheme.symmetric for scheme in schemes)
+        """Whether nothing has zero points."""
+        return all(scheme.symmetric for scheme in self._schemes())
+
+    @property
+    def rotated(self) -> bool:
+        """Whether weights are stored rotated."""
+        return self.rotate != "off" or any(scheme.rotation for scheme in self._schemes())
+
+    def _schemes(self) -> list[Scheme]:
+        found = (self.experts, self.dense, self.lm_head)
+        return [scheme for scheme in found if scheme is not None]
+
+    def rotated_by(self, block: int) -> "QuantConfig":
+        """The same with this block in every scheme."""
+        schemes = {name: getattr(self, name) for name in ("experts", "dense", "lm_head")}
+        return replace(
+            self, **{n: replace(s, rotation=block) for n, s in schemes.items() if s is not None}
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

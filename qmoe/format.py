@@ -4,12 +4,17 @@
 <module>.weight_scale       [N, G], in the dtype of the original weights
 <module>.weight_zero_point  int32 [ceil(N*bits/32), G], asymmetric only
 <module>.weight_shape       int64 [2]
+
+Rotated weights are told of in `transform_config`, beside the schemes, in the terms of
+compressed-tensors: a Hadamard transform in blocks of `head_dim`, on inputs and on weights.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme
 from compressed_tensors.utils import is_match
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -82,7 +87,22 @@ def quantization_config(
         ignore=sorted(ignore),
     )
     out: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
+    if experts.rotation:
+        every = linear if dense is not None else [t for _, targets in groups for t in targets]
+        out["transform_config"] = _rotation(experts.rotation, every, sorted(ignore))
     return out
+
+
+def _rotation(block: int, targets: list[str], ignore: list[str]) -> dict[str, Any]:
+    apply = [
+        TransformArgs(targets=targets, location="input", ignore=ignore),
+        TransformArgs(targets=targets, location="weight_input", inverse=True, ignore=ignore),
+    ]
+    scheme = TransformScheme(type="hadamard", apply=apply, head_dim=block)
+    made: dict[str, Any] = TransformConfig(config_groups={"rotation": scheme}).model_dump(
+        mode="json"
+    )
+    return made
 
 
 def _weights(scheme: Scheme) -> QuantizationArgs:
@@ -117,6 +137,7 @@ class Schemes:
         self._schemes = [
             (group.targets, _scheme(group, where)) for group in self._config.config_groups.values()
         ]
+        self._rotated = _read_rotation(entry.get("transform_config"), where)
         self._dummy = nn.Linear(1, 1, device="meta")
 
     def of(self, module: str) -> Scheme | None:
@@ -124,8 +145,45 @@ class Schemes:
         ignore = self._config.ignore or []
         for targets, scheme in self._schemes:
             if is_match(module, self._dummy, targets, ignore):
-                return scheme
+                return replace(scheme, rotation=self._rotation(module))
         return None
+
+    def _rotation(self, module: str) -> int:
+        for args, block in self._rotated:
+            if is_match(module, self._dummy, args.targets, args.ignore):
+                return block
+        return 0
+
+
+def _read_rotation(entry: Any, where: str) -> list[tuple[TransformArgs, int]]:
+    """Which modules are rotated, and in which blocks. CheckpointError for any other transform."""
+    if not entry:
+        return []
+    try:
+        config = TransformConfig.model_validate(entry)
+    except (ValidationError, TypeError) as error:
+        raise CheckpointError(f"{where}: bad transform_config: {error}") from error
+    found = []
+    for name, scheme in config.config_groups.items():
+        block, apply = scheme.head_dim or 0, {str(a.location): a for a in scheme.apply}
+        sides = [(a.targets, a.ignore) for a in scheme.apply]
+        if (
+            scheme.type != "hadamard"
+            or scheme.randomize
+            or block < 1
+            or block & (block - 1)
+            or len(scheme.apply) != 2
+            or set(apply) != {"input", "weight_input"}
+            or sides[0] != sides[1]
+        ):
+            raise CheckpointError(
+                f"{where}: qmoe runs Hadamard transforms of inputs and weights in blocks of a "
+                f"power of two, the transform {name!r} is another: {scheme}"
+            )
+        found.append((apply["input"], block))
+    if len(found) > 1:
+        raise CheckpointError(f"{where}: expected one transform, found {len(found)}")
+    return found
 
 
 def _scheme(group: QuantizationScheme, where: str) -> Scheme:

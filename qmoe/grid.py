@@ -10,6 +10,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from qmoe.config import Scheme
+from qmoe.rotation import rotate
 from qmoe.types import Quantized
 
 
@@ -94,8 +95,7 @@ def dequantize(quantized: Quantized) -> Float[Tensor, "E N K"]:
     q = quantized.q.float().unflatten(-1, (scale.shape[-2], -1))
     if quantized.zero is not None:
         q = q - quantized.zero.float()[..., None]
-    weight: Tensor = (q * scale).flatten(-2)
-    return weight
+    return rotate((q * scale).flatten(-2), quantized.scheme.rotation)
 
 
 def expand_groups(values: Float[Tensor, "E N G"], in_features: int) -> Float[Tensor, "E N K"]:

@@ -4,32 +4,22 @@ After `quantize_layer` the layer holds the dequantized weights, so that the laye
 what they will see at run time.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from qmoe import experts as routed
 from qmoe import loose, ranks
-from qmoe.calibration.capture import Captured
-from qmoe.calibration.collect import (
-    Ended,
-    collecting_experts,
-    collecting_linears,
-    ending_at,
-    sampling,
-    watching_experts,
-)
 from qmoe.calibration.coverage import routes_kept
 from qmoe.calibration.feedback import Inputs, keeping_inputs
-from qmoe.calibration.stats import LayerStats, LinearStats
-from qmoe.errors import CalibrationError, UnsupportedModelError
+from qmoe.calibration.stats import LayerStats
+from qmoe.errors import CalibrationError
 from qmoe.feedback import refit_linears, steps
 from qmoe.fold import TOLERANCE, find_folds, fold_experts, fold_norm
+from qmoe.gather import Forward, gather, run_layer
 from qmoe.job import Job, Result
-from qmoe.placing import CPU, moved, whereabouts
+from qmoe.placing import CPU, moved
 from qmoe.routing import (
     recording_inputs,
     recording_routes,
@@ -37,14 +27,9 @@ from qmoe.routing import (
     router_parameters,
     routers,
 )
-from qmoe.solving import borrow_rare, check_finite, solve_parts
-from qmoe.structure import Layer
+from qmoe.solving import borrow_rare, solve_parts
 from qmoe.suspend import Call
 from qmoe.tuning import Aims, hidden, tune
-
-Forward = Callable[..., Any]
-SAMPLE = 256  # tokens of the layer kept for experts that saw too few of their own
-EVERY = 4  # of so many batches one says how far a layer that is not tuned is from the original
 
 
 def quantize_layer(
@@ -82,7 +67,7 @@ def quantize_layer(
         if given is None:
             keep = before is None and not targets
             with keeping_inputs(_modules(job, fed), job.scratch) as inputs:
-                outputs = _gather(job, names, forward, calls, result, keep)
+                outputs = gather(job, names, forward, calls, result, keep)
             before = before if before is not None else outputs
             if job.save is not None and not any(parts[i + 1 :]):
                 job.save(result.stats)
@@ -154,116 +139,6 @@ def _modules(job: Job, names: list[str]) -> dict[str, Any]:
 
 def _experts(job: Job) -> dict[str, Any]:
     return _modules(job, job.layer.experts)
-
-
-def run_layer(model: nn.Module, layer: Layer, forward: Forward, calls: list[Call]) -> Iterator[Any]:
-    """The layer's output for each batch, with experts run by qmoe: they may be in 16 bits, whatever
-    the activations are. Batches come to where the layer is, and outputs go back."""
-    device = whereabouts(model.get_submodule(layer.name))
-    with collecting_experts([model.get_submodule(n) for n in layer.experts]):
-        for call in calls:
-            args, kwargs = call.moved(device)
-            yield moved(forward(*args, **kwargs), CPU)
-
-
-def _gather(
-    job: Job, names: list[str], forward: Forward, calls: list[Call], result: Result, keep: bool
-) -> list[Any]:
-    """Run the layer on all batches and add the statistics of `names` to the result. Returns the
-    outputs of some of them if they are to be kept, with None for the others."""
-    experts = [n for n in names if n in job.layer.experts]
-    modules = _modules(job, names)
-    stride = max(1, job.tokens // SAMPLE)
-    for name in experts:
-        # One experts module, nothing behind it that is gathered, no output kept: not computed.
-        last = not keep and names == experts == [name]
-        captured = Captured(modules[name], job.config.gate_weighted, stride, job.scratch, last)
-        result.captured[name] = modules[name]._qmoe_captured = captured
-    linears = {n: m for n, m in modules.items() if n not in experts}
-    lists = loose.modules_of(job, names)
-    sampled = sampling(lists, stride, result.stats.samples)
-    shared = {n: m for n, m in linears.items() if n in job.layer.dense}
-    own = {n: m for n, m in linears.items() if n not in shared}  # an expert's: many, and small sums
-    collected = collecting_linears(shared, result.stats, torch.float64)
-    with sampled, collected, collecting_linears(own, result.stats):
-        if not experts and not lists:
-            outputs = _run_some(job, forward, calls, result.stats, keep)
-        else:
-            outputs = [
-                job.scratch.keep(out) if keep else None
-                for out in run_layer(job.model, job.layer, forward, calls)
-            ]
-    _add_ranks(result.stats, list(linears), list(lists))
-    for name in experts:
-        del modules[name]._qmoe_captured
-        _finish(job, name, modules[name], result)
-    for name, tensor in result.stats.tensors()[0].items():
-        check_finite(name.partition("|")[0], tensor)
-    for name in lists:
-        if not any(loose.count(job, name, result)):
-            raise UnsupportedModelError(f"{name}: no calibration token reached its experts")
-    return outputs if keep else []
-
-
-def _run_some(
-    job: Job, forward: Forward, calls: list[Call], stats: LayerStats, keep: bool
-) -> list[Any]:
-    """The outputs of every EVERY-th batch if they are to be kept. The others run as far as there is
-    something to gather: not through the experts, unless a linear behind them adds to `stats`."""
-    modules, outputs, ends = _experts(job), [None] * len(calls), False
-    at_experts: list[dict[str, int]] = []
-    ahead = sum(ranks.gather(len(calls))[: ranks.rank()])  # batches of the ranks before this one
-
-    def tokens() -> dict[str, int]:
-        return {name: int(linear.tokens) for name, linear in stats.linears.items()}
-
-    for i, call in enumerate(calls):
-        kept = keep and (ahead + i) % EVERY == 0
-        if i == 0:
-            watched = watching_experts(modules, lambda *_: at_experts.append(tokens()))
-        elif kept or not ends:
-            watched = nullcontext()
-        else:
-            watched = ending_at(list(modules.values()))
-        with watched, suppress(Ended):
-            [output] = run_layer(job.model, job.layer, forward, [call])
-            outputs[i] = job.scratch.keep(output) if kept else None
-        ends = ends or (i == 0 and at_experts[:1] == [tokens()])
-    return outputs
-
-
-def _add_ranks(stats: LayerStats, linears: list[str], lists: list[str]) -> None:
-    """Sum the statistics of linears over the ranks, and join the samples of lists of experts."""
-    for name in linears if ranks.count() > 1 else []:
-        here = stats.linears.get(name)
-        size = max(ranks.gather(0 if here is None else len(here.hessian)))
-        if size:  # else no token of any rank came to this linear
-            total = LinearStats.empty(size, torch.float64)
-            if here is not None:
-                total.tokens += here.tokens
-                total.hessian += here.hessian
-            ranks.add(total.tokens)
-            ranks.add(total.hessian)
-            stats.linears[name] = total
-    for linear in stats.linears.values():
-        linear.hessian = linear.hessian.float()
-    for name in lists:
-        found = [sample for sample in ranks.gather(stats.samples.get(name)) if sample is not None]
-        if found:
-            stats.samples[name] = torch.cat(found)
-
-
-def _finish(job: Job, name: str, module: nn.Module, result: Result) -> None:
-    """All batches ran: have the statistics of an experts module ready."""
-    captured = result.captured[name]
-    if not captured.called():
-        kind = type(module).__name__
-        raise UnsupportedModelError(f"{name} ({kind}): no calibration token reached its experts")
-    captured.finish()
-    check_finite(name, *captured.received())
-    if job.whole:
-        result.stats.experts[name] = captured.part(0, len(captured.tokens))
-        del result.captured[name]
 
 
 def _borrow_whole(job: Job, names: list[str], result: Result) -> None:

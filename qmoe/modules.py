@@ -22,6 +22,7 @@ from qmoe.kernels import uses_arena
 from qmoe.kernels.moe import moe_forward
 from qmoe.kernels.stack import PackedStack
 from qmoe.packing import packed_words, unpack_rows, unpack_zeros
+from qmoe.rotation import rotate
 from qmoe.types import Quantized
 
 NAME = "qmoe_packed"
@@ -47,8 +48,11 @@ def experts_forward(
 
 
 def _routed(self: Any, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+    first, second = self.qmoe_rotations
+    x = rotate(x, first)
+
     def between(product: Tensor) -> Tensor:
-        return experts.stack_activation(self, product)
+        return rotate(experts.stack_activation(self, product), second)
 
     biases = (getattr(self, "qmoe_first_bias", None), getattr(self, "qmoe_second_bias", None))
     if hasattr(self, "qmoe_arena"):
@@ -63,7 +67,7 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, scheme: Scheme, parts: int = 1):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
+        self.bias, self.rotation = linear.bias, scheme.rotation
         _declare(
             self,
             "weight",
@@ -74,14 +78,14 @@ class PackedLinear(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
-        y: Tensor = self.stack.matmul(x.reshape(-1, self.in_features), 0).view(*x.shape[:-1], -1)
+        rows = rotate(x, self.rotation).reshape(-1, self.in_features)
+        y: Tensor = self.stack.matmul(rows, 0).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
     @property
     def weight(self) -> Float[Tensor, "N K"]:
         """The weight expanded, for code that multiplies with it by hand (Jamba's dt_proj)."""
-        weight: Tensor = self.stack.expand(0)
-        return weight
+        return rotate(self.stack.expand(0), self.rotation)
 
     def finish(self, where: str, device: torch.device) -> None:
         """Turn the loaded tensors into the runtime's form on `device`; CheckpointError if they
@@ -109,6 +113,7 @@ def finish_experts(
     the memory their bytes stay in, if it is another (qmoe/offloading.py)."""
     first, second = experts.expert_weights(module)
     stored = take_stored(module, where)
+    module.qmoe_rotations = (stored[first].scheme.rotation, stored[second].scheme.rotation)
     for name, ours in ((first, "qmoe_first_bias"), (second, "qmoe_second_bias")):
         values = experts.bias_stack(module, name)
         if values is not None:
@@ -131,7 +136,8 @@ def _arena_stack(
     from qmoe.kernels.arena_stack import ArenaStack
 
     dtype = stacks[0].scale.dtype
-    if module is None or not module.has_gate:
+    # An activation that a kernel computes cannot be followed by a rotation.
+    if module is None or not module.has_gate or any(module.qmoe_rotations):
         return ArenaStack(stacks, dtype, device, home=home)
     width = stacks[0].q.shape[1]
     activation = recognize(lambda product: experts.stack_activation(module, product), width)

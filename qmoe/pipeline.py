@@ -17,7 +17,7 @@ from qmoe.errors import OutputError
 from qmoe.memory import check_fits, needed, spills
 from qmoe.output import OutputFolder, make_folder
 from qmoe.placing import find_device
-from qmoe.plan import Source, check_combination, prepare
+from qmoe.plan import Source, check_combination, prepare, rotated
 from qmoe.progress import Track, silent
 from qmoe.remote_code import code_digest
 from qmoe.run import Run
@@ -58,6 +58,7 @@ def quantize(
     trust = trust_remote_code
     where = find_device(device)
     source, windows, identity = prepare(src, dst, config, text=text, track=track, trust=trust)
+    config = rotated(source, config)
     c = config.calibration
     tokens = windows.numel() + (c.written * c.window if text else 0)
     saved = None if save_statistics is None else Path(save_statistics)

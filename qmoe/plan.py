@@ -18,6 +18,7 @@ from qmoe.model_config import read_config
 from qmoe.naming import original_names, stored_fused
 from qmoe.output import check_destination
 from qmoe.progress import Track
+from qmoe.rotation import block_for
 from qmoe.skeleton import WeightMap, build
 from qmoe.structure import Layer, Structure, find
 from qmoe.tokenizer import check_vocabulary, open_tokenizer
@@ -141,7 +142,7 @@ def prepare(
     Raises a QmoeError that names the problem. Nothing is written.
     """
     source = open_source(src, torch.float32, trust)
-    check_schemes(source, config)
+    check_schemes(source, rotated(source, config))
     check_destination(dst, estimate_bytes(source, config))
     windows = torch.empty(0, 0, dtype=torch.long)
     if text:
@@ -195,6 +196,20 @@ def schemes_of(source: Source, layer: Layer, config: QuantConfig) -> dict[str, S
     return found
 
 
+def rotated(source: Source, config: QuantConfig) -> QuantConfig:
+    """The settings with the block that a rotation has in this model."""
+    if config.rotate == "off":
+        return config
+    names = [n for layer in source.structure.layers for n in schemes_of(source, layer, config)]
+    if config.lm_head is not None and source.structure.lm_head is not None:
+        names.append(source.structure.lm_head)
+    sizes = {shape[-1] for name in names for _, shape in _shapes(source.model, name)}
+    block = block_for(sorted(sizes))
+    if block == 1:
+        raise ConfigError(f"rotate: no power of two divides all input dimensions: {sorted(sizes)}")
+    return config.rotated_by(block)
+
+
 def check_schemes(source: Source, config: QuantConfig) -> None:
     """Every group size divides every input dimension it is used on; lm_head can be quantized."""
     model = source.model
@@ -223,6 +238,10 @@ def _shapes(model: nn.Module, name: str) -> list[tuple[str, tuple[int, ...]]]:
 
 def _check_divides(name: str, in_features: int, scheme: Scheme) -> None:
     group = scheme.group_size
+    if scheme.rotation and in_features % scheme.rotation:
+        raise ConfigError(
+            f"{name}: blocks of {scheme.rotation} do not divide its {in_features} input features"
+        )
     if group == CHANNEL or in_features % group == 0:
         return
     others = [str(g) for g in GROUPS if in_features % g == 0] + [f"{CHANNEL} (channel)"]

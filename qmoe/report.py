@@ -25,6 +25,7 @@ def build_report(
         "model_type": source.checkpoint.config.get("model_type"),
         "config": config.to_dict(),
         "symmetric": config.symmetric,
+        "rotated": config.rotated,
         "fallbacks": [line for record in records for line in fallbacks(record)]
         + _dropped(source.weights.ignored),
         "bytes": audit.bytes,

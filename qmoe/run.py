@@ -16,9 +16,10 @@ from qmoe.calibration.stats import LayerStats
 from qmoe.config import QuantConfig
 from qmoe.errors import UnsupportedModelError
 from qmoe.format import Schemes, quantization_config, unpacked_tensors
+from qmoe.gather import run_layer
 from qmoe.head import Head
 from qmoe.job import Job
-from qmoe.layer import quantize_layer, run_layer
+from qmoe.layer import quantize_layer
 from qmoe.output import OutputFolder
 from qmoe.placing import CPU, place
 from qmoe.plan import Source, schemes_of

@@ -27,6 +27,7 @@ from qmoe.errors import CalibrationError
 from qmoe.grid import limits, stored_scale
 from qmoe.job import Job, Result
 from qmoe.placing import whereabouts
+from qmoe.rotation import rotate
 from qmoe.routing import (
     Parameters,
     logits_error,
@@ -84,7 +85,8 @@ class Matrix:
         no = torch.zeros_like(self.scale)
         zero = no if stack.zero is None else stack.zero[e].float().to(device)
         self.zero = zero
-        groups = original[e].float().to(device).unflatten(1, (self.scale.shape[1], -1))
+        rotated = rotate(original[e].float().to(device), stack.scheme.rotation)
+        groups = rotated.unflatten(1, (self.scale.shape[1], -1))
         aim = (groups / self.scale[..., None] + zero[..., None]).flatten(1)
         q = stack.q[e].float().to(device)
         self.latent: Tensor = (q + (aim - q).clamp(-INSIDE, INSIDE)).requires_grad_()
@@ -97,8 +99,9 @@ class Matrix:
         return exact + (stored - exact).detach()
 
     def weight(self) -> Tensor:
-        made: Tensor = OnGrid.apply(self.latent, self.scales(), self.zero, self.stack.scheme.bits)  # type: ignore[no-untyped-call]
-        return made
+        scheme = self.stack.scheme
+        made: Tensor = OnGrid.apply(self.latent, self.scales(), self.zero, scheme.bits)  # type: ignore[no-untyped-call]
+        return rotate(made, scheme.rotation)
 
     def integers(self) -> Tensor:
         return self.latent.detach().round().clamp(*limits(self.stack.scheme.bits)).to(torch.int8)

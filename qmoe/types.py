@@ -19,6 +19,7 @@ from qmoe.config import Scheme
 class Quantized:
     """A quantized stack of matrices: weight = (q - zero) * scale, group by group along K.
 
+    With a rotation R in the scheme it stands for ((q - zero) * scale) R (qmoe/rotation.py).
     q and zero hold signed integers in [-2^(bits-1), 2^(bits-1)-1]; zero is None if symmetric.
     """
 

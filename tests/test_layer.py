@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from qmoe import QuantConfig
 from qmoe.calibration.collect import collecting_linears
 from qmoe.calibration.stats import LayerStats
+from qmoe.gather import EVERY, run_some
 from qmoe.job import Job
-from qmoe.layer import EVERY, _run_some
 from qmoe.structure import Layer
 from qmoe.suspend import Call
 
@@ -45,7 +45,7 @@ def test_batches_end_at_the_experts_if_nothing_behind_them_is_gathered(gathered,
     stats = LayerStats()
     with collecting_linears({n: model.get_submodule(n) for n in gathered}, stats):
         calls = [Call((x,), {}) for x in batches]
-        outputs = _run_some(job, model["block"].forward, calls, stats, keep)
+        outputs = run_some(job, model["block"].forward, calls, stats, keep)
     assert [y is not None for y in outputs] == [keep and i % EVERY == 0 for i in range(len(calls))]
     whole = len(batches) if len(gathered) == 2 else 1 + keep
     assert len(ran) == whole

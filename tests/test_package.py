@@ -15,7 +15,7 @@ import qmoe
 FOLDERS = {"qmoe": "qmoe", "kernels": "qmoe.kernels", "calibration": "qmoe.calibration"}
 # Lowest first; a module may import only from its own layer or below.
 LAYERS = [
-    {"_version", "errors", "progress", "storage", "ranks", "scratch"},
+    {"_version", "errors", "progress", "storage", "ranks", "scratch", "rotation"},
     {"placing"},
     {"config", "decoding"},
     {"types", "grid", "packing"},
@@ -44,6 +44,7 @@ LAYERS = [
         "routing",
         "tuning",
         "loose",
+        "gather",
         "layer",
         "shard",
     },

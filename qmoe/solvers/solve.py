@@ -1,6 +1,6 @@
 """One call for all methods: a stack and its Hessian in, stored integers and what happened out."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -9,6 +9,7 @@ from torch import Tensor
 from qmoe.config import Method, Scheme
 from qmoe.grid import dequantize
 from qmoe.placing import CPU
+from qmoe.rotation import rotate, rotate_moments
 from qmoe.solvers.awq import output_error
 from qmoe.solvers.gptq import gptq
 from qmoe.solvers.rtn import rtn
@@ -39,15 +40,18 @@ def solve(
     damp: float,
     searched: bool,
 ) -> Solved:
-    """Quantize a stack. AWQ's scales are already in the weights, so it rounds to nearest here.
+    """Quantize a stack, rotated first if its scheme says so. AWQ's scales are already in the
+    weights, so it rounds to nearest here.
 
     Only plain rounding can do without a Hessian. Takes several copies of the Hessians: give it
     `experts_at_once` of a large stack, and `join` what comes back. Computed where the weights are;
     the Hessian may be elsewhere, and the integers are in the machine's own memory.
     """
+    rotated, scheme = scheme, replace(scheme, rotation=0)
+    weight = rotate(weight.float(), rotated.rotation) if rotated.rotation else weight
     if hessian is None:
-        return Solved(rtn(weight, scheme, scale_dtype).to(CPU), [])
-    hessian = hessian.to(weight.device)
+        return Solved(replace(rtn(weight, scheme, scale_dtype).to(CPU), scheme=rotated), [])
+    hessian = rotate_moments(hessian.to(weight.device), rotated.rotation)
     damped: dict[int, float] = {}
     rounded: list[int] = []
     if method.endswith("gptq"):
@@ -67,7 +71,8 @@ def solve(
         lost = output_error(dequantize(quantized) - weight, hessian)
         total = output_error(weight.float(), hessian)
     ratio = torch.where(total > 0, lost.clamp(min=0) / total.clamp(min=1e-30), 0.0)
-    return Solved(quantized.to(CPU), ratio.sqrt().tolist(), damped, rounded)
+    made = replace(quantized.to(CPU), scheme=rotated)
+    return Solved(made, ratio.sqrt().tolist(), damped, rounded)
 
 
 def experts_at_once(in_features: int) -> int:

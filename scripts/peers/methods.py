@@ -53,7 +53,7 @@ def _presets() -> list[Method]:
 
 
 def _variants() -> list[Method]:
-    """`balanced` without one of its pieces each, and with ten times its text."""
+    """`balanced` without one of its pieces each, rotated, and with ten times its text."""
     unwritten = ("--written", "0", "--windows", "128")
     changes = {
         "without feedback": ("--no-feedback",),
@@ -62,6 +62,7 @@ def _variants() -> list[Method]:
         "without gate weight": ("--no-gate-weight",),
         "without borrowing": ("--min-tokens", "0"),
         "without written text and borrowing": (*unwritten, "--min-tokens", "0"),
+        "rotated": ("--rotate", "online"),
         "with ten times the text": ("--written", "640", "--windows", "640"),
     }
     return [
