@@ -6,9 +6,11 @@
 <module>.weight_shape       int64 [2]
 
 Rotated weights are told of in `transform_config`, beside the schemes, in the terms of
-compressed-tensors: a Hadamard transform in blocks of `head_dim`, on inputs and on weights.
+compressed-tensors: a Hadamard transform in blocks of `head_dim`, on inputs and on weights. The
+format then has a name of its own, `pack-quantized-rotated`.
 """
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +27,10 @@ from qmoe.grid import dequantize
 from qmoe.packing import pack_rows, pack_zeros, unpack_rows, unpack_zeros
 from qmoe.types import Quantized
 
+PACKED = "pack-quantized"
+# A name that no other loader knows: transformers ignores `transform_config`, and would multiply
+# rotated weights with inputs that are not.
+ROTATED = "pack-quantized-rotated"
 SUFFIXES = ("_packed", "_scale", "_zero_point", "_shape")
 # A routed expert's module in a checkpoint: `experts.7.up_proj` (or `experts.expert_7.wi`), but not
 # `shared_experts.up_proj`.
@@ -78,17 +84,20 @@ def quantization_config(
     config = QuantizationConfig(
         config_groups={
             f"group_{i}": QuantizationScheme(
-                targets=targets, weights=_weights(scheme), format="pack-quantized"
+                targets=targets, weights=_weights(scheme), format=PACKED
             )
             for i, (scheme, targets) in enumerate(groups)
         },
-        format="pack-quantized",
+        format=PACKED,
         quantization_status="compressed",
         ignore=sorted(ignore),
     )
     out: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
     if experts.rotation:
         every = linear if dense is not None else [t for _, targets in groups for t in targets]
+        out["format"] = ROTATED
+        for group in out["config_groups"].values():
+            group["format"] = ROTATED
         out["transform_config"] = _rotation(experts.rotation, every, sorted(ignore))
     return out
 
@@ -125,10 +134,17 @@ class Schemes:
             raise CheckpointError(
                 f"{where}: not quantized in compressed-tensors format; make it with `qmoe quantize`"
             )
-        if entry.get("format") not in ("pack-quantized", "mixed-precision"):
+        if entry.get("format") not in (PACKED, ROTATED, "mixed-precision"):
             raise CheckpointError(
-                f"{where}: expected format 'pack-quantized', found {entry.get('format')!r}"
+                f"{where}: expected format {PACKED!r}, found {entry.get('format')!r}"
             )
+        if (entry.get("format") == ROTATED) != bool(entry.get("transform_config")):
+            raise CheckpointError(
+                f"{where}: format {ROTATED!r} and a transform_config come together, found "
+                f"{entry.get('format')!r} and {entry.get('transform_config')!r:.200}"
+            )
+        # Back to the name that compressed-tensors' classes know.
+        entry = json.loads(json.dumps(entry).replace(f'"{ROTATED}"', f'"{PACKED}"'))
         known = {k: v for k, v in entry.items() if k in QuantizationConfig.model_fields}
         try:
             self._config = QuantizationConfig.model_validate(known)

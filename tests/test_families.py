@@ -165,6 +165,16 @@ def test_plain_transformers_refuses_zero_points_loudly(
     assert found is None and complaint in told
 
 
+def test_plain_transformers_refuses_rotated_weights_loudly(tmp_path, demo, plain):
+    """It knows nothing of transform_config and would multiply them with inputs that are not."""
+    _, quantized, report = quantize(
+        "qwen3_moe", tmp_path, demo, experts=Scheme(4, 32), rotate="online"
+    )
+    assert report["symmetric"] and report["rotated"]
+    found, told = plain(quantized)
+    assert found is None and "pack-quantized-rotated" in told
+
+
 @pytest.mark.parametrize("dense", [Scheme(4, 32), Scheme(8, -1), None], ids=str)
 def test_lm_head_can_be_quantized(dense, tmp_path, demo, plain):
     source, quantized, report = quantize(

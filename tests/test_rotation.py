@@ -110,6 +110,9 @@ def folder(tmp_path_factory, demo):
 def test_what_config_json_says(folder):
     """Golden: compressed-tensors' terms, for experts alone."""
     entry = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert {entry["format"], *(g["format"] for g in entry["config_groups"].values())} == {
+        "pack-quantized-rotated"
+    }
     (scheme,) = entry["transform_config"]["config_groups"].values()
     targets = [r"re:.*\.experts\.(expert_)?\d+\..*"]
     ignore = entry["ignore"]
@@ -142,6 +145,17 @@ def test_other_transforms_are_refused(folder, change):
     config = json.loads((folder / "config.json").read_text())
     groups = config["quantization_config"]["transform_config"]["config_groups"]
     next(iter(groups.values())).update(change)
+    with pytest.raises(CheckpointError, match="transform"):
+        Schemes(config, "here")
+
+
+@pytest.mark.parametrize("lost", ["transform_config", "format"])
+def test_rotated_weights_are_never_taken_for_plain_ones(folder, lost):
+    config = json.loads((folder / "config.json").read_text())
+    entry = config["quantization_config"]
+    entry |= (
+        {"transform_config": None} if lost == "transform_config" else {"format": "pack-quantized"}
+    )
     with pytest.raises(CheckpointError, match="transform"):
         Schemes(config, "here")
 
