@@ -21,10 +21,9 @@ def tokenize(tokenizer: Any, text: str, window: int) -> Int[Tensor, "n L"]:
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None and hasattr(
-        backend, "encode_batch_fast"
-    ):  # twice as fast: where tokens stand is left out
+    if backend is not None and hasattr(backend, "encode_batch_fast"):
         tokenizer("")  # takes back any truncation and padding that the tokenizer's file asks for
+        # Twice as fast: it leaves out where in the text tokens stand.
         ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
     else:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -56,16 +56,9 @@ def show_quantize(report: dict[str, Any]) -> None:
     fallbacks = report["fallbacks"]
     print(f"{len(fallbacks)} fallbacks{':' if fallbacks else ''}")
     _show_lines(fallbacks)
-    only = [
-        n
-        for n, is_so in (
-            ("zero points", not report["symmetric"]),
-            ("rotated weights", report["rotated"]),
-        )
-        if is_so
-    ]
-    if only:
-        print(f"{' and '.join(only)}: this checkpoint loads in qmoe, not in plain transformers")
+    if report["rotated"] or not report["symmetric"]:
+        what = "rotated weights" if report["rotated"] else "zero points"
+        print(f"{what}: this checkpoint loads in qmoe, not in plain transformers")
 
 
 def _show_lines(lines: list[str], most: int = 20) -> None:

@@ -44,8 +44,9 @@ AS_STORED = Loading()
 
 @contextmanager
 def rtn_twin(path: Path, against: str | Path, track: Track, trust: bool) -> Iterator[Path]:
-    """A temporary folder with the original rounded to nearest, in the schemes of `path`."""
-    config = replace(QuantConfig.from_dict(read_report(path)["config"]), method="rtn", tune=0)
+    """A temporary folder with the original rounded to nearest, in the schemes of `path`, not rotated."""
+    config = QuantConfig.from_dict(read_report(path)["config"]).rotated_by(0)
+    config = replace(config, method="rtn", tune=0, rotate="off")
     with tempfile.TemporaryDirectory(prefix="qmoe-rtn-") as folder:
         rtn = Path(folder) / "rtn"
         quantize(against, rtn, config, track=track, trust_remote_code=trust)
