@@ -44,7 +44,8 @@ AS_STORED = Loading()
 
 @contextmanager
 def rtn_twin(path: Path, against: str | Path, track: Track, trust: bool) -> Iterator[Path]:
-    """A temporary folder with the original rounded to nearest, in the schemes of `path`, not rotated."""
+    """A temporary folder with the original rounded to nearest in the schemes of `path`, but for a
+    rotation."""
     config = QuantConfig.from_dict(read_report(path)["config"]).rotated_by(0)
     config = replace(config, method="rtn", tune=0, rotate="off")
     with tempfile.TemporaryDirectory(prefix="qmoe-rtn-") as folder:
