@@ -1,6 +1,5 @@
 """`load`: a quantized folder as a transformers model that runs packed."""
 
-import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from qmoe.audit import audit_model
 from qmoe.checkpoint import resolve
 from qmoe.errors import CheckpointError, ConfigError, OutputError
 from qmoe.kernels import uses_arena
+from qmoe.memory import return_freed
 from qmoe.model_config import CONFIG_ERRORS
 from qmoe.modules import PackedLinear, finish_experts
 from qmoe.offloading import offload_experts
@@ -85,7 +85,7 @@ def load(
     if generation is not None:
         source.model.generation_config = generation
     audit_model(source.model, str(path))
-    _return_freed_memory()
+    return_freed()
     source.model.save_pretrained = _refuse_to_save
     return source.model, tokenizer
 
@@ -134,10 +134,3 @@ def _finish(
             if parameter.device.type != "meta":
                 # What safetensors gives may be a view into the mapped file and keep all of it.
                 parameter.data = parameter.data.clone()
-
-
-def _return_freed_memory() -> None:
-    """Give what loading freed back to the system; glibc keeps it in its arenas otherwise."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -5,6 +5,7 @@ a few experts with the solver's workspace, and the activations of all calibratio
 last can wait on disk (scratch.py). `scripts/bench_quantize.py` prints what a run really took.
 """
 
+import ctypes
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -106,6 +107,13 @@ def free() -> int:
     except (OSError, ValueError):  # no such limit
         pass
     return left
+
+
+def return_freed() -> None:
+    """Give what was freed back to the system; glibc keeps it in its arenas otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _elements(module: nn.Module) -> int:

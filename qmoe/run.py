@@ -20,6 +20,7 @@ from qmoe.gather import run_layer
 from qmoe.head import Head
 from qmoe.job import Job
 from qmoe.layer import quantize_layer
+from qmoe.memory import return_freed
 from qmoe.output import OutputFolder
 from qmoe.placing import CPU, place
 from qmoe.plan import Source, schemes_of
@@ -89,6 +90,7 @@ class Run:
             free(modules[i])
             place(modules[i], CPU)  # its buffers, which the rest of the model may share
             source.checkpoint.release()
+            return_freed()  # or what one layer leaves in pieces adds up
             return None if self._last(i) else outputs
 
         if not len(windows):
