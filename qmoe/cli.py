@@ -28,7 +28,7 @@ original as a share of round-to-nearest's, everything at 2 bits g128 asymmetric,
 parameter Qwen3-MoE (32 experts, top-4), calibrated on text of seven domains / of one domain only,
 reported on test text of all seven; CPU seconds of quantizing it; docs/quality has peers as well:
   fast      0.23 / 0.35    23 s  GPTQ on min-max grids
-  balanced  0.13 / 0.14    42 s  grids and integers searched under the Hessian; matrices fitted to
+  balanced  0.13 / 0.14    39 s  grids and integers searched under the Hessian; matrices fitted to
                                  what quantized ones give; half of the text is the model's own
   best      0.07 / 0.08   340 s  more of both kinds of text; each layer tuned by gradient
 methods, likewise at 4 bits, in thousandths of a nat per token:

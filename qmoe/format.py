@@ -138,10 +138,11 @@ class Schemes:
             raise CheckpointError(
                 f"{where}: expected format {PACKED!r}, found {entry.get('format')!r}"
             )
-        if (entry.get("format") == ROTATED) != bool(entry.get("transform_config")):
+        self._rotated = _read_rotation(entry.get("transform_config"), where)
+        if (entry["format"] == ROTATED) != bool(self._rotated):
             raise CheckpointError(
                 f"{where}: format {ROTATED!r} and a transform_config come together, found "
-                f"{entry.get('format')!r} and {entry.get('transform_config')!r:.200}"
+                f"{entry['format']!r} and {entry.get('transform_config')!r:.200}"
             )
         # Back to the name that compressed-tensors' classes know.
         entry = json.loads(json.dumps(entry).replace(f'"{ROTATED}"', f'"{PACKED}"'))
@@ -153,7 +154,6 @@ class Schemes:
         self._schemes = [
             (group.targets, _scheme(group, where)) for group in self._config.config_groups.values()
         ]
-        self._rotated = _read_rotation(entry.get("transform_config"), where)
         self._dummy = nn.Linear(1, 1, device="meta")
 
     def of(self, module: str) -> Scheme | None:

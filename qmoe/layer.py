@@ -40,7 +40,7 @@ def quantize_layer(
     originals: list[Call],
 ) -> tuple[Result, list[Any]]:
     """Quantize everything in the layer; returns the result and its outputs: for `originals` those
-    of the original layer, then for `calls` those with quantized weights.
+    of the original layer, then for `calls` those with quantized weights (of the last layer, some).
 
     Attention first, then the rest on inputs that come from quantized attention. With `given`
     statistics (empty ones for plain rounding) nothing is run and no outputs come back. originals:
