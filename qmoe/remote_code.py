@@ -16,15 +16,22 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from qmoe.checkpoint import read_json
-from qmoe.errors import UnsupportedModelError
+from qmoe.errors import CheckpointError, UnsupportedModelError
 
 HEAD = "AutoModelForCausalLM"
 
 
 def needs_code(path: Path, trust: bool) -> bool:
     """Whether the model in this folder is code of its own. Raises UnsupportedModelError if it is
-    and may not run, or if the code lies elsewhere."""
-    named = own_code(read_json(path / "config.json"))
+    and may not run, or if the code lies elsewhere; CheckpointError if what config.json calls
+    architectures is no list of names."""
+    config = read_json(path / "config.json")
+    classes = config.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(
+            f"{path}: config.json: architectures: expected a list of names, got {classes!r:.100}"
+        )
+    named = own_code(config)
     if not named:
         return False
     if elsewhere := [reference for reference in named.values() if "--" in reference]:

@@ -71,6 +71,12 @@ def test_unknown_architecture(capsys, tmp_path, model):
     expect_error(capsys, tmp_path, "cannot read this architecture", model, tmp_path / "out")
 
 
+@pytest.mark.parametrize("named", [1 << 31, "WarpDrive", [1], {"a": 1}])
+def test_architectures_that_are_no_names(capsys, tmp_path, model, named):
+    edit_config(model, architectures=named)
+    expect_error(capsys, tmp_path, "architectures: expected a list", model, tmp_path / "out")
+
+
 def test_config_that_is_not_json(capsys, tmp_path, model):
     (model / "config.json").write_text("{")
     expect_error(capsys, tmp_path, "cannot be read as JSON", model, tmp_path / "out")
