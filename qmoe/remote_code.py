@@ -23,13 +23,16 @@ HEAD = "AutoModelForCausalLM"
 
 def needs_code(path: Path, trust: bool) -> bool:
     """Whether the model in this folder is code of its own. Raises UnsupportedModelError if it is
-    and may not run, or if the code lies elsewhere; CheckpointError if what config.json calls
-    architectures is no list of names."""
+    and may not run, or if the code lies elsewhere; CheckpointError if config.json's model_type is
+    no name or its architectures are no list of names."""
     config = read_json(path / "config.json")
-    classes = config.get("architectures") or []
+    kind, classes = config.get("model_type", ""), config.get("architectures") or []
+    where = f"{path}: config.json"
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{where}: model_type: expected a name, got {kind!r:.100}")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise CheckpointError(
-            f"{path}: config.json: architectures: expected a list of names, got {classes!r:.100}"
+            f"{where}: architectures: expected a list of names, got {classes!r:.100}"
         )
     named = own_code(config)
     if not named:

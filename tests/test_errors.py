@@ -77,6 +77,12 @@ def test_architectures_that_are_no_names(capsys, tmp_path, model, named):
     expect_error(capsys, tmp_path, "architectures: expected a list", model, tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", [[[]], 7, None])
+def test_a_model_type_that_is_no_name(capsys, tmp_path, model, kind):
+    edit_config(model, model_type=kind)
+    expect_error(capsys, tmp_path, "model_type: expected a name", model, tmp_path / "out")
+
+
 def test_config_that_is_not_json(capsys, tmp_path, model):
     (model / "config.json").write_text("{")
     expect_error(capsys, tmp_path, "cannot be read as JSON", model, tmp_path / "out")
