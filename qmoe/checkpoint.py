@@ -218,6 +218,14 @@ class Checkpoint:
         tensor: torch.Tensor = self._handle(self._where[name]).get_tensor(name)
         return tensor
 
+    def files(self, names: list[str]) -> dict[Path, set[str]]:
+        """The stored tensors that these are, or are made of, by the file they are in."""
+        found: dict[Path, set[str]] = {}
+        for name in names:
+            for part in self._decoded[name].parts if name in self._decoded else (name,):
+                found.setdefault(self.path / self._where[part], set()).add(part)
+        return found
+
     def dtype(self, name: str) -> torch.dtype:
         """The stored dtype; CheckpointError for one that qmoe does not read."""
         stored = self.lazy(name).get_dtype()

@@ -10,6 +10,7 @@ from torch import Tensor
 import qmoe.calibration.stats as statistics
 from qmoe import ranks
 from qmoe._version import __version__
+from qmoe.ahead import read_ahead
 from qmoe.audit import audit_folder
 from qmoe.calibration.batches import fingerprint
 from qmoe.calibration.stats import LayerStats
@@ -159,6 +160,7 @@ class Run:
         source = self.source
         names = source.weights.sources(layer.name)
         load_layer(source, layer, self._experts_dtype())
+        self._read_ahead(i + 1)
         place(source.model.get_submodule(layer.name), self.device)
         schemes = schemes_of(source, layer, self.config)
         saved = self.saved
@@ -213,6 +215,12 @@ class Run:
         place(module, self.device)
         outputs += [self.scratch.keep(y) for y in run_layer(model, layer, forward, calls)]
         return outputs
+
+    def _read_ahead(self, i: int) -> None:
+        source = self.source
+        if self.out.leads and i < len(source.structure.layers):
+            names = source.weights.sources(source.structure.layers[i].name)
+            read_ahead(source.checkpoint.files(names))
 
     def _last(self, i: int) -> bool:
         """Nothing behind the last layer is of interest, unless lm_head is to be quantized."""

@@ -15,7 +15,7 @@ import qmoe
 FOLDERS = {"qmoe": "qmoe", "kernels": "qmoe.kernels", "calibration": "qmoe.calibration"}
 # Lowest first; a module may import only from its own layer or below.
 LAYERS = [
-    {"_version", "errors", "progress", "storage", "ranks", "scratch", "rotation"},
+    {"_version", "errors", "progress", "storage", "ranks", "scratch", "rotation", "ahead"},
     {"placing"},
     {"config", "decoding"},
     {"types", "grid", "packing"},
