@@ -4,14 +4,16 @@ token (T*A)   flattened assignments sorted by expert: the token each one belongs
 counts (E)    assignments per expert; ids >= E are sentinels ("no expert") and are skipped
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+ROWS = 256  # assignments whose activation, biases and sum are computed at once
 Biases = tuple[Tensor | None, Tensor | None]
+Run = list[tuple[int, int, int]]  # an expert, its first row and the one behind its last
 
 
 @runtime_checkable
@@ -43,20 +45,42 @@ def moe_forward(
     E = first.shape[0]
     ids = expert_ids.flatten()
     order = torch.argsort(ids, stable=True)
-    counts = torch.bincount(ids, minlength=E)[:E].tolist()
-    token = order // expert_ids.shape[1]
+    ends = torch.bincount(ids, minlength=E)[:E].cumsum(0).tolist()
+    token, expert = order // expert_ids.shape[1], ids[order]
     weight = gates.flatten()[order].float()
     out = torch.zeros(x.shape[0], second.shape[1], dtype=torch.float32, device=x.device)
-    start = 0
-    for e, count in enumerate(counts):
-        if count:
-            rows = token[start : start + count]
-            product = first.matmul(x[rows], e)
-            if biases[0] is not None:
-                product = product + biases[0][e]
-            y = second.matmul(activation(product), e)
-            if biases[1] is not None:
-                y = y + biases[1][e]
-            out.index_add_(0, rows, y.float() * weight[start : start + count, None])
-            start += count
+    for run in _together(ends):
+        start, stop = run[0][1], run[-1][2]
+        rows, which = token[start:stop], expert[start:stop]
+        mid = activation(_product(first, x[rows], run, biases[0], which))
+        y = _product(second, mid, run, biases[1], which)
+        out.index_add_(0, rows, y.float() * weight[start:stop, None])
     return out.to(x.dtype)
+
+
+def _product(
+    stack: Stack,
+    x: Float[Tensor, "M K"],
+    run: Run,
+    bias: Float[Tensor, "E N"] | None,
+    expert: Int[Tensor, " M"],
+) -> Float[Tensor, "M N"]:
+    first = run[0][1]
+    parts = [stack.matmul(x[start - first : stop - first], e) for e, start, stop in run]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return y if bias is None else y + bias[expert]
+
+
+def _together(ends: list[int]) -> Iterator[Run]:
+    """Experts that have rows, in runs of few rows: what is done once for a run takes longer to
+    start than to do."""
+    run: Run = []
+    for e, (start, stop) in enumerate(zip([0, *ends], ends, strict=False)):
+        if start == stop:
+            continue
+        if run and stop - run[0][1] > ROWS:
+            yield run
+            run = []
+        run.append((e, start, stop))
+    if run:
+        yield run

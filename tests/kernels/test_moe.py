@@ -6,7 +6,7 @@ from helpers import assert_close, moe_inputs
 
 from qmoe.config import Scheme
 from qmoe.grid import dequantize
-from qmoe.kernels.moe import moe_forward
+from qmoe.kernels.moe import _together, moe_forward
 from qmoe.kernels.reference import moe_reference
 from qmoe.kernels.stack import PackedStack, choose_form
 from qmoe.solvers.rtn import rtn
@@ -65,6 +65,38 @@ def test_bfloat16_forms_equal_the_reference(T, A, E, H, I, scheme, form):  # noq
     got = moe_forward(x, ids, gates, *stacks, silu_gate)
     expected = moe_reference(x.float(), ids, gates, dequantize(a), dequantize(b), silu_gate)
     assert_close(got, expected, most=8e-2, rms=2e-2)  # bfloat16 keeps 8 bits
+
+
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+@pytest.mark.parametrize("biased", [False, True])
+def test_how_many_experts_are_computed_together_changes_nothing(monkeypatch, rows, biased):
+    monkeypatch.setattr("qmoe.kernels.moe.ROWS", rows)
+    x, ids, gates, first, second = moe_inputs(9, 2, 6, 64, 32)
+    biases = (torch.randn(6, 64), torch.randn(6, 64)) if biased else (None, None)
+    a, b = (rtn(w, Scheme(4, 32), torch.float32) for w in (first, second))
+    stacks = [PackedStack(q, torch.float32) for q in (a, b)]
+    got = moe_forward(x, ids, gates, *stacks, silu_gate, biases)
+    expected = torch.zeros(9, 64)
+    for t in range(9):
+        for gate, e in zip(gates[t], ids[t].tolist(), strict=True):
+            if e < 6:
+                mid = dequantize(a)[e] @ x[t] + (biases[0][e] if biased else 0)
+                y = dequantize(b)[e] @ silu_gate(mid) + (biases[1][e] if biased else 0)
+                expected[t] += gate * y
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    "ends, runs",
+    [
+        ([0, 0, 0], []),
+        ([0, 2, 2, 4], [[(1, 0, 2), (3, 2, 4)]]),
+        ([3, 5, 5, 9, 10], [[(0, 0, 3)], [(1, 3, 5)], [(3, 5, 9)], [(4, 9, 10)]]),
+    ],
+)
+def test_runs_skip_empty_experts_and_stay_short(monkeypatch, ends, runs):
+    monkeypatch.setattr("qmoe.kernels.moe.ROWS", 4)
+    assert list(_together(ends)) == runs
 
 
 def test_all_tokens_on_one_expert():
