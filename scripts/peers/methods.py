@@ -62,6 +62,8 @@ def _variants() -> list[Method]:
         "without gate weight": ("--no-gate-weight",),
         "without borrowing": ("--min-tokens", "0"),
         "without written text and borrowing": (*unwritten, "--min-tokens", "0"),
+        # As many borrowed tokens as there are: every expert's Hessian is mostly the layer's.
+        "without written text, borrowing all": (*unwritten, "--min-tokens", "32768"),
         "rotated": ("--rotate", "online"),
         "with ten times the text": ("--written", "640", "--windows", "640"),
     }
