@@ -195,7 +195,7 @@ def _scheme_options(p: argparse.ArgumentParser) -> None:
         default=d.rotate,
         help="Hadamard rotation of all quantized weights and, at run time, of what they read: at "
         "2 bits, with balanced, 3 %% less KL to 1 %% more on the small models of docs/quality, and "
-        "decoding on a CPU takes half as long again; the result loads in qmoe only",
+        "decoding on a CPU takes a fifth longer; the result loads in qmoe only",
     )
     p.add_argument("--lm-head-bits", type=int, choices=[*BITS, 16], default=16, help="16 leaves it")
 
