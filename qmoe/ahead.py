@@ -15,20 +15,21 @@ PIECE = 8 << 20  # bytes read at once
 
 
 def read_ahead(tensors: dict[Path, set[str]]) -> threading.Thread:
-    """Read tensors, by the safetensors file they are in, in a thread that does not keep the process
-    from ending. Raises nothing: who needs a tensor reads it and says what is wrong with it."""
-    thread = threading.Thread(target=_read, args=(tensors,), daemon=True)
+    """Read tensors, by the safetensors file they are in, in a thread that stops where the process
+    wants to end. (Not a daemon: one that is cut off aborts the process.) Raises nothing: who needs a tensor reads it and says what is wrong with it."""
+    thread = threading.Thread(target=_read, args=(tensors,))
     thread.start()
     return thread
 
 
 def _read(tensors: dict[Path, set[str]]) -> None:
     buffer = memoryview(bytearray(PIECE))
+    wanted = threading.main_thread().is_alive
     for path, names in tensors.items():
         with suppress(OSError), path.open("rb", buffering=0) as file:
             for begin, end in _spans(path, names):
                 file.seek(begin)
-                while begin < end and (found := file.readinto(buffer[: end - begin])):
+                while wanted() and begin < end and (found := file.readinto(buffer[: end - begin])):
                     begin += found
 
 
