@@ -16,7 +16,8 @@ PIECE = 8 << 20  # bytes read at once
 
 def read_ahead(tensors: dict[Path, set[str]]) -> threading.Thread:
     """Read tensors, by the safetensors file they are in, in a thread that stops where the process
-    wants to end. (Not a daemon: one that is cut off aborts the process.) Raises nothing: who needs a tensor reads it and says what is wrong with it."""
+    wants to end. (Not a daemon: one that is cut off aborts the process.) Raises nothing: who needs
+    a tensor reads it and says what is wrong with it."""
     thread = threading.Thread(target=_read, args=(tensors,))
     thread.start()
     return thread
