@@ -23,15 +23,17 @@ def read_ahead(tensors: dict[Path, set[str]]) -> threading.Thread:
     return thread
 
 
-def _read(tensors: dict[Path, set[str]]) -> None:
-    buffer = memoryview(bytearray(PIECE))
+def _read(tensors: dict[Path, set[str]]) -> int:
+    """The number of bytes that were read."""
+    buffer, total = memoryview(bytearray(PIECE)), 0
     wanted = threading.main_thread().is_alive
     for path, names in tensors.items():
         with suppress(OSError), path.open("rb", buffering=0) as file:
             for begin, end in _spans(path, names):
                 file.seek(begin)
                 while wanted() and begin < end and (found := file.readinto(buffer[: end - begin])):
-                    begin += found
+                    begin, total = begin + found, total + found
+    return total
 
 
 def _spans(path: Path, names: Iterable[str]) -> list[tuple[int, int]]:

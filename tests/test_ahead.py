@@ -1,6 +1,7 @@
 """The next layer's bytes are read while a layer is solved, and nothing depends on it."""
 
 import json
+import threading
 
 import torch
 from safetensors.torch import save_file
@@ -19,11 +20,20 @@ def test_what_is_read_is_the_tensors(tmp_path, monkeypatch):
         [(begin, end)] = ahead._spans(path, {name})
         assert stored[begin:end] == tensor.numpy().tobytes()
     monkeypatch.setattr(ahead, "PIECE", 8)  # a tensor takes several
-    ahead.read_ahead({path: set(tensors)}).join()
+    assert ahead._read({path: set(tensors)}) == sum(t.nbytes for t in tensors.values())
+
+
+def test_reading_stops_where_the_process_ends(tmp_path, monkeypatch):
+    save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
+    thread = ahead.read_ahead({tmp_path / "model.safetensors": {"a"}})
+    assert not thread.daemon  # one that is cut off aborts the process
+    thread.join()
+    monkeypatch.setattr(threading.main_thread(), "is_alive", lambda: False)
+    assert ahead._read({tmp_path / "model.safetensors": {"a"}}) == 0
 
 
 def test_a_file_that_is_gone_is_left_to_who_needs_it(tmp_path):
-    ahead._read({tmp_path / "gone.safetensors": {"a"}})
+    assert ahead._read({tmp_path / "gone.safetensors": {"a"}}) == 0
 
 
 def test_one_layer_ahead_is_read(tmp_path, demo, monkeypatch):
