@@ -35,6 +35,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.on_tmpfs:
         return full_disk(*args.on_tmpfs)
+    # What nohup or a shell's `&` made this process ignore, the runs it starts would ignore too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with tempfile.TemporaryDirectory(prefix="qmoe-crash-") as name:
         folder = Path(name)
         source, whole, disk = folder / "source", folder / "whole", folder / "disk"
