@@ -87,13 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
             metavar="GB",
             help="GPU memory for routed experts; those beyond it wait in host memory",
         )
-    families = commands.add_parser("families", help="MoE families of the installed transformers")
-    families.add_argument("names", nargs="*", help="model types; all if none is given")
-    families.add_argument(
-        "--check",
-        action="store_true",
-        help="quantize, save, reload and compare a tiny random model of each (minutes)",
-    )
+    families = "MoE families of the installed transformers"
+    _families_options(commands.add_parser("families", help=families))
     for name, sub in commands.choices.items():
         if name != "families":
             sub.add_argument(
@@ -193,11 +188,25 @@ def _scheme_options(p: argparse.ArgumentParser) -> None:
         "--rotate",
         choices=get_args(Rotate),
         default=d.rotate,
-        help="Hadamard rotation of all quantized weights and, at run time, of what they read: at "
-        "2 bits, with balanced, 3 %% less KL to 1 %% more on the small models of docs/quality, and "
-        "decoding on a CPU takes a fifth longer; the result loads in qmoe only",
+        help="Hadamard rotation of what quantized weights read. online: of all of them, partly at "
+        "run time: at 2 bits, with balanced, 3 %% less KL to 1 %% more on the small models of "
+        "docs/quality, and decoding on a CPU takes a fifth longer; the result loads in qmoe only. "
+        "fused: of the residual stream, put into all weights around it: 5 %% less to 3 %% more, "
+        "nothing to do at run time, loads like any other; of half of the families",
     )
     p.add_argument("--lm-head-bits", type=int, choices=[*BITS, 16], default=16, help="16 leaves it")
+
+
+def _families_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("names", nargs="*", help="model types; all if none is given")
+    p.add_argument(
+        "--check",
+        action="store_true",
+        help="quantize, save, reload and compare a tiny random model of each (minutes)",
+    )
+    p.add_argument(
+        "--rotate", choices=get_args(Rotate), default="off", help="with --check: rotated like that"
+    )
 
 
 def _compare_options(p: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """What each subcommand of the CLI does, and how its result is shown to a person."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -73,6 +74,9 @@ def families(args: argparse.Namespace) -> dict[str, Any]:
     family that is not refused fails."""
     from qmoe import families as known
 
+    if args.rotate != "off" and not args.check:
+        raise ConfigError("--rotate: says how models are checked; add --check")
+    config = replace(known.CONFIG, rotate=args.rotate)
     found = {family.model_type: family for family in known.families()}
     if unknown := [name for name in args.names if name not in found]:
         raise ConfigError(f"{unknown[0]}: not an MoE language model of this transformers")
@@ -83,7 +87,7 @@ def families(args: argparse.Namespace) -> dict[str, Any]:
             row["experts"] = known.layout(family)
             if args.check:
                 with TemporaryDirectory(prefix="qmoe-families-") as folder:
-                    known.check(family, Path(folder))
+                    known.check(family, Path(folder), config)
             row["result"] = "passed" if args.check else "supported"
         except UnsupportedModelError as error:
             row["result"] = str(error)

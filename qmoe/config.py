@@ -6,7 +6,7 @@ from typing import Any, Literal, cast, get_args
 from qmoe.errors import ConfigError
 
 Method = Literal["rtn", "gptq", "awq", "awq-gptq"]
-Rotate = Literal["off", "online"]
+Rotate = Literal["off", "fused", "online"]
 BITS = (2, 3, 4, 8)
 GROUPS = (32, 64, 128)
 CHANNEL = -1
@@ -112,8 +112,10 @@ class QuantConfig:
     min-max grids leaves out (solvers/search.py). feedback: matrices behind quantized ones are
     fitted to what those give (solvers/feedback.py); with statistics from or for files there is
     none, since it takes text in between. tune: steps of tuning each layer against the original's
-    output, after it is solved (qmoe/tuning.py); 0 is none. rotate: "online" puts a Hadamard
-    rotation into all quantized weights, in the largest blocks that fit (qmoe/rotation.py).
+    output, after it is solved (qmoe/tuning.py); 0 is none. rotate: a Hadamard rotation of what
+    quantized weights read: "online" of all of it, in the largest blocks that fit, which is work at
+    run time (qmoe/rotation.py); "fused" of the residual stream alone, which is none, as all weights
+    around it are rotated too (qmoe/residual.py).
     min_tokens: an expert with fewer calibration tokens borrows tokens of its layer (see
     calibration/coverage.py).
     """
@@ -154,6 +156,8 @@ class QuantConfig:
             raise ConfigError(f"rotate: expected one of {get_args(Rotate)}, got {self.rotate!r}")
         if len({scheme.rotation for scheme in self._schemes()}) > 1:
             raise ConfigError("rotation: expected the same block in all schemes")
+        if self.rotate == "fused" and any(s.rotation for s in self._schemes()):
+            raise ConfigError("rotate: a scheme that is rotated is online, not fused")
         if self.folds and (self.rotate != "off" or any(s.rotation for s in self._schemes())):
             raise ConfigError(f"rotate: not with AWQ's scales, the method is {self.method}")
         if not 0 < self.damp < 1:
@@ -181,8 +185,14 @@ class QuantConfig:
 
     @property
     def rotated(self) -> bool:
-        """Whether weights are stored rotated."""
-        return self.rotate != "off" or any(scheme.rotation for scheme in self._schemes())
+        """Whether weights are stored so that inputs have to be rotated at run time."""
+        return self.rotate == "online" or any(scheme.rotation for scheme in self._schemes())
+
+    @property
+    def widened(self) -> bool:
+        """Whether routed experts are in memory in float32: those that change before they are
+        rounded must not be rounded twice."""
+        return self.folds or self.rotate == "fused"
 
     def _schemes(self) -> list[Scheme]:
         found = (self.experts, self.dense, self.lm_head)

@@ -253,9 +253,14 @@ def _compare(what: str, found: Tensor, expected: Tensor) -> None:
 
 
 def _dequantize_into(twin: Any, quantized: Path) -> None:
-    """Every quantized weight, dequantized, into the original as transformers loaded it."""
+    """Everything that was written, dequantized, into the original as transformers loaded it."""
     packed = open_packed(quantized, torch.float32)
     packed.weights.load(packed.checkpoint.names(), torch.float32)
+    known = dict(twin.named_parameters(remove_duplicate=False))
+    for name, parameter in packed.model.named_parameters():
+        if name in known:  # not packed; a rotated head is no longer the embedding
+            owner, _, last = name.rpartition(".")
+            twin.get_submodule(owner)._parameters[last] = nn.Parameter(parameter.clone())
     for name, module in packed.model.named_modules():
         for weight, stored in take_stored(module, name).items():
             target = twin.get_submodule(name)

@@ -16,10 +16,11 @@ from qmoe.calibration.feedback import Inputs, keeping_inputs
 from qmoe.calibration.stats import LayerStats
 from qmoe.errors import CalibrationError
 from qmoe.feedback import refit_linears, steps
-from qmoe.fold import TOLERANCE, find_folds, fold_experts, fold_norm
+from qmoe.fold import TOLERANCE, fold_experts, fold_norm
 from qmoe.gather import Forward, gather, run_layer
 from qmoe.job import Job, Result
 from qmoe.placing import CPU, moved
+from qmoe.readers import find_folds, with_weights
 from qmoe.routing import (
     recording_inputs,
     recording_routes,
@@ -163,8 +164,8 @@ def _fold(job: Job, names: list[str], forward: Forward, calls: list[Call], resul
         else:
             result.changed |= changed
 
-    layer = job.model.get_submodule(job.layer.name)
-    for fold in find_folds(layer, job.layer.name, lambda: run(calls[:1])):
+    modules = with_weights(job.model.get_submodule(job.layer.name), job.layer.name)
+    for fold in find_folds(modules, lambda: run(calls[:1])):
         quantized = {r for r in fold.readers if r in job.schemes}
         if not quantized & set(names):
             continue

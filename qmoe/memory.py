@@ -41,7 +41,7 @@ class Need:
 def needed(source: Source, config: QuantConfig, tokens: int, whole: bool = False) -> Need:
     """What quantizing takes in a process. tokens: of calibration text, of all ranks. whole: whether
     statistics of all experts of a layer are there at once, as AWQ always has them."""
-    widest = 4 if config.folds else torch.finfo(source.weight_dtype()).bits // 8
+    widest = 4 if config.widened else torch.finfo(source.weight_dtype()).bits // 8
     layers = sum(map(_elements, source.stages()))
     resident = 4 * (_elements(source.model) - layers)
     layer = max(_layer_bytes(source, layer, widest) for layer in source.structure.layers)
@@ -82,7 +82,7 @@ def check_fits(source: Source, config: QuantConfig, device: torch.device) -> Non
     """Raises ConfigError if a layer, its solver and a batch do not fit on a GPU."""
     if device.type != "cuda":
         return
-    widest = 4 if config.folds else torch.finfo(source.weight_dtype()).bits // 8
+    widest = 4 if config.widened else torch.finfo(source.weight_dtype()).bits // 8
     need = max(_layer_bytes(source, layer, widest) for layer in source.structure.layers)
     if config.folds:
         need += max(_hessian_bytes(source, layer) for layer in source.structure.layers)

@@ -14,6 +14,7 @@ from qmoe._version import __version__
 from qmoe.calibration.batches import fingerprint
 from qmoe.config import QuantConfig
 from qmoe.errors import OutputError
+from qmoe.find_residual import find_residual
 from qmoe.memory import check_fits, needed, spills
 from qmoe.output import OutputFolder, make_folder
 from qmoe.placing import find_device
@@ -65,6 +66,8 @@ def quantize(
     whole = bool(given) or saved is not None
     spill = spills(needed(source, config, tokens, whole), max_memory)
     check_fits(source, config, where)
+    if config.rotate == "fused":
+        source.residual = find_residual(source)
     if saved is not None:
         make_folder(saved)
     about = {"source": identity, "text": fingerprint(windows), "device": where.type}

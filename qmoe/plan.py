@@ -18,6 +18,7 @@ from qmoe.model_config import read_config
 from qmoe.naming import original_names, stored_fused
 from qmoe.output import check_destination
 from qmoe.progress import Track
+from qmoe.residual import Residual
 from qmoe.rotation import block_for
 from qmoe.skeleton import WeightMap, build
 from qmoe.structure import Layer, Structure, find
@@ -32,6 +33,7 @@ class Source:
     model: Any
     weights: WeightMap
     structure: Structure
+    residual: Residual | None = None  # if layers are to be rotated as they are loaded
 
     def stages(self) -> list[nn.Module]:
         """The modules whose weights are loaded one at a time, in running order."""
@@ -59,6 +61,12 @@ class Source:
                 stored = original_names(self.model, f"{name}.weight", weight)
                 kept |= {name, *(n.removesuffix(".weight") for n in stored)}
         return sorted(kept)
+
+    def embedding(self) -> str:
+        """The module that turns token ids into the first hidden states."""
+        modules: dict[str, nn.Module] = dict(self.model.named_modules())
+        embedding = self.model.get_input_embeddings()
+        return next(name for name, module in modules.items() if module is embedding)
 
     def resident(self) -> list[str]:
         """Checkpoint tensors outside the decoder layers."""
@@ -198,7 +206,7 @@ def schemes_of(source: Source, layer: Layer, config: QuantConfig) -> dict[str, S
 
 def rotated(source: Source, config: QuantConfig) -> QuantConfig:
     """The settings with the block that a rotation has in this model."""
-    if config.rotate == "off":
+    if config.rotate != "online":
         return config
     names = [n for layer in source.structure.layers for n in schemes_of(source, layer, config)]
     if config.lm_head is not None and source.structure.lm_head is not None:
@@ -260,4 +268,7 @@ def estimate_bytes(source: Source, config: QuantConfig) -> int:
                 size = sum(map(source.checkpoint.tensor_bytes, source.weights.targets[target]))
                 numel = torch.Size(shape).numel()
                 total += int(numel * scheme.bits_per_weight(shape[-1]) / 8) - size
+    if config.rotate == "fused" and "lm_head.weight" not in source.weights.targets:
+        embedding = source.weights.sources(source.embedding())
+        total += sum(map(source.checkpoint.tensor_bytes, embedding))  # the head, untied
     return max(total, 0)

@@ -53,6 +53,8 @@ class Run:
         self.out, self.scratch = out, Scratch(out.path if spill else None)
         sha = out.fingerprint["source"]
         self.about = {"model": sha, "gate_weighted": str(config.gate_weighted)}
+        self.about["stream"] = "as it is" if source.residual is None else "rotated"
+        self.changed: set[str] = set()  # outside the layers, as the residual stream is rotated
         self.records: list[dict[str, Any]] = []
         self.head: dict[str, Quantized] = {}
         self.tokens = 0
@@ -70,6 +72,8 @@ class Run:
         source, self.tokens = self.source, windows.numel()
         source.weights.load(source.resident(), torch.float32)
         source.weights.tie()
+        if source.residual is not None:
+            self.changed = source.residual.rotate_outside(source.model)
         progress = iter(track(source.structure.layers, "quantizing layers"))
         reached: set[int] = set()
         modules = source.stages()
@@ -129,6 +133,9 @@ class Run:
         if self.not_original:
             what = "a copy with 4-bit experts wrote text" if self.written else "no text was written"
             report["fallbacks"].insert(0, f"{what}: {self.not_original}")
+        if source.residual is not None and (head := source.residual.head) is not None:
+            line = f"{head}: stored apart from the embedding, from which the rotation sets it off"
+            report["fallbacks"].insert(0, line)
         out.write_json("qmoe_report.json", report)
         return report
 
@@ -159,7 +166,7 @@ class Run:
         statistics it is rounded to nearest."""
         source = self.source
         names = source.weights.sources(layer.name)
-        load_layer(source, layer, self._experts_dtype())
+        rotated = load_layer(source, layer, self._experts_dtype())
         self._read_ahead(i + 1)
         place(source.model.get_submodule(layer.name), self.device)
         schemes = schemes_of(source, layer, self.config)
@@ -193,7 +200,8 @@ class Run:
             result.record["unreached"] = True
         if not self.out.leads:
             return outputs
-        tensors = shard_tensors(source, names, result.weights, result.changed)
+        changed = result.changed | rotated - set(result.weights)
+        tensors = shard_tensors(source, names, result.weights, changed)
         digests = {target: digest(quantized) for target, quantized in result.weights.items()}
         self.out.write_shard(i, tensors, {"record": result.record, "digests": digests})
         self.records.append(result.record)
@@ -232,17 +240,22 @@ class Run:
         return calls[:half], calls[half:]
 
     def _experts_dtype(self) -> torch.dtype:
-        """Of routed experts in memory: as stored, but for AWQ, whose scales must not be rounded."""
-        return torch.float32 if self.config.folds else self.source.weight_dtype()
+        """Of routed experts in memory: as stored, unless they change before they are rounded."""
+        return torch.float32 if self.config.widened else self.source.weight_dtype()
 
     def _resident_tensors(self) -> dict[str, Tensor]:
-        return shard_tensors(self.source, self.source.resident(), self.head, set())
+        changed = self.changed - set(self.head)
+        return shard_tensors(self.source, self.source.resident(), self.head, changed)
 
     def new_config(self) -> dict[str, Any]:
         """The source's config.json with `quantization_config` added."""
         config = dict(self.source.checkpoint.config)
         c = self.config
         kept = self.source.kept_linears(c)
+        if self.source.residual is not None:
+            for part in (config, config.get("text_config")):
+                if isinstance(part, dict):
+                    part["tie_word_embeddings"] = False
         config["quantization_config"] = quantization_config(c.experts, c.dense, c.lm_head, kept)
         return config
 

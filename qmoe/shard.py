@@ -25,7 +25,9 @@ def shard_tensors(
     for target in sorted(changed):
         parameter = source.model.get_parameter(target)
         for name, tensor in original_names(source.model, target, parameter).items():
-            out[name] = tensor.to(CPU, weights.checkpoint.tensor(name).dtype)
+            # A head that was tied and no longer is had no tensor of its own.
+            like = name if target in weights.targets else weights.sources(source.embedding())[0]
+            out[name] = tensor.to(CPU, weights.checkpoint.dtype(like))
     for target, stack in quantized.items():
         out |= _packed(source, target, stack)
     return out
@@ -45,8 +47,9 @@ def _packed(source: Source, target: str, quantized: Quantized) -> dict[str, Tens
     return out
 
 
-def load_layer(source: Source, layer: Layer, experts_dtype: torch.dtype) -> None:
-    """Load a layer: routed experts, most of its bytes, in `experts_dtype`, the rest in float32."""
+def load_layer(source: Source, layer: Layer, experts_dtype: torch.dtype) -> set[str]:
+    """Load a layer: routed experts, most of its bytes, in `experts_dtype`, the rest in float32.
+    Returns the parameters that are not as they are stored, since the residual stream is rotated."""
     stacks = {n for target in _stacks(source, layer) for n in source.weights.targets[target]}
     names = source.weights.sources(layer.name)
     for target in _stacks(source, layer):
@@ -55,6 +58,9 @@ def load_layer(source: Source, layer: Layer, experts_dtype: torch.dtype) -> None
         source.checkpoint.release()
     source.weights.load([n for n in names if n not in stacks], torch.float32)
     source.checkpoint.release()
+    if source.residual is None:
+        return set()
+    return source.residual.rotate_layer(source.model, layer.name)
 
 
 def restore(

@@ -181,7 +181,7 @@ def _known(args: argparse.Namespace) -> list[Case]:
 
 
 def _report(args: argparse.Namespace, show: bool) -> None:
-    """Rows of every stored result, whatever was run now."""
+    """Rows of every stored result, whatever was run now, and of the CSV that is there."""
     rows = []
     for case in _known(args):
         batches = evaluation.test_batches(case.model, args.corpus)
@@ -195,6 +195,7 @@ def _report(args: argparse.Namespace, show: bool) -> None:
                 stem = case.result(method, bits)
                 if stem.with_suffix(".json").is_file():
                     rows.append(place | results.read(stem, tokens, rare))
+    rows = results.with_earlier(rows, args.out / "quality.csv", [m.name for m in METHODS])
     results.relate(rows)
     results.write_csv(rows, args.out / "quality.csv")
     drawn = plot.draw(rows, args.out / "quality.png") if rows else False

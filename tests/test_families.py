@@ -175,6 +175,21 @@ def test_plain_transformers_refuses_rotated_weights_loudly(tmp_path, demo, plain
     assert found is None and "pack-quantized-rotated" in told
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_plain_transformers_loads_a_fused_rotation(tied, tmp_path, demo, plain):
+    source = save_random(
+        "qwen3_moe", tmp_path / "source", demo, torch.float32, tie_word_embeddings=tied
+    )
+    config = QuantConfig(
+        searched=False, calibration=CALIBRATION, experts=Scheme(4, 32), rotate="fused"
+    )
+    qmoe.quantize(source, tmp_path / "quantized", config, progress=False)
+    model, _ = qmoe.load(tmp_path / "quantized", progress=False)
+    found, told = plain(tmp_path / "quantized")
+    assert found is not None, told[-3000:]
+    assert_close(logits(model), found)
+
+
 @pytest.mark.parametrize("dense", [Scheme(4, 32), Scheme(8, -1), None], ids=str)
 def test_lm_head_can_be_quantized(dense, tmp_path, demo, plain):
     source, quantized, report = quantize(

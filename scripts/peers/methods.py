@@ -65,6 +65,7 @@ def _variants() -> list[Method]:
         # As many borrowed tokens as there are: every expert's Hessian is mostly the layer's.
         "without written text, borrowing all": (*unwritten, "--min-tokens", "32768"),
         "rotated": ("--rotate", "online"),
+        "with a fused rotation": ("--rotate", "fused"),
         "with ten times the text": ("--written", "640", "--windows", "640"),
     }
     return [

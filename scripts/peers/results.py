@@ -22,6 +22,8 @@ FIRST = [
     "perplexity", "cpu_seconds",
 ]  # fmt: skip
 LAST = ["versions", "notes"]
+KEYS = ["model", "regime", "seed", "bits", "method"]
+WORDS = ["model", "regime", "method", *LAST]
 
 
 def summary(scores: dict[str, Tensor], tokens: dict[str, int]) -> Row:
@@ -72,13 +74,37 @@ def _notes(peer: Row) -> list[str]:
 
 def relate(rows: list[Row]) -> None:
     """Add what is relative to round-to-nearest of the same model, regime, seed and bits."""
-    keys = ("model", "regime", "seed", "bits")
+    keys = KEYS[:-1]
     plain = {tuple(r[k] for k in keys): r for r in rows if r["method"] == "rtn"}
     for row in rows:
         base = plain.get(tuple(row[k] for k in keys), {})
         for name in ("kl", "kl_rare"):
             if row.get(name) is not None and base.get(name):
-                row[f"{name}_over_rtn"] = row[name] / base[name]
+                row.setdefault(f"{name}_over_rtn", row[name] / base[name])
+
+
+def with_earlier(rows: list[Row], path: Path, methods: list[str]) -> list[Row]:
+    """The rows and, in order, those of an earlier CSV that are not among them: another machine's
+    stored results need not be at hand. methods: in the order of rows."""
+    if not path.is_file():
+        return rows
+    with path.open(newline="") as file:
+        earlier = [{k: _value(k, v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    mine = {tuple(row[k] for k in KEYS) for row in rows}
+    kept = [row for row in earlier if tuple(row[k] for k in KEYS) not in mine]
+    models = list(dict.fromkeys(row["model"] for row in [*earlier, *rows]))
+
+    def place(row: Row) -> tuple[Any, ...]:
+        method = methods.index(row["method"]) if row["method"] in methods else len(methods)
+        return models.index(row["model"]), row["regime"], row["seed"], method, row["bits"]
+
+    return sorted([*rows, *kept], key=place)
+
+
+def _value(column: str, text: str) -> str | int | float:
+    if column in WORDS:
+        return text
+    return int(text) if text.isdecimal() else float(text)
 
 
 def write_csv(rows: list[Row], path: Path) -> None:

@@ -1,0 +1,248 @@
+"""Finding what reads and writes a model's residual stream, and proving it before the long work.
+
+Nothing is known per model. One short batch of random tokens runs through the model, one layer in
+memory at a time. In the first layer of every kind norms and their readers are observed; linears
+that give as many features as the stream has write to it, but for those that a norm's output goes to
+through nothing but norms and linears (a low-rank projection's second half). Then the layer, and
+what lies outside of all, is rotated and must compute what it did. A model that does not (LayerNorm,
+norms behind a block, encoders, images) is refused by name.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qmoe.errors import ConfigError, UnsupportedModelError
+from qmoe.experts import is_experts
+from qmoe.gather import run_layer
+from qmoe.plan import Source
+from qmoe.readers import Fold, find_folds, with_weights
+from qmoe.residual import Norm, Part, Residual, block_of, rotate_part, turn
+from qmoe.shard import load_layer
+from qmoe.skeleton import free, inputs_of
+from qmoe.structure import Layer
+from qmoe.suspend import Call, suspended
+from qmoe.tuning import hidden
+
+TOKENS = 32
+TOLERANCE = 1e-3  # of the median token, relative: float32 rounding may explain that
+REMEDY = "leave --rotate fused out, or take --rotate online"
+
+
+def find_residual(source: Source) -> Residual:
+    """What touches the residual stream. Raises UnsupportedModelError if the model does not compute
+    the same on a rotated one, ConfigError if its size is odd."""
+    model, structure = source.model, source.structure
+    if model.config.is_encoder_decoder:
+        raise _refusal("the model", "has an encoder and a decoder")
+    if loose := [name for layer in structure.layers for name in layer.loose]:
+        raise _refusal(loose[0], "its experts are modules of their own")
+    size = model.config.get_text_config().hidden_size
+    if block_of(size) == 1:
+        raise ConfigError(f"rotate: no power of two divides {size}, the size of the hidden states")
+    return _Search(source, size).found()
+
+
+class _Search:
+    """Two runs of the same tokens: of the original model, and on the rotated stream."""
+
+    def __init__(self, source: Source, size: int) -> None:
+        self.source, self.size = source, size
+        self.layers: dict[str, Part] = {}
+        self.before: list[Tensor] = []  # what came to each layer
+        self.outputs: list[Any] = []
+        self.kinds: dict[Any, tuple[Layer, Any]] = {}  # the first layer of each, and its output
+        vocabulary = source.model.config.get_text_config().vocab_size
+        drawn = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(vocabulary, (1, TOKENS), generator=drawn)
+
+    def found(self) -> Residual:
+        source, model = self.source, self.source.model
+        names = {layer.name for layer in source.structure.layers}
+        within = tuple(f"{name}." for name in names)
+        every = with_weights(model, "")
+        outside = {n: m for n, m in every.items() if not n.startswith(within)}
+        self._load_outside()
+        logits: list[Tensor] = []
+        part = self._part("the model", outside, lambda: logits.append(self._run(self._original)))
+        if missing := names - set(self.layers):
+            raise _refusal(sorted(missing)[0], "no text reaches it")
+        part = replace(part, writers=[source.embedding()])
+        embedding, head = model.get_input_embeddings(), source.structure.lm_head
+        tied = head is not None and model.get_submodule(head).weight is embedding.weight
+        residual = Residual(self.layers, part, head if tied else None)
+        residual.rotate_outside(model)
+        turned = self._run(self._rotated)
+        _check("the model's output", turned, logits[0], logits[0])
+        self._load_outside()
+        return residual
+
+    def _load_outside(self) -> None:
+        self.source.weights.load(self.source.resident(), torch.float32)
+        self.source.weights.tie()
+
+    def _run(self, visit: Callable[[int, Any, Call], Any]) -> Tensor:
+        model = self.source.model
+        passes = suspended(
+            model,
+            self.source.stages(),
+            [inputs_of(model, self.ids)],
+            lambda i, forward, calls: [visit(i, forward, calls[0])],
+        )
+        [output] = passes
+        logits: Tensor = output.logits
+        return logits
+
+    def _original(self, i: int, forward: Any, call: Call) -> Any:
+        layer = self.source.structure.layers[i]
+        module = self.source.model.get_submodule(layer.name)
+        self.before.append(_states(call))
+        kind = _kind(module)
+        if kind not in self.kinds:
+            self.kinds[kind] = layer, self._layer(layer, module, forward, call)
+        first, output = self.kinds[kind]
+        if layer is not first:
+            self.layers[layer.name] = _renamed(self.layers[first.name], first.name, layer.name)
+        self.outputs.append(output)
+        return output
+
+    def _layer(self, layer: Layer, module: nn.Module, forward: Any, call: Call) -> Any:
+        """Run one as it is and rotated; returns its output, and leaves what it found."""
+        load_layer(self.source, layer, torch.float32)
+
+        def run(given: Call) -> Any:
+            return next(iter(run_layer(self.source.model, layer, forward, [given])))
+
+        kept: list[Any] = []
+        modules = with_weights(module, layer.name)
+        part = self._part(layer.name, modules, lambda: kept.append(run(call)))
+        rotate_part(self.source.model, part)
+        before, after = hidden(kept[0]), hidden(run(_with_states(call, turn(_states(call)))))
+        _check(layer.name, after, turn(before), before - _states(call))
+        self.layers[layer.name] = part
+        free(module)
+        return kept[0]
+
+    def _rotated(self, i: int, forward: Any, call: Call) -> Any:
+        before, output = self.before[i], self.outputs[i]
+        _check(self.source.structure.layers[i].name, _states(call), turn(before), before)
+        states = turn(hidden(output))
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    def _part(self, name: str, modules: dict[str, nn.Module], run: Callable[[], Any]) -> Part:
+        """Which of `modules` touch the stream, seen while `run` runs them."""
+        folds: list[Fold] = []
+        origins = _origins(modules, lambda: folds.extend(find_folds(modules, run)))
+        for other, module in modules.items():
+            few = [p for p in module.parameters(recurse=False) if p.dim() < 3 or is_experts(module)]
+            if other not in origins and any(self.size in p.shape for p in few):
+                raise _refusal(other, "no text reaches it, so what it gives cannot be checked")
+        norms = {}
+        for fold in folds:
+            norm: Any = modules[fold.norm]
+            if len(norm.weight) == self.size:
+                norms[fold.norm] = Norm(_neutral(fold.norm, norm), fold.readers)
+        _join_experts(modules, norms)
+
+        read = {*norms, *(reader for norm in norms.values() for reader in norm.readers)}
+
+        def reads_stream(module: str | None) -> bool:
+            return module is not None and (module in read or reads_stream(origins[module]))
+
+        wide = [n for n, m in modules.items() if getattr(m, "out_features", 0) == self.size]
+        experts = [n for n, m in modules.items() if is_experts(m)]
+        return Part(norms, experts + [n for n in wide if not reads_stream(n)])
+
+
+def _origins(modules: dict[str, nn.Module], run: Callable[[], Any]) -> dict[str, str | None]:
+    """Of every module that `run` calls, the one whose output, or a part of it, is its input."""
+    wrote: dict[int, str] = {}
+    origins: dict[str, str | None] = {}
+    alive: list[Tensor] = []  # so that no address is used twice
+
+    def before(name: str, args: tuple[Any, ...]) -> None:
+        origins[name] = None
+        if args and isinstance(args[0], Tensor):
+            origins[name] = wrote.get(args[0].untyped_storage().data_ptr())
+
+    def after(name: str, output: Any) -> None:
+        if isinstance(output, Tensor):
+            alive.append(output)
+            wrote[output.untyped_storage().data_ptr()] = name
+
+    hooks = []
+    for n, m in modules.items():
+        hooks.append(m.register_forward_pre_hook(lambda _, args, n=n: before(n, args)))
+        hooks.append(m.register_forward_hook(lambda _, args, output, n=n: after(n, output)))
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return origins
+
+
+def _join_experts(modules: dict[str, nn.Module], norms: dict[str, Norm]) -> None:
+    """Experts that are given scaled tokens (Llama 4) read what others in their block do."""
+    read = {reader for norm in norms.values() for reader in norm.readers}
+    for name in (n for n, m in modules.items() if is_experts(m) and n not in read):
+        block = name.rpartition(".")[0] + "."
+        for norm in norms.values():
+            if any(reader.startswith(block) for reader in norm.readers):
+                norm.readers.append(name)
+
+
+def _neutral(name: str, norm: Any) -> float:
+    """The weight with which a norm scales nothing. UnsupportedModelError if it is no RMSNorm."""
+    weight, kept = norm.weight.data, norm.weight.detach().clone()
+    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0))
+    plain = x * x.square().mean(-1, keepdim=True).rsqrt()
+    try:
+        for value in (1.0, 0.0):
+            weight.fill_(value)
+            if getattr(norm, "bias", None) is None and torch.allclose(norm(x), plain, atol=1e-3):
+                return value
+    finally:
+        weight.copy_(kept)
+    raise _refusal(f"{name} ({type(norm).__name__})", "is no RMSNorm")
+
+
+def _check(name: str, found: Tensor, wanted: Tensor, scale: Tensor) -> None:
+    """Raises unless a typical token is the same, next to the size of `scale`. One whose experts are
+    chosen by a hair may differ."""
+    lost = (found - wanted).norm(dim=-1) / scale.norm(dim=-1).clamp_min(1e-30)
+    error = float(lost.median())
+    if not error <= TOLERANCE:
+        raise _refusal(name, f"differs on a rotated residual stream, by {error:.2g} of its size")
+
+
+def _refusal(name: str, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{name}: rotate fused: {why}; {REMEDY}")
+
+
+def _states(call: Call) -> Tensor:
+    states: Tensor = call.args[0] if call.args else call.kwargs["hidden_states"]
+    return states
+
+
+def _with_states(call: Call, states: Tensor) -> Call:
+    if call.args:
+        return Call((states, *call.args[1:]), call.kwargs)
+    return Call((), call.kwargs | {"hidden_states": states})
+
+
+def _kind(module: nn.Module) -> Any:
+    """What layers of the same kind have in common."""
+    kinds = tuple((n, type(m)) for n, m in module.named_modules())
+    return kinds, tuple((n, p.shape) for n, p in module.named_parameters())
+
+
+def _renamed(part: Part, first: str, name: str) -> Part:
+    def new(module: str) -> str:
+        return name + module.removeprefix(first)
+
+    norms = {new(n): Norm(x.neutral, [new(r) for r in x.readers]) for n, x in part.norms.items()}
+    return Part(norms, [new(n) for n in part.writers])
