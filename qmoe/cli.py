@@ -192,7 +192,7 @@ def _scheme_options(p: argparse.ArgumentParser) -> None:
         "run time: at 2 bits, with balanced, 3 %% less KL to 1 %% more on the small models of "
         "docs/quality, and decoding on a CPU takes a fifth longer; the result loads in qmoe only. "
         "fused: of the residual stream, put into all weights around it: 5 %% less to 3 %% more, "
-        "nothing to do at run time, loads like any other; of half of the families",
+        "nothing to do at run time, loads like any other; half of the families are refused",
     )
     p.add_argument("--lm-head-bits", type=int, choices=[*BITS, 16], default=16, help="16 leaves it")
 

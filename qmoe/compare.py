@@ -73,8 +73,11 @@ def check_same_model(
     ours, theirs = read_json(folder / "config.json"), read_json(original_folder / "config.json")
     if theirs.get("quantization_config") is not None:
         raise ConfigError(f"{original_folder}: is quantized itself; give the original")
-    ours.pop("quantization_config", None)
-    theirs.pop("quantization_config", None)
+    for config in (ours, theirs, ours.get("text_config"), theirs.get("text_config")):
+        # A fused rotation unties the head.
+        for key in ("quantization_config", "tie_word_embeddings"):
+            if isinstance(config, dict):
+                config.pop(key, None)
     differing = sorted(k for k in set(ours) | set(theirs) if ours.get(k) != theirs.get(k))
     if differing:
         raise ConfigError(

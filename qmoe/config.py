@@ -115,7 +115,8 @@ class QuantConfig:
     output, after it is solved (qmoe/tuning.py); 0 is none. rotate: a Hadamard rotation of what
     quantized weights read: "online" of all of it, in the largest blocks that fit, which is work at
     run time (qmoe/rotation.py); "fused" of the residual stream alone, which is none, as all weights
-    around it are rotated too (qmoe/residual.py).
+    around it are rotated too and a tied head is untied; models for which that is not the same
+    function are refused (qmoe/find_residual.py). Neither goes with AWQ.
     min_tokens: an expert with fewer calibration tokens borrows tokens of its layer (see
     calibration/coverage.py).
     """

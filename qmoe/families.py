@@ -26,12 +26,14 @@ from qmoe.adapters import adapt
 from qmoe.audit import audit_model
 from qmoe.config import CHANNEL, CalibrationConfig, QuantConfig, Scheme
 from qmoe.errors import AuditError
+from qmoe.find_residual import find_residual
 from qmoe.grid import dequantize
 from qmoe.loading import load
 from qmoe.modules import take_stored
 from qmoe.naming import stored_fused
 from qmoe.packed_skeleton import open_packed
 from qmoe.pipeline import quantize
+from qmoe.plan import open_source
 from qmoe.skeleton import build, inputs_of, model_class
 from qmoe.structure import find
 
@@ -243,7 +245,30 @@ def check(family: Family, folder: Path, config: QuantConfig = CONFIG) -> dict[st
     _compare(f"{family.model_type} adapted, not quantized", twin(**inputs).logits, as_it_was)
     _dequantize_into(twin, quantized)
     _compare(family.model_type, found, twin(**inputs).logits)
+    if config.rotate == "fused":
+        _check_rotated(source, family.model_type)
     return report
+
+
+def _check_rotated(folder: Path, what: str) -> None:
+    """Raises AuditError unless a rotated model gives what it did, on more tokens than those that
+    the rotation was proved on, with all its layers, before anything is rounded."""
+    source = open_source(folder, torch.float32)
+    residual = find_residual(source)
+    inputs = inputs_of(source.model, torch.arange(400)[None] * 37 % 509)
+    logits = []
+    for rotated in (False, True):
+        source.weights.load(source.checkpoint.names(), torch.float32)
+        source.weights.tie()
+        if rotated:
+            residual.rotate_outside(source.model)
+            for layer in source.structure.layers:
+                residual.rotate_layer(source.model, layer.name)
+        logits.append(source.model(**inputs).logits)
+    lost = (logits[1] - logits[0]).norm(dim=-1) / logits[0].norm(dim=-1)
+    # One whose experts are chosen by a hair may differ.
+    if not lost.flatten().quantile(0.95) <= 10 * TOLERANCE:
+        raise AuditError(f"{what}: rotated, logits are off by up to {float(lost.max()):.1e}")
 
 
 def _compare(what: str, found: Tensor, expected: Tensor) -> None:

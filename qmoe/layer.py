@@ -28,6 +28,7 @@ from qmoe.routing import (
     router_parameters,
     routers,
 )
+from qmoe.shard import packed_parameters
 from qmoe.solving import borrow_rare, solve_parts
 from qmoe.suspend import Call
 from qmoe.tuning import Aims, hidden, tune
@@ -171,7 +172,7 @@ def _fold(job: Job, names: list[str], forward: Forward, calls: list[Call], resul
             continue
         if quantized <= set(names):
             undo, changed = fold_norm(job.model, fold, result.stats, job.schemes, job.scale_dtype)
-            keep_if_equal(undo, fold.norm, changed - set(_quantized_names(job)))
+            keep_if_equal(undo, fold.norm, changed - packed_parameters(job.model, job.schemes))
         elif fold.norm not in not_folded:
             # Attention and experts that read one norm are solved at different times.
             not_folded.append(fold.norm)
@@ -182,16 +183,6 @@ def _fold(job: Job, names: list[str], forward: Forward, calls: list[Call], resul
             undo = fold_experts(module, stats, job.schemes[name], job.scale_dtype)
             first = f"{name}.{routed.expert_weights(module)[0]}_bias"
             keep_if_equal(undo, f"{name} (up to down)", {first} if module.has_bias else set())
-
-
-def _quantized_names(job: Job) -> list[str]:
-    """Parameters that are stored packed."""
-    names = []
-    for name in job.schemes:
-        module = job.model.get_submodule(name)
-        weights = routed.expert_weights(module) if name in job.layer.experts else ("weight",)
-        names += [f"{name}.{weight}" for weight in weights]
-    return names
 
 
 def _check_given(job: Job, given: LayerStats) -> None:

@@ -8,7 +8,6 @@ drawn). A tied output projection then is no longer the embedding. Which modules 
 by qmoe/find_residual.py.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,6 +19,8 @@ from torch import Tensor, nn
 from qmoe.experts import bias, expert_weights, is_experts, rows
 from qmoe.readers import columns, read_weight
 from qmoe.rotation import LARGEST, rotate
+
+ROWS = 4096  # turned at once
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Residual:
         return rotate_part(model, self.layers[name])
 
     def rotate_outside(self, model: nn.Module) -> set[str]:
-        """The same for what lies outside the layers."""
+        """The same for what lies outside the layers; a tied head gets a weight of its own."""
         if self.head is not None:
             head: Any = model.get_submodule(self.head)
             head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
@@ -68,8 +69,7 @@ def rotate_part(model: nn.Module, part: Part) -> set[str]:
         for reader in norm.readers:
             weight = columns(model.get_submodule(reader))
             assert weight is not None
-            for W in _matrices(weight):
-                W.copy_(turn(W.float() * scale))
+            _turn_rows(weight, scale)
             changed.add(f"{reader}.{read_weight(model.get_submodule(reader))}")
         module.weight.data.fill_(norm.neutral)
         changed.add(f"{name}.weight")
@@ -81,23 +81,25 @@ def rotate_part(model: nn.Module, part: Part) -> set[str]:
 def _turn_output(module: Any) -> list[str]:
     """Rotate what a module gives; returns the names of its parameters that changed."""
     if isinstance(module, nn.Embedding):
-        module.weight.data.copy_(turn(module.weight.float()))
+        _turn_rows(module.weight)
         return ["weight"]
     if is_experts(module):
         down = expert_weights(module)[1]
         weight, values, names = rows(module, down), bias(module, down), [down, f"{down}_bias"]
     else:
-        weight, values, names = module.weight, module.bias, ["weight", "bias"]
-    for W in _matrices(weight):
-        W.copy_(turn(W.float().T).T)
+        weight, values, names = module.weight, getattr(module, "bias", None), ["weight", "bias"]
+    _turn_rows(weight.mT)
     if values is None:
         return names[:1]
     values.data.copy_(turn(values.float()))
     return names
 
 
-def _matrices(weight: Tensor) -> Iterator[Float[Tensor, "N K"]]:
-    yield from (weight.data if weight.dim() == 3 else weight.data[None])
+def _turn_rows(weight: Float[Tensor, "*E N H"], scale: Tensor | float = 1.0) -> None:
+    """Scale and turn the rows of matrices in place, a part at a time."""
+    for matrix in weight.data if weight.dim() == 3 else weight.data[None]:
+        for part in matrix.split(ROWS):
+            part.copy_(turn(part.float() * scale))
 
 
 def turn(x: Float[Tensor, "*any H"]) -> Float[Tensor, "*any H"]:

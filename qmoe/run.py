@@ -1,5 +1,6 @@
 """One pass over a model's layers: each is loaded, quantized, written and let go."""
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from qmoe.plan import Source, schemes_of
 from qmoe.progress import Track
 from qmoe.report import build_report
 from qmoe.scratch import Scratch
-from qmoe.shard import load_layer, restore, shard_tensors
+from qmoe.shard import load_layer, packed_parameters, restore, rounded, shard_tensors
 from qmoe.skeleton import free, inputs_of
 from qmoe.structure import Layer
 from qmoe.suspend import Call, suspended
@@ -53,7 +54,8 @@ class Run:
         self.out, self.scratch = out, Scratch(out.path if spill else None)
         sha = out.fingerprint["source"]
         self.about = {"model": sha, "gate_weighted": str(config.gate_weighted)}
-        self.about["stream"] = "as it is" if source.residual is None else "rotated"
+        if source.residual is not None:
+            self.about["stream"] = "rotated"
         self.changed: set[str] = set()  # outside the layers, as the residual stream is rotated
         self.records: list[dict[str, Any]] = []
         self.head: dict[str, Quantized] = {}
@@ -73,7 +75,9 @@ class Run:
         source.weights.load(source.resident(), torch.float32)
         source.weights.tie()
         if source.residual is not None:
-            self.changed = source.residual.rotate_outside(source.model)
+            packed = [] if self.config.lm_head is None else [str(source.structure.lm_head)]
+            changed = source.residual.rotate_outside(source.model)
+            self.changed = rounded(source, changed, packed_parameters(source.model, packed))
         progress = iter(track(source.structure.layers, "quantizing layers"))
         reached: set[int] = set()
         modules = source.stages()
@@ -166,7 +170,7 @@ class Run:
         statistics it is rounded to nearest."""
         source = self.source
         names = source.weights.sources(layer.name)
-        rotated = load_layer(source, layer, self._experts_dtype())
+        rotated = self._load(layer)
         self._read_ahead(i + 1)
         place(source.model.get_submodule(layer.name), self.device)
         schemes = schemes_of(source, layer, self.config)
@@ -200,8 +204,7 @@ class Run:
             result.record["unreached"] = True
         if not self.out.leads:
             return outputs
-        changed = result.changed | rotated - set(result.weights)
-        tensors = shard_tensors(source, names, result.weights, changed)
+        tensors = shard_tensors(source, names, result.weights, result.changed | rotated)
         digests = {target: digest(quantized) for target, quantized in result.weights.items()}
         self.out.write_shard(i, tensors, {"record": result.record, "digests": digests})
         self.records.append(result.record)
@@ -214,7 +217,7 @@ class Run:
         model, outputs = self.source.model, []
         module = model.get_submodule(layer.name)
         if originals:
-            load_layer(self.source, layer, self._experts_dtype())
+            self._load(layer)
             place(module, self.device)
             outputs += [self.scratch.keep(y) for y in run_layer(model, layer, forward, originals)]
             free(module)
@@ -223,6 +226,16 @@ class Run:
         place(module, self.device)
         outputs += [self.scratch.keep(y) for y in run_layer(model, layer, forward, calls)]
         return outputs
+
+    def _load(self, layer: Layer) -> set[str]:
+        """Load a layer, rotated if that was asked for; returns the parameters that are not as they
+        are stored, nor to be packed."""
+        source = self.source
+        load_layer(source, layer, self._experts_dtype())
+        if source.residual is None:
+            return set()
+        packed = packed_parameters(source.model, schemes_of(source, layer, self.config))
+        return rounded(source, source.residual.rotate_layer(source.model, layer.name), packed)
 
     def _read_ahead(self, i: int) -> None:
         source = self.source
@@ -244,15 +257,14 @@ class Run:
         return torch.float32 if self.config.widened else self.source.weight_dtype()
 
     def _resident_tensors(self) -> dict[str, Tensor]:
-        changed = self.changed - set(self.head)
-        return shard_tensors(self.source, self.source.resident(), self.head, changed)
+        return shard_tensors(self.source, self.source.resident(), self.head, self.changed)
 
     def new_config(self) -> dict[str, Any]:
         """The source's config.json with `quantization_config` added."""
-        config = dict(self.source.checkpoint.config)
+        config = deepcopy(self.source.checkpoint.config)
         c = self.config
         kept = self.source.kept_linears(c)
-        if self.source.residual is not None:
+        if self.source.residual is not None and self.source.residual.head is not None:
             for part in (config, config.get("text_config")):
                 if isinstance(part, dict):
                     part["tie_word_embeddings"] = False

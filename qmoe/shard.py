@@ -1,5 +1,6 @@
 """What a part of the model is stored as once it is quantized, and the way back."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,13 +25,19 @@ def shard_tensors(
     out = {n: weights.checkpoint.tensor(n) for n in names if n not in replaced}
     for target in sorted(changed):
         parameter = source.model.get_parameter(target)
+        dtype = _stored_dtype(source, target)
         for name, tensor in original_names(source.model, target, parameter).items():
-            # A head that was tied and no longer is had no tensor of its own.
-            like = name if target in weights.targets else weights.sources(source.embedding())[0]
-            out[name] = tensor.to(CPU, weights.checkpoint.dtype(like))
+            out[name] = tensor.to(CPU, dtype)
     for target, stack in quantized.items():
         out |= _packed(source, target, stack)
     return out
+
+
+def _stored_dtype(source: Source, target: str) -> torch.dtype:
+    """Of a parameter in the checkpoint; of a head that was tied, the embedding's."""
+    weights = source.weights
+    stored = weights.targets.get(target) or weights.sources(source.embedding())
+    return weights.checkpoint.dtype(stored[0])
 
 
 def _packed(source: Source, target: str, quantized: Quantized) -> dict[str, Tensor]:
@@ -47,9 +54,8 @@ def _packed(source: Source, target: str, quantized: Quantized) -> dict[str, Tens
     return out
 
 
-def load_layer(source: Source, layer: Layer, experts_dtype: torch.dtype) -> set[str]:
-    """Load a layer: routed experts, most of its bytes, in `experts_dtype`, the rest in float32.
-    Returns the parameters that are not as they are stored, since the residual stream is rotated."""
+def load_layer(source: Source, layer: Layer, experts_dtype: torch.dtype) -> None:
+    """Load a layer: routed experts, most of its bytes, in `experts_dtype`, the rest in float32."""
     stacks = {n for target in _stacks(source, layer) for n in source.weights.targets[target]}
     names = source.weights.sources(layer.name)
     for target in _stacks(source, layer):
@@ -58,9 +64,25 @@ def load_layer(source: Source, layer: Layer, experts_dtype: torch.dtype) -> set[
         source.checkpoint.release()
     source.weights.load([n for n in names if n not in stacks], torch.float32)
     source.checkpoint.release()
-    if source.residual is None:
-        return set()
-    return source.residual.rotate_layer(source.model, layer.name)
+
+
+def rounded(source: Source, changed: set[str], packed: set[str]) -> set[str]:
+    """Of the parameters that a rotation changed, those that are not to be packed, by name, rounded
+    in place to what will be stored of them: all that comes after sees what will run."""
+    for target in changed - packed:
+        parameter = source.model.get_parameter(target)
+        parameter.data.copy_(parameter.to(_stored_dtype(source, target)))
+    return changed - packed
+
+
+def packed_parameters(model: Any, names: Iterable[str]) -> set[str]:
+    """The parameters of these modules, linears and experts, that are stored packed."""
+    found = set()
+    for name in names:
+        module = model.get_submodule(name)
+        weights = experts.expert_weights(module) if experts.is_experts(module) else ("weight",)
+        found |= {f"{name}.{weight}" for weight in weights}
+    return found
 
 
 def restore(

@@ -1,6 +1,7 @@
 """Several processes quantize one model; in one process nothing of that is noticed."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -15,7 +16,9 @@ OPTIONS = ("--windows", "10", "--batch", "2", "--written", "6", "--no-search")
 
 def quantize(demo, out, *launcher):
     command = [sys.executable, "-P", "-m", *launcher, "qmoe", "quantize", str(demo), str(out)]
-    return subprocess.run([*command, *OPTIONS], capture_output=True, text=True)
+    # Sums are split by thread, and torchrun gives each process one.
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *OPTIONS], capture_output=True, text=True, env=alone)
 
 
 def by_two(demo, out):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
+from qmoe.compare import evaluate
 from qmoe.errors import CalibrationError, ConfigError, UnsupportedModelError
 from qmoe.families import check, families, save_tiny
 from qmoe.find_residual import find_residual
@@ -111,9 +112,19 @@ def test_all_that_changed_is_written_in_its_own_dtype(tmp_path, demo):
     assert unchanged == {"q_proj", "k_proj", "v_proj"}
 
 
-def test_a_run_goes_on_to_the_same_bytes(tmp_path, demo, monkeypatch):
-    source = save_random("qwen3_moe", tmp_path / "source", demo, torch.float32)
-    quantize(source, tmp_path / "whole", tune=2)
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("qwen3_moe", {"tune": 2}),
+        ("qwen3_moe", {"dense": None}),
+        ("gpt_oss", {"lm_head": Scheme(8, 64)}),
+    ],
+    ids=["tuned", "dense in 16 bits", "biases and head"],
+)
+def test_a_run_goes_on_to_the_same_bytes(name, changes, tmp_path, demo, monkeypatch):
+    """Also where what is not packed is rounded to 16 bits: the layers behind it must see that."""
+    source = save_random(name, tmp_path / "source", demo, torch.bfloat16)
+    quantize(source, tmp_path / "whole", **changes)
     write = qmoe.output.OutputFolder.write_shard
 
     def once(self, i, *args):
@@ -123,8 +134,8 @@ def test_a_run_goes_on_to_the_same_bytes(tmp_path, demo, monkeypatch):
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(qmoe.output.OutputFolder, "write_shard", once)
-        quantize(source, tmp_path / "out", tune=2)
-    quantize(source, tmp_path / "out", tune=2)
+        quantize(source, tmp_path / "out", **changes)
+    quantize(source, tmp_path / "out", **changes)
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
 
@@ -158,7 +169,10 @@ def test_statistics_of_another_stream_are_refused(tmp_path, demo):
         ("dbrx", "LayerNorm.*no RMSNorm"),
         ("switch_transformers", "an encoder and a decoder"),
         ("gemma4_text", r"layers\.0"),
-        ("jetmoe", ""),
+        ("jetmoe", "modules of their own"),
+        ("longcat_flash", "identity experts"),
+        ("dots3_note_text", r"layers\.0: rotate fused: differs"),  # beyond the tokens it looks at
+        ("qwen3_vl_moe", "visual.* is not called for text"),
     ],
 )
 def test_what_cannot_be_rotated_is_refused_by_name(name, complaint, tmp_path):
@@ -166,6 +180,33 @@ def test_what_cannot_be_rotated_is_refused_by_name(name, complaint, tmp_path):
     with pytest.raises(UnsupportedModelError, match=f"{complaint}.*--rotate online"):
         quantize(tmp_path / "source", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("tied", [None, False, True])
+def test_it_can_be_compared_with_its_original(tied, tmp_path, demo):
+    source = save_random(
+        "mixtral", tmp_path / "source", demo, torch.float32, tie_word_embeddings=tied is True
+    )
+    path = source / "config.json"
+    config = json.loads(path.read_text())
+    if tied is None:
+        del config["tie_word_embeddings"]
+    path.write_text(json.dumps(config))
+    quantize(source, tmp_path / "out", experts=Scheme(8, 32), method="rtn")
+    found = evaluate(tmp_path / "out", against=source, text=ONE_DOMAIN, windows=1, window=32)
+    assert 0 < found["overall"]["qmoe"]["kl"] < 0.05
+
+
+def test_what_matters_to_no_token_at_hand_gets_more_of_them(tmp_path, monkeypatch):
+    """An indexer that chooses 32 of 32 tokens could be rotated wrongly unseen."""
+    save_tiny(family("deepseek_v32"), tmp_path / "source")
+    source = open_source(tmp_path / "source", torch.float32)
+    with torch.no_grad():
+        assert "lm_head" in find_residual(source).outside.norms["model.norm"].readers
+        assert all(p.is_meta for p in source.model.parameters())
+        monkeypatch.setattr("qmoe.find_residual.LENGTHS", (32,))
+        with pytest.raises(UnsupportedModelError, match="indexer.*does not matter to 32 tokens"):
+            find_residual(source)
 
 
 def test_settings_that_exclude_it():

@@ -80,7 +80,7 @@ def relate(rows: list[Row]) -> None:
         base = plain.get(tuple(row[k] for k in keys), {})
         for name in ("kl", "kl_rare"):
             if row.get(name) is not None and base.get(name):
-                row.setdefault(f"{name}_over_rtn", row[name] / base[name])
+                row[f"{name}_over_rtn"] = row[name] / base[name]
 
 
 def with_earlier(rows: list[Row], path: Path, methods: list[str]) -> list[Row]:
