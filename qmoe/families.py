@@ -243,7 +243,7 @@ def check(family: Family, folder: Path, config: QuantConfig = CONFIG) -> dict[st
     as_it_was = twin(**inputs).logits
     adapt(twin)
     _compare(f"{family.model_type} adapted, not quantized", twin(**inputs).logits, as_it_was)
-    _dequantize_into(twin, quantized)
+    _dequantize_into(twin, quantized, all_else=config.rotate == "fused")
     _compare(family.model_type, found, twin(**inputs).logits)
     if config.rotate == "fused":
         _check_rotated(source, family.model_type)
@@ -277,11 +277,12 @@ def _compare(what: str, found: Tensor, expected: Tensor) -> None:
         raise AuditError(f"{what}: logits are off by {lost:.1e}, RMS")
 
 
-def _dequantize_into(twin: Any, quantized: Path) -> None:
-    """Everything that was written, dequantized, into the original as transformers loaded it."""
+def _dequantize_into(twin: Any, quantized: Path, all_else: bool) -> None:
+    """Every quantized weight, dequantized, and all else if it changed too, into the original as
+    transformers loaded it."""
     packed = open_packed(quantized, torch.float32)
     packed.weights.load(packed.checkpoint.names(), torch.float32)
-    known = dict(twin.named_parameters(remove_duplicate=False))
+    known = dict(twin.named_parameters(remove_duplicate=False)) if all_else else {}
     for name, parameter in packed.model.named_parameters():
         if name in known:  # not packed; a rotated head is no longer the embedding
             owner, _, last = name.rpartition(".")

@@ -20,7 +20,7 @@ from qmoe.errors import ConfigError, UnsupportedModelError
 from qmoe.experts import is_experts
 from qmoe.gather import run_layer
 from qmoe.plan import Source
-from qmoe.readers import Fold, find_folds, with_weights
+from qmoe.readers import Fold, find_folds, origins_of, with_weights
 from qmoe.residual import Norm, Part, Residual, block_of, rotate_part, turn
 from qmoe.shard import load_layer
 from qmoe.skeleton import free, inputs_of
@@ -185,7 +185,7 @@ class _Search:
     def _part(self, name: str, modules: dict[str, nn.Module], run: Callable[[], Any]) -> Part:
         """Which of `modules` touch the stream, seen while `run` runs them."""
         folds: list[Fold] = []
-        origins = _origins(modules, lambda: folds.extend(find_folds(modules, run)))
+        origins = origins_of(modules, lambda: folds.extend(find_folds(modules, run)))
         for other in (n for n in self._wide(modules) if n not in origins):
             raise _refusal(other, "is not called for text, so what becomes of it cannot be checked")
         norms = {}
@@ -203,34 +203,6 @@ class _Search:
         wide = [n for n, m in modules.items() if getattr(m, "out_features", 0) == self.size]
         experts = [n for n, m in modules.items() if is_experts(m)]
         return Part(norms, experts + [n for n in wide if not reads_stream(n)])
-
-
-def _origins(modules: dict[str, nn.Module], run: Callable[[], Any]) -> dict[str, str | None]:
-    """Of every module that `run` calls, the one whose output, or a part of it, is its input."""
-    wrote: dict[int, str] = {}
-    origins: dict[str, str | None] = {}
-    alive: list[Tensor] = []  # so that no address is used twice
-
-    def before(name: str, args: tuple[Any, ...]) -> None:
-        origins[name] = None
-        if args and isinstance(args[0], Tensor):
-            origins[name] = wrote.get(args[0].untyped_storage().data_ptr())
-
-    def after(name: str, output: Any) -> None:
-        if isinstance(output, Tensor):
-            alive.append(output)
-            wrote[output.untyped_storage().data_ptr()] = name
-
-    hooks = []
-    for n, m in modules.items():
-        hooks.append(m.register_forward_pre_hook(lambda _, args, n=n: before(n, args)))
-        hooks.append(m.register_forward_hook(lambda _, args, output, n=n: after(n, output)))
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return origins
 
 
 def _join_experts(modules: dict[str, nn.Module], norms: dict[str, Norm]) -> None:

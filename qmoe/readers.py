@@ -65,6 +65,34 @@ def find_folds(modules: dict[str, nn.Module], run: Callable[[], Any]) -> list[Fo
     return [fold for fold in folds if _fits(modules, fold.norm, fold.readers)]
 
 
+def origins_of(modules: dict[str, nn.Module], run: Callable[[], Any]) -> dict[str, str | None]:
+    """Of every module that `run` calls, the one whose output, or a part of it, is its input."""
+    wrote: dict[int, str] = {}
+    origins: dict[str, str | None] = {}
+    alive: list[Tensor] = []  # so that no address is used twice
+
+    def before(name: str, args: tuple[Any, ...]) -> None:
+        origins[name] = None
+        if args and isinstance(args[0], Tensor):
+            origins[name] = wrote.get(args[0].untyped_storage().data_ptr())
+
+    def after(name: str, output: Any) -> None:
+        if isinstance(output, Tensor):
+            alive.append(output)
+            wrote[output.untyped_storage().data_ptr()] = name
+
+    hooks = []
+    for n, m in modules.items():
+        hooks.append(m.register_forward_pre_hook(lambda _, args, n=n: before(n, args)))
+        hooks.append(m.register_forward_hook(lambda _, args, output, n=n: after(n, output)))
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return origins
+
+
 def _innermost(readers: list[str]) -> list[str]:
     """Without those that hand it on to others of them, such as a mixer with vectors of its own."""
     return [r for r in readers if not any(other.startswith(f"{r}.") for other in readers)]
