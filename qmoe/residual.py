@@ -3,9 +3,9 @@
 A model that computes on h R, with R orthogonal, is the same model: an RMSNorm commutes with R once
 its scale is in the matrices that read it. These become W diag(scale) R, those that write to the
 stream R' W, and the embedding E R (SliceGPT, Ashkboos et al., 2024, arXiv 2401.15024, section 3.1;
-QuaRot, 2024, arXiv 2404.00456, section 4.1, whose R this is: a Hadamard matrix with its rows' signs
-drawn). A tied output projection then is no longer the embedding. Which modules these are is found
-by qmoe/find_residual.py.
+QuaRot, 2024, arXiv 2404.00456, section 4, stage 1a, whose R this is: a Hadamard matrix with signs
+of its rows drawn). A tied output projection then is no longer the embedding. Which modules these
+are is found by qmoe/find_residual.py.
 """
 
 from dataclasses import dataclass

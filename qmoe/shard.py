@@ -35,9 +35,10 @@ def shard_tensors(
 
 def _stored_dtype(source: Source, target: str) -> torch.dtype:
     """Of a parameter in the checkpoint; of a head that was tied, the embedding's."""
-    weights = source.weights
-    stored = weights.targets.get(target) or weights.sources(source.embedding())
-    return weights.checkpoint.dtype(stored[0])
+    checkpoint = source.weights.checkpoint
+    named = original_names(source.model, target, source.model.get_parameter(target))
+    stored = [name for name in named if name in checkpoint.names()]
+    return checkpoint.dtype((stored or source.weights.sources(source.embedding()))[0])
 
 
 def _packed(source: Source, target: str, quantized: Quantized) -> dict[str, Tensor]:
