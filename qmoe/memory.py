@@ -44,8 +44,8 @@ def needed(source: Source, config: QuantConfig, tokens: int, whole: bool = False
     widest = 4 if config.widened else torch.finfo(source.weight_dtype()).bits // 8
     layers = sum(map(_elements, source.stages()))
     resident = 4 * (_elements(source.model) - layers)
-    if config.rotate == "fused" and "lm_head.weight" not in source.weights.targets:
-        resident += 4 * _elements(source.model.get_input_embeddings())  # the head, untied
+    if source.adds_head(config):
+        resident += 4 * _elements(source.model.get_input_embeddings())
     layer = max(_layer_bytes(source, layer, widest) for layer in source.structure.layers)
     if whole or config.folds:
         layer += max(_hessian_bytes(source, layer) for layer in source.structure.layers)

@@ -68,6 +68,13 @@ class Source:
         embedding = self.model.get_input_embeddings()
         return next(name for name, module in modules.items() if module is embedding)
 
+    def adds_head(self, config: QuantConfig) -> bool:
+        """Whether an output projection is stored that the checkpoint does not have: a rotation
+        unties it from the embedding."""
+        head = self.structure.lm_head
+        stored = self.weights.targets
+        return config.rotate == "fused" and head is not None and f"{head}.weight" not in stored
+
     def resident(self) -> list[str]:
         """Checkpoint tensors outside the decoder layers."""
         layered = {n for layer in self.structure.layers for n in self.weights.sources(layer.name)}
@@ -268,7 +275,7 @@ def estimate_bytes(source: Source, config: QuantConfig) -> int:
                 size = sum(map(source.checkpoint.tensor_bytes, source.weights.targets[target]))
                 numel = torch.Size(shape).numel()
                 total += int(numel * scheme.bits_per_weight(shape[-1]) / 8) - size
-    if config.rotate == "fused" and "lm_head.weight" not in source.weights.targets:
+    if source.adds_head(config):
         embedding = source.weights.sources(source.embedding())
-        total += sum(map(source.checkpoint.tensor_bytes, embedding))  # the head, untied
+        total += sum(map(source.checkpoint.tensor_bytes, embedding))
     return max(total, 0)

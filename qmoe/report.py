@@ -12,6 +12,7 @@ from qmoe.errors import CheckpointError
 from qmoe.plan import Source
 
 REPORT = "qmoe_report.json"
+SHOWN = 8  # experts named in a line
 # What is read again, beside what is only shown.
 KEYS = {"config": dict, "fallbacks": list, "layers": list, "digests": dict, "kept_sha256": str}
 
@@ -98,10 +99,11 @@ def fallbacks(record: dict[str, Any]) -> list[str]:
     lines = []
     for name, entry in record.get("experts", {}).items():
         if borrowed := entry.get("borrowed"):
-            counts = [entry["tokens"][e] for e in borrowed]
+            tokens = entry["tokens"]
+            saw = [f"{tokens[e]} (expert {e})" for e in sorted(borrowed, key=lambda e: tokens[e])]
             lines.append(
-                f"{name}: experts {_list(borrowed)} saw only {_list(counts)} tokens; "
-                "borrowed tokens of their layer"
+                f"{name}: {len(borrowed)} of {len(tokens)} experts borrowed tokens of their layer, "
+                f"having seen too few: {_list(saw)}"
             )
         for weight, part in entry.items():
             if isinstance(part, dict):
@@ -128,4 +130,6 @@ def _trouble(name: str, part: dict[str, Any]) -> list[str]:
 
 
 def _list(values: list[Any]) -> str:
-    return ", ".join(map(str, values))
+    """The first few; `layers` in the report has all."""
+    more = f" and {len(values) - SHOWN} more" if len(values) > SHOWN else ""
+    return ", ".join(map(str, values[:SHOWN])) + more

@@ -14,6 +14,7 @@ import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.compare import evaluate
 from qmoe.errors import CalibrationError, ConfigError
+from qmoe.report import fallbacks
 
 SMALL = CalibrationConfig(windows=8)
 FAST = QuantConfig(searched=False, calibration=SMALL)
@@ -142,7 +143,16 @@ def test_an_expert_that_no_token_reaches(demo, tmp_path):
     config = replace(FAST, calibration=word)
     report = qmoe.quantize(demo, tmp_path / "q2", config, progress=False)
     assert not [line for line in report["fallbacks"] if "rounded to nearest" in line]
-    assert [line for line in report["fallbacks"] if "saw only" in line]
+    assert [line for line in report["fallbacks"] if "too few: 0 (expert" in line]
+
+
+def test_a_line_names_the_rarest_of_many_experts():
+    tokens = [100 - e for e in range(40)] + [500]
+    record = {"experts": {"experts": {"tokens": tokens, "borrowed": list(range(40))}}}
+    (line,) = fallbacks(record)
+    assert line.startswith("experts: 40 of 41 experts borrowed tokens of their layer")
+    assert "too few: 61 (expert 39), 62 (expert 38), " in line
+    assert line.endswith(", 68 (expert 32) and 32 more")
 
 
 @pytest.mark.parametrize("bits, group, symmetric", [(2, 32, False), (3, 64, True), (8, 128, True)])
