@@ -22,7 +22,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 POLITE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SHAPE = ["--hidden", "256", "--experts", "256", "--intermediate", "128", "--layers", "5"]
+# More experts than are solved at once, so that a run can be cut off between two units of a layer.
+SHAPE = ["--hidden", "512", "--experts", "144", "--intermediate", "32", "--layers", "4"]
 OPTIONS = ["--group-size", "32", "--windows", "24", "--window", "64"]
 
 
@@ -79,7 +80,10 @@ def uninterrupted(source: Path, out: Path) -> tuple[float, float]:
     if process.returncode:
         raise SystemExit(error)
     whole = time.monotonic() - start
-    print(f"uninterrupted: {whole:.1f} s, of which {first:.1f} until the first byte is written")
+    print(
+        f"uninterrupted: {whole:.1f} s, of which {first:.1f} until the first byte is written",
+        flush=True,
+    )
     return first, whole
 
 
@@ -110,9 +114,10 @@ class Killer:
                 bad += self._is_bad(process.returncode, error, left.pop(0))
             else:
                 raise SystemExit(f"an unfinished run did not go on: {error}")
+            print(f"  {len(signs) - len(left)} kills, {finished} finished", flush=True)
         names = ", ".join(sorted({sign.name for sign in signs}))
         print(f"{names}: killed {len(signs)} times, finished {finished} times, "
-              f"{resumed} of them going on from unfinished work; {bad} bad")  # fmt: skip
+              f"{resumed} of them going on from unfinished work; {bad} bad", flush=True)  # fmt: skip
         return bad
 
     def _after(self, process: subprocess.Popen[str], seconds: float) -> None:
