@@ -116,8 +116,11 @@ class Killer:
                 raise SystemExit(f"an unfinished run did not go on: {error}")
             print(f"  {len(signs) - len(left)} kills, {finished} finished", flush=True)
         names = ", ".join(sorted({sign.name for sign in signs}))
-        print(f"{names}: killed {len(signs)} times, finished {finished} times, "
-              f"{resumed} of them going on from unfinished work; {bad} bad", flush=True)  # fmt: skip
+        print(
+            f"{names}: killed {len(signs)} times, finished {finished} times, "
+            f"{resumed} of them going on from unfinished work; {bad} bad",
+            flush=True,
+        )
         return bad
 
     def _after(self, process: subprocess.Popen[str], seconds: float) -> None:
