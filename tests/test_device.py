@@ -16,6 +16,7 @@ import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.errors import ConfigError
 from qmoe.placing import CPU, find_device, moved
+from qmoe.report import read_report
 
 DEVICE = pretend_device.device()  # before any test's backward pass: autograd counts devices once
 LOW = Scheme(2, 32, False)
@@ -42,14 +43,17 @@ def there(monkeypatch):
         yield DEVICE
 
 
-def assert_same_tensors(a, b):
-    """Up to a few integers that a last digit turns."""
+def assert_tuned_alike(a, b):
+    """The first layer up to a few integers that a last digit turns. One that sends a token to
+    another expert changes all that follows, so of later layers the errors are compared."""
     for file in a.glob("*.safetensors"):
         here, there = load_file(file), load_file(b / file.name)
         assert here.keys() == there.keys()
-        for name, tensor in here.items():
-            differs = ~torch.isclose(tensor, there[name], rtol=1e-4, atol=1e-5)
+        for name in (name for name in here if "layers.0." in name):
+            differs = ~torch.isclose(here[name], there[name], rtol=1e-4, atol=1e-5)
             assert differs.double().mean() < 0.02, name
+    for here, there in zip(read_report(a)["layers"], read_report(b)["layers"], strict=True):
+        assert there["tuning"] == pytest.approx(here["tuning"], rel=3e-3)
 
 
 def check(source, config, tmp_path, **options):
@@ -58,7 +62,7 @@ def check(source, config, tmp_path, **options):
     pretend_device.operations.clear()
     qmoe.quantize(source, tmp_path / "there", config, device="cuda", progress=False, **options)
     if config.tune:  # in other steps of summing, and so in other last digits
-        assert_same_tensors(tmp_path / "here", tmp_path / "there")
+        assert_tuned_alike(tmp_path / "here", tmp_path / "there")
     else:
         assert same_files(tmp_path / "here", tmp_path / "there")
     assert pretend_device.operations["aten::round"]
