@@ -14,7 +14,7 @@ from qmoe.compare import evaluate
 from qmoe.errors import CalibrationError, ConfigError, UnsupportedModelError
 from qmoe.families import check, families, save_tiny
 from qmoe.find_residual import find_residual
-from qmoe.plan import open_source
+from qmoe.plan import estimate_bytes, open_source
 from qmoe.residual import turn
 from qmoe.rotation import rotate
 
@@ -207,6 +207,18 @@ def test_what_matters_to_no_token_at_hand_gets_more_of_them(tmp_path, monkeypatc
         monkeypatch.setattr("qmoe.find_residual.LENGTHS", (32,))
         with pytest.raises(UnsupportedModelError, match="indexer.*does not matter to 32 tokens"):
             find_residual(source)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_is_added_is_counted_beforehand(tied, tmp_path, demo):
+    source = open_source(
+        save_random("mixtral", tmp_path / "s", demo, torch.float32, tie_word_embeddings=tied),
+        torch.float32,
+    )
+    off = QuantConfig(**{**vars(CONFIG), "rotate": "off"})
+    added = estimate_bytes(source, CONFIG) - estimate_bytes(source, off)
+    assert added == tied * source.checkpoint.tensor_bytes("model.embed_tokens.weight")
+    assert source.adds_head(CONFIG) == tied and not source.adds_head(off)
 
 
 def test_settings_that_exclude_it():
