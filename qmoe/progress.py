@@ -3,9 +3,6 @@
 from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar, runtime_checkable
 
-from rich.console import Console
-from rich.progress import track
-
 T = TypeVar("T")
 
 
@@ -23,5 +20,8 @@ def silent(items: Iterable[T], what: str) -> Iterator[T]:
 
 def on_terminal(items: Iterable[T], what: str) -> Iterator[T]:
     """A bar on standard error if that is a terminal."""
+    from rich.console import Console  # here, so that the library works where rich is missing
+    from rich.progress import track
+
     console = Console(stderr=True)
     yield from track(items, description=what, console=console, disable=not console.is_terminal)

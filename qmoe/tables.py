@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 
 def show(title: str, header: list[str], rows: list[list[str]]) -> None:
     """Print a table; the first column is left-aligned, the others right."""
+    from rich.console import Console  # here, so that the library works where rich is missing
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", header_style="bold")
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)

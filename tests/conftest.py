@@ -5,8 +5,12 @@ import os
 import sys
 from pathlib import Path
 
-# Triton kernels run on the CPU, in its interpreter; it decides that when they are defined.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+# Triton decides when a kernel is defined whether its interpreter runs it: on CPUs it does, and
+# `QMOE_TEST_DEVICE=cuda pytest tests/kernels` runs the compiled kernels instead.
+if os.environ.get("QMOE_TEST_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+else:
+    os.environ.pop("TRITON_INTERPRET", None)
 
 import pytest
 import torch

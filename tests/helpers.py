@@ -1,6 +1,7 @@
 """Tiny random models, MoE inputs, and the one tolerance."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
+
+# Where the kernels' tests run them: on the CPU in Triton's interpreter, or compiled on a GPU.
+DEVICE = torch.device(os.environ.get("QMOE_TEST_DEVICE", "cpu"))
 
 ONE_DOMAIN = "bundled:austen"  # where any text does: tokenizing all of them takes a second
 

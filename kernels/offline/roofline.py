@@ -51,6 +51,7 @@ LAYERS = (
     Layer("Mixtral-8x7B", 8, 2, 4096, 14336),
     Layer("Qwen3-30B-A3B", 128, 8, 2048, 768),
     Layer("DeepSeek-V3", 256, 8, 7168, 2048),
+    Layer("DeepSeek-V2-Lite", 64, 6, 2048, 1408),
     Layer("gpt-oss-20b", 32, 4, 2880, 2880, 64),
     Layer("gpt-oss-20b", 32, 4, 2880, 2880, 32),
 )

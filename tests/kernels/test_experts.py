@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import DEVICE, assert_close
 
 from qmoe.config import Scheme
 from qmoe.grid import dequantize
@@ -19,10 +19,17 @@ from qmoe.kernels.launch import Tile
 from qmoe.kernels.reference import moe_reference
 from qmoe.solvers.rtn import rtn
 
-CPU = torch.device("cpu")
 SILU = Activation("silu")
 # float16 products are summed in float32 here and there; what differs is where they are rounded.
-CLOSE = {torch.float32: (1e-4, 2e-5), torch.float16: (2e-2, 2e-3)}
+CLOSE = {
+    torch.float32: (1e-4, 2e-5), torch.float16: (2e-2, 2e-3), torch.bfloat16: (1.6e-1, 1.6e-2),
+}  # fmt: skip
+# The interpreter takes bfloat16 for integers; a GPU does not.
+DTYPES = [(True, torch.float16, "sym fp16"), (False, torch.float32, "asym fp32")]
+if DEVICE.type == "cuda":
+    DTYPES += [(True, torch.bfloat16, "sym bf16"), (False, torch.bfloat16, "asym bf16")]
+HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
+TABLE = experts.device_table(DEVICE)[0]
 MARGIN = 64
 
 
@@ -66,7 +73,7 @@ def make(E, H, I, schemes, dtype, order="mma"):  # noqa: E741
         second.append(b)
         weights[0].append(dequantize(a)[0].float())
         weights[1].append(dequantize(b)[0].float())
-    arena = build_arena([first, second], dtype, order, CPU, paired=True)
+    arena = build_arena([first, second], dtype, order, DEVICE, paired=True)
     return arena, torch.stack(weights[0]), torch.stack(weights[1])
 
 
@@ -92,8 +99,8 @@ def some_ids(T, A, E):
 
 @pytest.mark.parametrize(
     "symmetric, dtype",
-    [(True, torch.float16), (False, torch.float32)],
-    ids=["sym fp16", "asym fp32"],
+    [(symmetric, dtype) for symmetric, dtype, _ in DTYPES],
+    ids=[name for *_, name in DTYPES],
 )
 @pytest.mark.parametrize(
     "bits, group, H, I, order",
@@ -208,11 +215,11 @@ def test_large_batches_expand_in_chunks(dtype, monkeypatch):
 def test_shares_of_k_add_up(split, K):
     """Also more shares than there are K tiles: some of them hold nothing but zeros."""
     stored = rtn(torch.randn(1, 50, K), Scheme(4, -1, False), torch.float32)
-    arena = build_arena([[stored]], torch.float32, "mma", CPU, paired=False)
+    arena = build_arena([[stored]], torch.float32, "mma", DEVICE, paired=False)
     x, bias, y = torch.randn(3, K), torch.randn(1, 50), torch.empty(3, 50)
     parts = torch.empty(split, 3, 50)
     tile = Tile(8, 128, 4, 1)
-    product(x, every_row(x, 8), arena, 0, tile, experts.INTERPRETER, parts, Epilogue(bias=bias))
+    product(x, every_row(x, 8), arena, 0, tile, TABLE, parts, Epilogue(bias=bias))
     sum_parts(parts, None, y, 1)
     assert_close(y, x @ dequantize(stored)[0].T + bias[0])
 
@@ -220,7 +227,7 @@ def test_shares_of_k_add_up(split, K):
 @pytest.mark.parametrize("M", [1, 7, 65, 300])
 def test_linears(M):
     stored = rtn(torch.randn(1, 130, 96), Scheme(3, 32), torch.float32)
-    arena = build_arena([[stored]], torch.float32, "mma", CPU, paired=False)
+    arena = build_arena([[stored]], torch.float32, "mma", DEVICE, paired=False)
     x, bias = torch.randn(M, 96), torch.randn(130)
     assert_close(experts.linear(x, arena, bias), x @ dequantize(stored)[0].T + bias)
     assert experts.linear(x[:0], arena).shape == (0, 130)
@@ -228,10 +235,10 @@ def test_linears(M):
 
 def test_halves_of_a_tile():
     stored = rtn(torch.randn(1, 200, 96), Scheme(4, 32), torch.float32)
-    arena = build_arena([[stored]], torch.float32, "mma", CPU, paired=False)
+    arena = build_arena([[stored]], torch.float32, "mma", DEVICE, paired=False)
     x, out = torch.randn(5, 96), torch.empty(1, 5, 200)
     tile = Tile(16, 64, 4, 1)
-    product(x, every_row(x, 16), arena, 0, tile, experts.INTERPRETER, out, Epilogue(NONE))
+    product(x, every_row(x, 16), arena, 0, tile, TABLE, out, Epilogue(NONE))
     assert_close(out[0], x @ dequantize(stored)[0].T)
 
 

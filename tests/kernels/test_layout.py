@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from helpers import DEVICE
 
 from qmoe.config import Scheme
 from qmoe.grid import dequantize
@@ -20,7 +21,6 @@ from qmoe.kernels.layout import (
 from qmoe.solvers.rtn import rtn
 from qmoe.types import Quantized
 
-CPU = torch.device("cpu")
 SIZES = [(1, 1), (17, 77), (128, 256), (130, 300), (64, 2880), (257, 513), (3, 255)]
 # Written out by hand: the matrix is 0 but for some integers at (row, column); every byte of a plane
 # is that plane's background but for some at (tile of 128 rows, plane, row in the tile, byte).
@@ -121,7 +121,7 @@ def stack(n, k, bits, group=32, symmetric=True, dtype=torch.float16):
 
 
 def check_expand(stacks, paired, order, dtype=torch.float16):
-    arena = build_arena(stacks, dtype, order, CPU, paired)
+    arena = build_arena(stacks, dtype, order, DEVICE, paired)
     for j, matrices in enumerate(stacks):
         for e, quantized in enumerate(matrices):
             assert torch.equal(expand(arena, j, e), dequantize(quantized)[0])
@@ -178,7 +178,7 @@ def test_zero_points_of_8_bits_are_mirrored_below_the_middle(group):
 @pytest.mark.parametrize("bits", [4, (2, 3, 8)], ids=str)
 def test_an_expert_is_one_aligned_range_and_shares_no_byte(bits, symmetric):
     stacks = [stack(2 * 20, 96, bits, 32, symmetric), stack(96, 20, bits, -1, symmetric)]
-    arena = build_arena(stacks, torch.float16, "mma", CPU, True)
+    arena = build_arena(stacks, torch.float16, "mma", DEVICE, True)
     ranges = arena.ranges()
     assert [start for start, _ in ranges] == [sum(s for _, s in ranges[:e]) for e in range(3)]
     assert sum(length for _, length in ranges) == len(arena.buffer)
@@ -207,7 +207,7 @@ def test_an_expert_is_one_aligned_range_and_shares_no_byte(bits, symmetric):
 )
 def test_experts_that_disagree_are_refused(other, message):
     with pytest.raises(ValueError, match=f"one shape and one group size.*{message}"):
-        build_arena([stack(16, 64, (4,)) + other()], torch.float16, "plain", CPU, False)
+        build_arena([stack(16, 64, (4,)) + other()], torch.float16, "plain", DEVICE, False)
 
 
 def test_groups_that_the_kernels_do_not_take_are_refused():
@@ -215,4 +215,4 @@ def test_groups_that_the_kernels_do_not_take_are_refused():
         torch.zeros(1, 4, 64, dtype=torch.int8), torch.ones(1, 4, 4), None, Scheme(4, 32)
     )
     with pytest.raises(ValueError, match="4 groups along K = 64: .* 32, 64 or 128"):
-        build_arena([[odd]], torch.float16, "plain", CPU, False)
+        build_arena([[odd]], torch.float16, "plain", DEVICE, False)

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import torch
-from helpers import assert_close
+from helpers import DEVICE, assert_close
 
 from qmoe.config import Scheme
 from qmoe.kernels import ops
@@ -13,7 +13,6 @@ from qmoe.kernels.arena_stack import ArenaStack
 from qmoe.solvers.rtn import rtn
 
 E, A, H, I, T = 4, 2, 64, 48, 3  # noqa: E741
-CPU = torch.device("cpu")
 SILU = Activation("silu")
 
 
@@ -21,7 +20,7 @@ def stack(activation):
     scheme = Scheme(4, 32)
     first = rtn(torch.randn(E, 2 * I, H) * H**-0.5, scheme, torch.float32)
     second = rtn(torch.randn(E, H, I) * I**-0.5, Scheme(4, -1), torch.float32)
-    return ArenaStack([first, second], torch.float32, CPU, activation, paired=True)
+    return ArenaStack([first, second], torch.float32, DEVICE, activation, paired=True)
 
 
 def inputs():
@@ -40,7 +39,7 @@ def test_schemas_and_fakes():
     mid = torch.randn(T * A, I)
     torch.library.opcheck(ops.second_product, (mid, ids, gates, *arena, None), test_utils=CHECKS)
     dense = ArenaStack([rtn(torch.randn(1, 40, H), Scheme(4, 32), torch.float32)],
-                       torch.float32, CPU)  # fmt: skip
+                       torch.float32, DEVICE)  # fmt: skip
     bias = torch.randn(40)
     torch.library.opcheck(
         ops.linear, (x, dense.buffer, dense.table, dense.numbers, bias), test_utils=CHECKS
@@ -48,6 +47,7 @@ def test_schemas_and_fakes():
 
 
 BLOCK = """
+import os
 import torch
 from torch import nn
 from qmoe.config import Scheme
@@ -56,6 +56,8 @@ from qmoe.kernels.arena_stack import ArenaStack
 from qmoe.solvers.rtn import rtn
 
 E, A, H, I, SILU = 4, 2, 64, 48, Activation("silu")
+DEVICE = torch.device(os.environ.get("QMOE_TEST_DEVICE", "cpu"))
+torch.set_default_device(DEVICE)
 first = rtn(torch.randn(E, 2 * I, H) / 8, Scheme(4, 32), torch.float32)
 second = rtn(torch.randn(E, H, I) / 7, Scheme(4, -1), torch.float32)
 
@@ -63,8 +65,7 @@ class Block(nn.Module):
     def __init__(self, activation):
         super().__init__()
         self.router = nn.Linear(H, E)
-        cpu = torch.device("cpu")
-        self.experts = ArenaStack([first, second], torch.float32, cpu, activation, paired=True)
+        self.experts = ArenaStack([first, second], torch.float32, DEVICE, activation, paired=True)
 
     def forward(self, x):
         gates, ids = self.router(x).softmax(-1).topk(A)
@@ -99,17 +100,3 @@ def test_bytes_are_counted():
     tiles = E * (128 * H // 2 + 128 * 64 // 2)  # rows to 128, columns to byte planes of 64
     assert made.packed_bytes() == tiles
     assert made.nbytes() == made.buffer.nbytes + made.table.nbytes
-
-
-def test_a_model_through_the_kernels_equals_torchs_form(quantized, monkeypatch):
-    import qmoe
-    import qmoe.modules
-
-    ids = torch.arange(60, 65)[None]
-    plain, _ = qmoe.load(quantized, torch.float32, progress=False)
-    monkeypatch.setattr(qmoe.modules, "uses_arena", lambda device: True)
-    packed, _ = qmoe.load(quantized, torch.float32, progress=False)
-    experts = packed.model.layers[0].mlp.experts
-    assert experts.qmoe_arena.activation == SILU and not hasattr(experts, "qmoe_first")
-    with torch.no_grad():
-        assert_close(packed(input_ids=ids).logits, plain(input_ids=ids).logits)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import DEVICE, assert_close
 
 from qmoe.config import Scheme
 from qmoe.kernels.activation import Activation
@@ -12,7 +12,7 @@ from qmoe.kernels.residency import Held, empty, fetch, guess, waves
 from qmoe.solvers.rtn import rtn
 
 E, A, H, I = 12, 2, 64, 32  # noqa: E741
-CPU = torch.device("cpu")
+HOST = torch.device("cpu")
 SILU = Activation("silu")
 
 
@@ -92,8 +92,10 @@ def layers(count, slots, copier=None, bits=4):
     for _ in range(count):
         first = rtn(torch.randn(E, 2 * I, H) * H**-0.5, scheme, torch.float32)
         second = rtn(torch.randn(E, H, I) * I**-0.5, scheme, torch.float32)
-        stack = ArenaStack([first, second], torch.float32, CPU, SILU, paired=True)
-        made.append((stack, SlotStack(stack, slots, CPU, copier)))
+        options = dict(activation=SILU, paired=True)
+        stack = ArenaStack([first, second], torch.float32, DEVICE, **options)
+        slow = ArenaStack([first, second], torch.float32, DEVICE, **options, home=HOST)
+        made.append((stack, SlotStack(slow, slots, DEVICE, copier)))
     for (_, a), (_, b) in zip(made, made[1:], strict=False):
         a.link(b)
     return made
@@ -141,37 +143,4 @@ def test_the_host_copy_is_never_written():
 def test_no_slots_are_refused():
     ((fast, _),) = layers(1, 2)
     with pytest.raises(ValueError, match="slots: expected at least 1, got 0"):
-        SlotStack(fast, 0, CPU)
-
-
-def test_a_model_with_too_little_memory_for_its_experts(quantized, monkeypatch):
-    import qmoe
-    import qmoe.loading
-    import qmoe.modules
-
-    for module in (qmoe.loading, qmoe.modules):
-        monkeypatch.setattr(module, "uses_arena", lambda device: True)
-    ids = torch.arange(60, 65)[None]
-    whole, _ = qmoe.load(quantized, torch.float32, progress=False)
-    need = sum(layer.mlp.experts.qmoe_arena.nbytes() for layer in whole.model.layers)
-    little, _ = qmoe.load(quantized, torch.float32, expert_memory=need // 3, progress=False)
-    slots = little.model.layers[0].mlp.experts.qmoe_arena
-    assert isinstance(slots, SlotStack) and len(slots.held.pairs) < 16
-    assert slots.held.pairs[0][0] >= 0  # warmed by the calibration counts
-    assert_close(little(input_ids=ids).logits, whole(input_ids=ids).logits)
-    enough, _ = qmoe.load(quantized, torch.float32, expert_memory=2 * need, progress=False)
-    assert isinstance(enough.model.layers[0].mlp.experts.qmoe_arena, ArenaStack)
-    with pytest.raises(qmoe.QmoeError, match="a token chooses 4; give"):
-        qmoe.load(quantized, torch.float32, expert_memory=need // 40, progress=False)
-
-
-def test_expert_memory_without_a_gpu_is_refused(quantized):
-    import qmoe
-
-    with pytest.raises(qmoe.QmoeError, match="of use with a GPU only"):
-        qmoe.load(quantized, expert_memory=10**9, progress=False)
-    with pytest.raises(qmoe.QmoeError, match="device: expected cpu, cuda"):
-        qmoe.load(quantized, device="tpu", progress=False)
-    if not torch.cuda.is_available():
-        with pytest.raises(qmoe.QmoeError, match="0 CUDA devices found"):
-            qmoe.load(quantized, device="cuda", progress=False)
+        SlotStack(fast, 0, DEVICE)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from helpers import DEVICE
 from ptx_emulator import halves_of, run, teach
 
 from qmoe.kernels.device.unpack import ptx, unpack, zero_constant
@@ -102,11 +103,12 @@ def test_ptx_is_a_string_in_plain_python():
 
 @triton.jit
 def unpack_kernel(
-    plane_ptr, high_ptr, zero_ptr, out_ptr,
+    plane_ptr, high_ptr, zero_ptr, out_ptr, stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, FIELD: tl.constexpr,
     ZERO: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    at = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    at = tl.arange(0, ROWS)[:, None] * stride + columns[None, :]
     zero = tl.load(zero_ptr + tl.arange(0, ROWS))[:, None]
     plane, high = tl.load(plane_ptr + at), tl.load(high_ptr + at)
     w = unpack(plane, high, zero, BITS, FIELD, out_ptr.dtype.element_ty, ZERO, PTX)
@@ -119,9 +121,11 @@ def check_unpack(bits, field, dtype, asymmetric, PTX):
     zero = torch.arange(1 << bits if asymmetric else 1).clamp(max=count_zeros(bits, dtype) - 1)
     plane, high = ((t % 256).repeat(len(zero), 1) for t in (at, at >> 8))
     out = torch.full(plane.shape, float("nan"), dtype=dtype)
-    unpack_kernel[(1,)](
-        plane.to(torch.uint8), high.to(torch.uint8), zero.to(torch.uint8), out, *plane.shape,
-        BITS=bits, FIELD=field, ZERO=asymmetric, PTX=PTX,
+    rows, width = plane.shape
+    columns = width if DEVICE.type == "cpu" else 32  # the interpreter likes one large program
+    unpack_kernel[(width // columns,)](
+        plane.to(torch.uint8), high.to(torch.uint8), zero.to(torch.uint8), out, width,
+        ROWS=rows, COLUMNS=columns, BITS=bits, FIELD=field, ZERO=asymmetric, PTX=PTX,
     )  # fmt: skip
     subtract = zero[:, None] if asymmetric else 1 << (bits - 1)
     assert torch.equal(out.double(), (stored(plane, high, bits, field) - subtract).double())
@@ -131,7 +135,8 @@ def check_unpack(bits, field, dtype, asymmetric, PTX):
     "bits, field, dtype, asymmetric", snippets((torch.float16, torch.bfloat16))
 )
 def test_unpack_hands_the_ptx_what_it_wants(monkeypatch, bits, field, dtype, asymmetric):
-    teach(monkeypatch)
+    if DEVICE.type == "cpu":
+        teach(monkeypatch)
     check_unpack(bits, field, dtype, asymmetric, True)
 
 
