@@ -70,8 +70,8 @@ def routed_experts(
     table, multiprocessors = device_table(x.device)
     if launch.use_dense(table, T * A, arena.experts) and _grouped_takes(arena):
         return _by_expanding(x, ids, gates, arena, activation, first_bias, second_bias)
-    flat, tiles = ids.reshape(-1).contiguous(), _tiles(table, arena, T * A)
-    plan = schedule(flat, arena.experts, tiles[0].BM)
+    tiles = _tiles(table, arena, T * A)
+    plan = schedule(ids, arena.experts, tiles[0].BM, table.inline_rows)
     mid = _first(x, plan, arena, tiles[0], activation, first_bias)
     return _second(mid, plan, gates, arena, tiles[1], second_bias)
 
@@ -102,8 +102,9 @@ def second_product(
 
 
 def _plan(ids: Tensor, arena: Arena) -> tuple[Schedule, list[Tile]]:
-    tiles = _tiles(device_table(ids.device)[0], arena, ids.numel())
-    return schedule(ids.reshape(-1).contiguous(), arena.experts, tiles[0].BM), tiles
+    table, _ = device_table(ids.device)
+    tiles = _tiles(table, arena, ids.numel())
+    return schedule(ids, arena.experts, tiles[0].BM, table.inline_rows), tiles
 
 
 def _tiles(table: Table, arena: Arena, assignments: int) -> list[Tile]:
@@ -132,14 +133,16 @@ def _second(
 ) -> Tensor:
     table, multiprocessors = device_table(mid.device)
     matrix, P = arena.matrices[1], plan.rows
-    split = launch.choose_split(tile, P, arena.experts, matrix.n, matrix.k, multiprocessors)
+    split = launch.choose_split(
+        tile, P, arena.experts, matrix.n, matrix.k, multiprocessors * table.waves
+    )
     small = P <= FLOAT32_ASSIGNMENTS or split > 1
     dtype = torch.float32 if small else mid.dtype
     parts = torch.empty(split, P, matrix.n, dtype=dtype, device=mid.device)
     after = Epilogue(gates=gates.reshape(-1).contiguous(), bias=bias)
     product(mid.contiguous(), plan, arena, 1, tile, table, parts, after)
     y = mid.new_empty(len(gates), matrix.n)
-    sum_parts(parts, plan.ids, y, arena.experts)
+    sum_parts(parts, plan.ids, y, arena.experts, table)
     return y
 
 
@@ -156,7 +159,9 @@ def linear(x: Float[Tensor, "M K"], arena: Arena, bias: Tensor | None = None) ->
         return torch.nn.functional.linear(x, weight, bias)
     tile = launch.choose_tile(table, matrix.bits, matrix.group, M, 1)
     blocks = -(-M // tile.BM)
-    split = launch.choose_split(tile, blocks, blocks, matrix.n, matrix.k, multiprocessors)
+    split = launch.choose_split(
+        tile, blocks, blocks, matrix.n, matrix.k, multiprocessors * table.waves
+    )
     x = x.contiguous()
     after = Epilogue(bias=None if bias is None else bias[None])
     if split == 1:
@@ -164,7 +169,7 @@ def linear(x: Float[Tensor, "M K"], arena: Arena, bias: Tensor | None = None) ->
         return y
     parts = torch.empty(split, M, matrix.n, dtype=torch.float32, device=x.device)
     product(x, every_row(x, tile.BM), arena, 0, tile, table, parts, after)
-    sum_parts(parts, None, y, 1)
+    sum_parts(parts, None, y, 1, table)
     return y
 
 
@@ -200,7 +205,7 @@ def _by_expanding(
             out = out + second_bias[low:high].repeat_interleave(counts, 0)
         parts[0, rows] = out * gates.reshape(-1)[rows, None].to(out.dtype)
     y = x.new_empty(T, second.n)
-    sum_parts(parts, flat, y, E)
+    sum_parts(parts, flat, y, E, device_table(x.device)[0])
     return y
 
 

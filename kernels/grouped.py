@@ -34,10 +34,12 @@ class Schedule:
     rows: int
 
 
-def schedule(ids: Int[Tensor, " P"], E: int, BM: int) -> Schedule:
-    """Schedule assignments for tiles of BM rows; one or two launches, none for small batches."""
-    P = len(ids)
-    inline = launch.inline_width(P)
+def schedule(ids: Int[Tensor, "T A"], E: int, BM: int, inline_rows: int) -> Schedule:
+    """Schedule assignments for tiles of BM rows; one or two launches, none for small batches, of
+    `inline_rows` at most."""
+    P, T = ids.numel(), len(ids)
+    inline = launch.inline_width(P, T, inline_rows)
+    ids = ids.reshape(-1).contiguous()
     most = launch.most_tiles(P, E, BM)
     if inline:
         return Schedule(ids, ids, ids, inline, P, P)
@@ -133,16 +135,22 @@ def product(
         PTX=table.ptx and x.dtype != torch.float32,
         ORDER=arena.order,
         **tile.options(),
+        **early(table),
     )
 
 
-def sum_parts(parts: Tensor, ids: Tensor | None, y: Tensor, E: int) -> None:
+def early(table: Table) -> dict[str, bool]:
+    """What a kernel is told and launched with that may start before the one in front is done."""
+    return {"EARLY": True, "launch_pdl": True} if table.early else {"EARLY": False}
+
+
+def sum_parts(parts: Tensor, ids: Tensor | None, y: Tensor, E: int, table: Table) -> None:
     """y [T, N] from parts [split, P, N]; without ids every part counts."""
     T, N = y.shape
     sum_contributions[(T, -(-N // SUM_BLOCK))](
         parts, parts if ids is None else ids, y, N, parts.shape[1] // T, E,
         parts.stride(0), parts.stride(1), y.stride(0),
-        SPLIT=len(parts), BLOCK=SUM_BLOCK, ALL=ids is None,
+        SPLIT=len(parts), BLOCK=SUM_BLOCK, ALL=ids is None, **early(table),
     )  # fmt: skip
 
 

@@ -15,8 +15,6 @@ from typing import Any
 from qmoe.kernels.device.target import ARCHITECTURES, Order
 
 CONFIGS = Path(__file__).parent / "configs"
-# Assignments up to which programs find their rows in the ids themselves (device/gemm.py).
-INLINE_ROWS = 256
 LARGEST_SPLIT = 8
 
 
@@ -47,6 +45,10 @@ class Table:
     tiles: by `tile_class` and BM.
     dense_rows: mean rows per expert from which expanding the weights and a dense product win.
     order, ptx: the K order and the unpack its matrix unit wants.
+    inline_rows: assignments up to which programs find their rows in the ids themselves
+    (device/gemm.py), at most 256. waves: programs per multiprocessor that K is split for. early:
+    kernels are started before the one in front of them is done (CUDA's programmatic dependent
+    launch, from sm90 on).
     """
 
     arch: str
@@ -56,6 +58,9 @@ class Table:
     source: str
     dense_rows: int
     tiles: dict[str, dict[int, Tile]]
+    inline_rows: int = 256
+    waves: int = 2
+    early: bool = False
 
 
 def table_for(device: str, arch: str) -> Table:
@@ -84,8 +89,10 @@ def _nearest(arch: str) -> str | None:
 
 @lru_cache
 def read_table(path: Path) -> Table:
-    """Read a table; KeyError or TypeError if it does not have just the fields it should."""
+    """Read a table; KeyError or TypeError if it does not have just the fields it should. `timed`,
+    the microseconds that a tuner saw, is for people."""
     raw: dict[str, Any] = json.loads(path.read_text())
+    raw.pop("timed", None)
     tiles = {
         weight: {int(bm): Tile(int(bm), **fields) for bm, fields in by_bm.items()}
         for weight, by_bm in raw.pop("tiles").items()
@@ -126,14 +133,14 @@ def choose_tiles(
 
 
 def choose_split(
-    tile: Tile, assignments: int, experts: int, n: int, k: int, multiprocessors: int
+    tile: Tile, assignments: int, experts: int, n: int, k: int, programs_wanted: int
 ) -> int:
-    """Shares of K, a power of two: as few as fill the device twice over, each of two K tiles or
+    """Shares of K, a power of two: as few as give the programs wanted, each of two K tiles or
     more."""
     active = min(assignments, experts)
     programs = active * -(-n // tile.BN)
     split = 1
-    while split < LARGEST_SPLIT and programs * split < 2 * multiprocessors and k >= 1024 * split:
+    while split < LARGEST_SPLIT and programs * split < programs_wanted and k >= 1024 * split:
         split *= 2
     return split
 
@@ -143,9 +150,12 @@ def use_dense(table: Table, assignments: int, experts: int) -> bool:
     return mean_rows(assignments, experts) >= table.dense_rows
 
 
-def inline_width(assignments: int) -> int:
-    """Vector length with which programs search the ids, 0 if there are too many for that."""
-    if assignments > INLINE_ROWS:
+def inline_width(assignments: int, tokens: int, inline_rows: int) -> int:
+    """P2 of device/gemm.py: 1 for one token, whose experts nobody shares; the vector length with
+    which programs search the ids; 0 if there are too many for that."""
+    if tokens == 1:
+        return 1
+    if assignments > inline_rows:
         return 0
     return next(w for w in (16, 64, 256) if w >= assignments)
 

@@ -2,7 +2,8 @@
 
 Weights are the left operand of every dot: they go from shared memory to registers, are unpacked
 there and multiplied there, and are never written back. Tokens are on the right, so BM counts in
-eights. Scales multiply the accumulator once per group, in float32.
+eights. Scales multiply the accumulator once per group, in float32; with BM of 128 and more a second
+accumulator does not fit the registers and they multiply the weights, rounded once more.
 
 One program computes BN outputs of up to BM rows (assignments: a token and one of its experts) that
 share an expert. Which rows those are comes from a schedule (route.py), or at decode from the expert
@@ -14,6 +15,7 @@ the arena; the last part of K that fills no 256-wide tile is peeled off (`TAIL` 
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qmoe.kernels.device.activation import gated
 from qmoe.kernels.device.unpack import unpack
@@ -62,6 +64,7 @@ def _tile(
     PLANE: tl.constexpr = 128 * 32
     FIELDS: tl.constexpr = 4 if BITS == 3 else 8 // BITS
     PER_GROUP: tl.constexpr = SUBTILES if GROUP == 0 else GROUP // 32
+    SCALED: tl.constexpr = BM >= 128
     high = 0
     zero = 0
     if BITS == 3:
@@ -69,7 +72,9 @@ def _tile(
         planes += PLANE
     if ZERO and GROUP == 0:
         zero = tl.load(zeros)[:, None]
-    part = tl.zeros((BN, BM), dtype=tl.float32)
+    scale = 0
+    if not SCALED:
+        part = tl.zeros((BN, BM), dtype=tl.float32)
     for i in tl.static_range(SUBTILES):
         if i % FIELDS == 0:
             plane = _load_plane(planes + (i // FIELDS) * PLANE, BN, ORDER)
@@ -84,6 +89,10 @@ def _tile(
         b = _tokens_in_order(b, BM, ORDER)
         if GROUP == 0:
             acc = tl.dot(w, b, acc, input_precision="ieee")
+        elif SCALED:
+            if i % PER_GROUP == 0:
+                scale = tl.load(scales + (i // PER_GROUP) * scale_stride)[:, None]
+            acc = tl.dot(w * scale, b, acc, input_precision="ieee")
         else:
             part = tl.dot(w, b, part, input_precision="ieee")
             if (i + 1) % PER_GROUP == 0 or i + 1 == SUBTILES:
@@ -202,16 +211,21 @@ def grouped_gemm(
     SPLIT: tl.constexpr,
     PTX: tl.constexpr,
     ORDER: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """out[row, n] for every assignment row of P.
 
     x (rows / per_token, K); arena and table: layout.py; bias (E, N); gates (P); out (P, N), with
     SPLIT > 1 (SPLIT, P, N) partial sums; ids (P): expert of each row, >= E for none. P2 says where
-    rows come from: positive, the ids (P2 >= P of them); 0, order and tiles (route.py); negative,
-    there is one matrix and every row is its.
+    rows come from: 1, every assignment is a tile of its own (one token); more, the ids (P2 >= P of
+    them); 0, order and tiles (route.py); negative, there is one matrix and every row is its. EARLY: this
+    kernel may be started before the one in front of it is done, and waits for that here.
     ACT other than "none": N counts gate and up, interleaved by eights; out has N / 2 columns.
     """
     DT: tl.constexpr = x_ptr.dtype.element_ty
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     # Tiles that share an expert are neighbours: their weights come from DRAM once, then from L2.
     tile_m = tl.program_id(0)
     tile_n = tl.program_id(1)
@@ -221,9 +235,12 @@ def grouped_gemm(
         expert = tl.load(ids_ptr + tile_m).to(tl.int32)
         if expert >= E:
             return
-        rank, rows = _own_rows(ids_ptr, P, tile_m, expert, BM, P2)
-        if rank % BM != 0:
-            return
+        if P2 == 1:
+            rows = tl.where(m == 0, tile_m, P)
+        else:
+            rank, rows = _own_rows(ids_ptr, P, tile_m, expert, BM, P2)
+            if rank % BM != 0:
+                return
     elif P2 == 0:
         if tile_m >= tl.load(tiles_ptr):
             return

@@ -13,6 +13,7 @@ read back by the host and buffers can be allocated before: a CUDA graph can hold
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -92,12 +93,16 @@ def sum_contributions(
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     ALL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """y[t] = the sum over slots and splits of parts (SPLIT, T * A, N), in that order, in float32.
 
     Always the same order, so always the same bits. Slots without an expert were never written;
     ALL: there are none, and no ids.
     """
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N

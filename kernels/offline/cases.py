@@ -136,7 +136,7 @@ def _compile(case: Case) -> Compiled:
         BM=case.tile.BM, BN=case.tile.BN, BITS=case.bits, GROUP=case.group, TAIL=case.tail,
         ZERO=case.zero, ACT=case.activation, INTERLEAVED=fused, BIAS=case.bias,
         WEIGHTED=not fused, P2=case.p2, SPLIT=case.split, PTX=case.table.ptx,
-        ORDER=case.table.order,
+        ORDER=case.table.order, EARLY=case.table.early,
     )  # fmt: skip
     types = {n: types.get(n, "i32") for n in grouped_gemm.arg_names}
     strides = {"N", "K", "x_stride", "out_stride", "scale_stride", "split_stride"}

@@ -44,7 +44,7 @@ def others(table: Table, full: bool = False) -> Iterator[Other]:
     for one in (False, True) if full else (False,):
         yield other(place_assignments, ids | lists, BM=64, BLOCK=ROUTE_BLOCK, E2=256, ONE_BLOCK=one)
     sums = ids | {"parts_ptr": "*fp32", "y_ptr": "*bf16"}
-    yield other(sum_contributions, sums, SPLIT=4, BLOCK=SUM_BLOCK, ALL=False)
+    yield other(sum_contributions, sums, SPLIT=4, BLOCK=SUM_BLOCK, ALL=False, EARLY=False)
     planes = {"arena_ptr": "*u8", "table_ptr": "*i32", "out_ptr": "*bf16"}
     yield other(
         dequantize, planes, GROUP=128, TAIL=2, ZERO=True, INTERLEAVED=True, ORDER=table.order

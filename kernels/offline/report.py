@@ -64,10 +64,11 @@ WEIGHT_HEADER = ["GPU", "int2", "asym", "int3", "asym", "int4", "asym", "int8", 
 
 def rival_row(arch: str) -> list[str]:
     """The two restated loops at 16 x 128 x 128, 4 bits, 3 stages: instructions per weight and
-    spilled bytes. They hold no routing and no masks."""
+    spilled bytes."""
     row = [arch]
     for kernel, weight in ((rivals.byte_per_nibble, "*u8"), (rivals.interleaved, "*i32")):
         types = {"x_ptr": "*bf16", "w_ptr": weight, "s_ptr": "*bf16", "out_ptr": "*bf16"}
+        types |= {n: "*i32" for n in ("order_ptr", "tiles_ptr") if n in kernel.arg_names}
         types |= {n: "i32" for n in kernel.arg_names if n not in types}
         options = {"num_warps": 4, "num_stages": 3}
         constants = {"BM": 16, "BN": 128, "BK": RIVAL_K, "GROUP": 128}
@@ -101,7 +102,8 @@ def traffic_rows(tables: dict[str, Table]) -> tuple[Rows, list[str]]:
 
 def _split(table: Table, gpu: Gpu, layer: Layer, bits: int) -> int:
     tile = choose_tile(table, bits, layer.group, layer.A, layer.E)
-    return choose_split(tile, layer.A, layer.E, layer.H, layer.I, gpu.multiprocessors)
+    programs = gpu.multiprocessors * table.waves
+    return choose_split(tile, layer.A, layer.E, layer.H, layer.I, programs)
 
 
 def projection_rows(tables: dict[str, Table], findings: list[Finding]) -> Rows:

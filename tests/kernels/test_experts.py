@@ -220,7 +220,7 @@ def test_shares_of_k_add_up(split, K):
     parts = torch.empty(split, 3, 50)
     tile = Tile(8, 128, 4, 1)
     product(x, every_row(x, 8), arena, 0, tile, TABLE, parts, Epilogue(bias=bias))
-    sum_parts(parts, None, y, 1)
+    sum_parts(parts, None, y, 1, experts.INTERPRETER)
     assert_close(y, x @ dequantize(stored)[0].T + bias[0])
 
 

@@ -232,7 +232,7 @@ def test_no_byte_outside_is_read_or_written(bits, fence):
         assert_close(got, reference(x, ids, gates, first, second, silu, b1, b2))
 
 
-@pytest.mark.parametrize("BM", [8, 64])
+@pytest.mark.parametrize("BM", [8, 64, 128])
 @pytest.mark.parametrize("BN", [64, 128])
 @pytest.mark.parametrize("P", [70, 260], ids=["inline", "sorted"])
 def test_every_tile(BM, BN, P, fence):
@@ -243,7 +243,7 @@ def test_every_tile(BM, BN, P, fence):
     arena, x = build(a, b), torch.randn(P, H)
     ids = torch.where(torch.arange(P) % 23 == 7, 2, 1)
     out = torch.empty(1, P, I)
-    plan, tile = schedule(ids, E, BM), Tile(BM, BN, 4, 1)
+    plan, tile = schedule(ids[:, None], E, BM, 256), Tile(BM, BN, 4, 1)
     product(x, plan, arena, 0, tile, experts.device_table(DEVICE)[0], out, Epilogue(SILU))
     assert_close(out[0], silu((first[ids] @ x[..., None])[..., 0]))
 

@@ -77,18 +77,19 @@ def test_one_token_takes_the_smallest_block():
 
 def test_k_is_split_only_to_fill_the_device():
     tile = Tile(8, 128, 4, 3)
-    assert launch.choose_split(tile, 8, 128, 2048, 768, 128) == 1  # too few K tiles
-    assert launch.choose_split(tile, 2, 8, 4096, 14336, 128) == 4
-    assert launch.choose_split(tile, 4096, 128, 2048, 14336, 128) == 1  # enough programs
+    assert launch.choose_split(tile, 8, 128, 2048, 768, 256) == 1  # too few K tiles
+    assert launch.choose_split(tile, 2, 8, 4096, 14336, 256) == 4
+    assert launch.choose_split(tile, 4096, 128, 2048, 14336, 256) == 1  # enough programs
     for n, k in product((512, 4096), (256, 1024, 14336)):
-        split = launch.choose_split(tile, 1, 8, n, k, 170)
+        split = launch.choose_split(tile, 1, 8, n, k, 340)
         assert split <= launch.LARGEST_SPLIT and (split == 1 or k // 256 // split >= 2)
 
 
 def test_inline_search_covers_small_batches_only():
     for n in range(1, 257):
-        assert launch.inline_width(n) >= n
-    assert launch.inline_width(257) == 0
+        assert launch.inline_width(n, 2, 256) >= n
+    assert launch.inline_width(257, 2, 256) == launch.inline_width(65, 2, 64) == 0
+    assert launch.inline_width(300, 1, 256) == 1
 
 
 @pytest.mark.parametrize("seed", range(20))
