@@ -18,11 +18,12 @@ from qmoe.kernels.arena import Arena, Matrix
 from qmoe.kernels.grouped import (
     Epilogue,
     Schedule,
+    activate,
     every_row,
     expanded,
-    place,
     product,
     schedule,
+    sort,
     sum_parts,
 )
 from qmoe.kernels.launch import Table, Tile
@@ -186,26 +187,28 @@ def _by_expanding(
     T, A = ids.shape
     E, (first, second) = arena.experts, arena.matrices
     flat = ids.reshape(-1).contiguous()
-    order, _, device_ends = place(flat, E, 1, T * A)
+    order, inverse, device_ends = sort(flat, E)
     ends = [0, *device_ends.tolist()]
     parts = x.new_empty(1, T * A, second.n)
     chunk = _experts_per_chunk(first, second, x.element_size())
     for low in range(0, E, chunk):
         high = min(low + chunk, E)
-        rows = order[ends[low] : ends[high]].long()
-        if not len(rows):
+        start, stop = ends[low], ends[high]
+        if start == stop:
             continue
-        offsets = device_ends[low:high] - ends[low]
+        rows = order[start:stop].long()
+        offsets = device_ends[low:high] - start
         counts = torch.tensor([ends[e + 1] - ends[e] for e in range(low, high)], device=x.device)
         mid = _grouped(x[rows // A], expanded(arena, 0, low, high), offsets)
         if first_bias is not None:
             mid = mid + first_bias[low:high].repeat_interleave(counts, 0)
-        out = _grouped(activation(mid), expanded(arena, 1, low, high), offsets)
+        out = _grouped(activate(mid, activation), expanded(arena, 1, low, high), offsets)
         if second_bias is not None:
             out = out + second_bias[low:high].repeat_interleave(counts, 0)
-        parts[0, rows] = out * gates.reshape(-1)[rows, None].to(out.dtype)
+        parts[0, start:stop] = out
     y = x.new_empty(T, second.n)
-    sum_parts(parts, flat, y, E, device_table(x.device)[0])
+    table, _ = device_table(x.device)
+    sum_parts(parts, flat, y, E, table, (inverse, gates.reshape(-1).contiguous()))
     return y
 
 

@@ -15,11 +15,17 @@ from qmoe.kernels.activation import NONE, Activation
 from qmoe.kernels.arena import Arena
 from qmoe.kernels.device.dequant import dequantize
 from qmoe.kernels.device.gemm import grouped_gemm
-from qmoe.kernels.device.route import count_assignments, place_assignments, sum_contributions
+from qmoe.kernels.device.route import (
+    count_assignments,
+    gate_rows,
+    place_assignments,
+    sum_contributions,
+)
 from qmoe.kernels.launch import Table, Tile
 
 ROUTE_BLOCK = 512
-SUM_BLOCK = 1024
+SUM_BLOCK = 2048
+GATE_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ def schedule(ids: Int[Tensor, "T A"], E: int, BM: int, inline_rows: int) -> Sche
     most = launch.most_tiles(P, E, BM)
     if inline:
         return Schedule(ids, ids, ids, inline, P, P)
-    order, tiles, _ = place(ids, E, BM, most)
+    order, tiles = place(ids, E, BM, most)
     return Schedule(ids, order, tiles, 0, most, P)
 
 
@@ -52,22 +58,34 @@ def every_row(x: Tensor, BM: int) -> Schedule:
     return Schedule(x, x, x, -1, -(-len(x) // BM), len(x))
 
 
-def place(ids: Tensor, E: int, BM: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """order (most * BM), tiles (1 + most) and ends (E) of device/route.py."""
+def place(ids: Tensor, E: int, BM: int, most: int) -> tuple[Tensor, Tensor]:
+    """order (most * BM) and tiles (1 + most) of device/route.py."""
+    order = ids.new_empty(most * BM, dtype=torch.int32)
+    tiles = ids.new_empty(1 + most, dtype=torch.int32)
+    _place(ids, E, BM, order, tiles, inverse=False)
+    return order, tiles
+
+
+def sort(ids: Int[Tensor, " P"], E: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Assignments by expert: order (P) with those without an expert left out, the place of each
+    assignment in it (P), and where each expert's run ends (E)."""
+    order, inverse = (torch.empty_like(ids, dtype=torch.int32) for _ in range(2))
+    return order, inverse, _place(ids, E, 1, order, inverse, inverse=True)
+
+
+def _place(ids: Tensor, E: int, BM: int, order: Tensor, tiles: Tensor, inverse: bool) -> Tensor:
     P = len(ids)
     blocks = -(-P // ROUTE_BLOCK)
     E2 = _power_of_two(E + 1)
-    order = ids.new_empty(most * BM, dtype=torch.int32)
-    tiles = ids.new_empty(1 + most, dtype=torch.int32)
     ends = ids.new_empty(E, dtype=torch.int32)
     counts = ids.new_empty(blocks * E2, dtype=torch.int32)
     if blocks > 1:
         count_assignments[(blocks,)](ids, counts, P, E, BLOCK=ROUTE_BLOCK, E2=E2)
     place_assignments[(blocks,)](
         ids, counts, order, tiles, ends, P, E, blocks,
-        BM=BM, BLOCK=ROUTE_BLOCK, E2=E2, ONE_BLOCK=blocks == 1,
+        BM=BM, BLOCK=ROUTE_BLOCK, E2=E2, ONE_BLOCK=blocks == 1, INVERSE=inverse,
     )  # fmt: skip
-    return order, tiles, ends
+    return ends
 
 
 @dataclass(frozen=True)
@@ -144,14 +162,38 @@ def early(table: Table) -> dict[str, bool]:
     return {"EARLY": True, "launch_pdl": True} if table.early else {"EARLY": False}
 
 
-def sum_parts(parts: Tensor, ids: Tensor | None, y: Tensor, E: int, table: Table) -> None:
-    """y [T, N] from parts [split, P, N]; without ids every part counts."""
+def sum_parts(
+    parts: Float[Tensor, "split P N"],
+    ids: Tensor | None,
+    y: Float[Tensor, "T N"],
+    E: int,
+    table: Table,
+    places: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """y from parts; without ids every part counts. places: each assignment's row of parts, and the
+    gate that it is yet to be multiplied with."""
     T, N = y.shape
-    sum_contributions[(T, -(-N // SUM_BLOCK))](
-        parts, parts if ids is None else ids, y, N, parts.shape[1] // T, E,
+    A = (parts.shape[1] if ids is None else len(ids)) // T
+    A2 = _power_of_two(A)
+    block = max(SUM_BLOCK // A2, 64)
+    inverse, gates = places or (parts, parts)
+    sum_contributions[(T, -(-N // block))](
+        parts, parts if ids is None else ids, inverse, gates, y, N, A, E,
         parts.stride(0), parts.stride(1), y.stride(0),
-        SPLIT=len(parts), BLOCK=SUM_BLOCK, ALL=ids is None, **early(table),
+        SPLIT=len(parts), BLOCK=block, A2=A2, ALL=ids is None, SORTED=places is not None,
+        **early(table),
     )  # fmt: skip
+
+
+def activate(product: Float[Tensor, "rows N"], activation: Activation) -> Float[Tensor, "rows I"]:
+    """The activation of whole products, for batches that expand the weights."""
+    rows, width = len(product), product.shape[1] // 2
+    out = product.new_empty(rows, width)
+    gate_rows[(rows, -(-width // GATE_BLOCK))](
+        product, out, width, activation.alpha, activation.limit,
+        ACT=activation.name, BLOCK=GATE_BLOCK,
+    )  # fmt: skip
+    return out
 
 
 def expanded(arena: Arena, j: int, first: int, last: int) -> Float[Tensor, "E N K"]:

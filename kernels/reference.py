@@ -94,7 +94,7 @@ def worst_block(y: Float[Tensor, "T N"], wanted: Float[Tensor, "T N"]) -> float:
 
 # What rounding alone leaves of a block: of the output, of contributions in large batches, of
 # expanded weights. bfloat16 has 8 significant bits, 2^-9 / sqrt(3) = 0.11 % each.
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 1.5e-2}
 
 
 def check_layer(

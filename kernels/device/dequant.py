@@ -29,9 +29,8 @@ def dequantize(
     entry = table_ptr + (first_expert + expert) * 4
     bits = tl.load(entry)
     place = tl.arange(0, 32)
-    n, k = _element(tl.arange(0, 128), place, ORDER)
-    n += tile_n * 128
-    k += sub * 32
+    n = tile_n * 128 + tl.arange(0, 128)
+    k = sub * 32 + place
     tile_k = sub // 8
     i = sub % 8
     KT = K // 256
@@ -51,25 +50,22 @@ def dequantize(
         group = sub // (GROUP // 32)
     scales = (arena_ptr + tl.load(entry + 2).to(tl.int64) * 128).to(tl.pointer_type(DT))
     scale = tl.load(scales + group * scale_stride + n)
-    zero = tl.zeros([128, 32], tl.int32) + (1 << (bits - 1))
+    zero = tl.zeros([128], tl.int32) + (1 << (bits - 1))
     if ZERO:
         zeros = arena_ptr + tl.load(entry + 3).to(tl.int64) * 128
         zero = tl.load(zeros + group * scale_stride + n).to(tl.int32)
-    w = (q - zero).to(tl.float32) * scale.to(tl.float32)
-    row = column_of(n, N, INTERLEAVED)
-    at = out_ptr + expert.to(tl.int64) * N * K + row.to(tl.int64) * K + k
-    tl.store(at, w.to(DT), mask=(row < N) & (k < K))
+    w = (_in_order(q, ORDER) - zero[:, None]).to(tl.float32) * scale[:, None].to(tl.float32)
+    row = column_of(n, N, INTERLEAVED)[:, None]
+    at = out_ptr + expert.to(tl.int64) * N * K + row.to(tl.int64) * K + k[None, :]
+    tl.store(at, w.to(DT), mask=(row < N) & (k < K)[None, :])
 
 
 @triton.jit
-def _element(n, place, ORDER: tl.constexpr):
-    """(row, column) [128, 32] of what is stored at each place of a tile (layout.block_order)."""
-    p = (n % 16)[:, None] * 32 + place[None, :]
-    row = (n // 16 * 16)[:, None]
+def _in_order(q, ORDER: tl.constexpr):
+    """A tile [128, 32] as it is stored (layout.block_order) to rows and columns as they are: what
+    is written then lies side by side."""
     if ORDER == "wgmma":
-        row += p // 2 % 2 * 8 + p // 64
-        return row, p // 8 % 2 * 16 + p // 4 % 2 * 8 + p // 16 % 4 * 2 + p % 2
+        q = q.reshape(8, 8, 4, 2, 2, 2, 2).trans(0, 5, 1, 3, 4, 2, 6).reshape(128, 32)
     elif ORDER == "mma":
-        return row + p // 32, p // 4 % 4 * 8 + p // 2 % 2 * 4 + p // 16 % 2 * 2 + p % 2
-    else:
-        return row + p // 32, p % 32
+        q = q.reshape(128, 2, 4, 2, 2).trans(0, 2, 3, 1, 4).reshape(128, 32)
+    return q

@@ -20,6 +20,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from qmoe.kernels.device.activation import gated
 from qmoe.kernels.device.unpack import unpack
 
+# Bytes that a program of 128 outputs asks for ahead: with hundreds of programs at once, less than
+# the second-level cache holds.
+PREFETCHED = tl.constexpr(48 << 10)
+
 
 @triton.jit
 def _load_plane(planes, BN: tl.constexpr, ORDER: tl.constexpr):
@@ -124,32 +128,34 @@ def _along_k(
     ORDER: tl.constexpr,
 ):
     """acc [BN, BM] over one of SPLIT shares of the whole K tiles; the last one takes the tail."""
-    PER_TILE: tl.constexpr = 0 if GROUP == 0 else 256 // GROUP
     PLANE: tl.constexpr = 128 * 32
+    PER_GROUP: tl.constexpr = 8 if GROUP == 0 else GROUP // 32
+    STEP: tl.constexpr = step_subtiles(BITS, BM)
     KT = K // 256
     each = tl.cdiv(KT, SPLIT)
     first = tl.minimum(split * each, KT)
     last = tl.minimum(first + each, KT)
     row_planes = KT * BITS + tail_planes(BITS, TAIL)
     planes = weights + (tile_row.to(tl.int64) * row_planes + first * BITS) * PLANE + inside
+    if BN > 128:  # the second tile of 128 rows, where there is one
+        further = tl.minimum(tl.arange(0, BN) // 128, scale_stride // 128 - 1 - tile_row)
+        planes += (further * row_planes * PLANE)[:, None]
     x += first * 256
-    scales += first * PER_TILE * scale_stride
-    zeros += first * PER_TILE * scale_stride
     acc = tl.zeros((BN, BM), dtype=tl.float32)
-    for _ in range(first, last):
+    for step in range(first * (8 // STEP), last * (8 // STEP)):
+        group = 0 if GROUP == 0 else step * STEP // PER_GROUP
         acc = _tile(
-            acc, planes, x, scales, zeros, 256, scale_stride,
-            BITS, GROUP, 8, True, BM, BN, ZERO, PTX, ORDER,
+            acc, planes, x, scales + group * scale_stride, zeros + group * scale_stride,
+            256, scale_stride, BITS, GROUP, STEP, True, BM, BN, ZERO, PTX, ORDER,
         )  # fmt: skip
-        planes += BITS * PLANE
-        x += 256
-        scales += PER_TILE * scale_stride
-        zeros += PER_TILE * scale_stride
+        planes += BITS * STEP // 8 * PLANE
+        x += STEP * 32
     if TAIL > 0:
         if split == SPLIT - 1:
+            group = 0 if GROUP == 0 else last * (8 // PER_GROUP)
             acc = _tile(
-                acc, planes, x, scales, zeros, K - last * 256, scale_stride,
-                BITS, GROUP, TAIL, False, BM, BN, ZERO, PTX, ORDER,
+                acc, planes, x, scales + group * scale_stride, zeros + group * scale_stride,
+                K - last * 256, scale_stride, BITS, GROUP, TAIL, False, BM, BN, ZERO, PTX, ORDER,
             )  # fmt: skip
     if GROUP == 0:
         acc *= tl.load(scales)[:, None].to(tl.float32)
@@ -172,6 +178,32 @@ def _own_rows(ids, P, index, expert, BM: tl.constexpr, P2: tl.constexpr):
     hit = same[None, :] & (ranks[None, :] == wanted[:, None])
     found = tl.sum(tl.where(hit, at[None, :] + 1, 0), 1)
     return rank, tl.where(found > 0, found - 1, P)
+
+
+@triton.jit
+def _prefetch(
+    weights, bits, tile_n, split, K, BN: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr
+):
+    """Ask the second-level cache for the first weights that this program will read, with one
+    instruction of its first thread (from sm90 on). Programs that share a tile of 128 rows ask for a
+    part each."""
+    KT = K // 256
+    each = tl.cdiv(KT, SPLIT)
+    first = tl.minimum(split * each, KT)
+    tail = tl.where(bits == 3, 1 + (TAIL + 3) // 4, (TAIL * bits + 7) // 8) * (TAIL > 0)
+    wanted = tl.minimum(tl.minimum(first + each, KT) * bits - first * bits, PREFETCHED // 4096)
+    share: tl.constexpr = (BN if BN < 128 else 128) * 32
+    start = (tile_n * BN // 128).to(tl.int64) * (KT * bits + tail) + first * bits
+    at = weights + start * 4096 + (tile_n * BN % 128) // BN * (wanted * share)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
+        "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
+        "=r,l,r",
+        [at.to(tl.int64), wanted * share],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 # P changes from call to call: it must not mean another compilation.
@@ -218,12 +250,14 @@ def grouped_gemm(
     x (rows / per_token, K); arena and table: layout.py; bias (E, N); gates (P); out (P, N), with
     SPLIT > 1 (SPLIT, P, N) partial sums; ids (P): expert of each row, >= E for none. P2 says where
     rows come from: 1, every assignment is a tile of its own (one token); more, the ids (P2 >= P of
-    them); 0, order and tiles (route.py); negative, there is one matrix and every row is its. EARLY: this
-    kernel may be started before the one in front of it is done, and waits for that here.
+    them); 0, order and tiles (route.py); negative, there is one matrix and every row is its.
+    EARLY: the kernel may be started before the one in front of it is done, and waits for that.
     ACT other than "none": N counts gate and up, interleaved by eights; out has N / 2 columns.
     """
     DT: tl.constexpr = x_ptr.dtype.element_ty
-    if EARLY:
+    # What a second product reads before it waits was written before the first one started.
+    KNOWN: tl.constexpr = WEIGHTED or P2 < 0
+    if EARLY and not KNOWN:
         gdc_wait()
         gdc_launch_dependents()
     # Tiles that share an expert are neighbours: their weights come from DRAM once, then from L2.
@@ -235,6 +269,21 @@ def grouped_gemm(
         expert = tl.load(ids_ptr + tile_m).to(tl.int32)
         if expert >= E:
             return
+    elif P2 == 0:
+        if tile_m >= tl.load(tiles_ptr):
+            return
+        expert = tl.load(tiles_ptr + 1 + tile_m)
+    else:
+        expert = 0
+    entry = table_ptr + expert * 4
+    bits = tl.load(entry)
+    weights = arena_ptr + tl.load(entry + 1).to(tl.int64) * 128
+    if EARLY and BM <= 32:
+        _prefetch(weights, bits, tile_n, split, K, BN, TAIL, SPLIT)
+    if EARLY and KNOWN:
+        gdc_wait()
+        gdc_launch_dependents()
+    if P2 > 0:
         if P2 == 1:
             rows = tl.where(m == 0, tile_m, P)
         else:
@@ -242,28 +291,25 @@ def grouped_gemm(
             if rank % BM != 0:
                 return
     elif P2 == 0:
-        if tile_m >= tl.load(tiles_ptr):
-            return
-        expert = tl.load(tiles_ptr + 1 + tile_m)
         rows = tl.load(order_ptr + tile_m * BM + m)
     else:
-        expert = 0
         rows = tile_m * BM + m
     valid = rows < P
     read = tl.where(valid, rows, 0) // per_token
 
     n = tl.arange(0, BN)
     k = tl.arange(0, 32)
-    entry = table_ptr + expert * 4
-    bits = tl.load(entry)
     x = x_ptr + read.to(tl.int64)[None, :] * x_stride + k[:, None]
     scales = (arena_ptr + tl.load(entry + 2).to(tl.int64) * 128).to(tl.pointer_type(DT))
-    scales += tile_n * BN + n
-    zeros = arena_ptr + tl.load(entry + 3).to(tl.int64) * 128 + tile_n * BN + n
+    zeros = arena_ptr + tl.load(entry + 3).to(tl.int64) * 128
+    own = tile_n * BN + n
+    if BN > 128:
+        own = tl.minimum(own, scale_stride - 1)
+    scales += own
+    zeros += own
     # BN = 64 reads half of a 128-row tile.
     tile_row = (tile_n * BN) // 128
-    inside = ((tile_n * BN) % 128 + n)[:, None] * 32 + k[None, :]
-    weights = arena_ptr + tl.load(entry + 1).to(tl.int64) * 128
+    inside = ((tile_n * BN) % 128 + n % 128)[:, None] * 32 + k[None, :]
     if BITS > 0:
         acc = _along_k(
             x, weights, scales, zeros, inside, tile_row, split, K, scale_stride,
@@ -310,6 +356,15 @@ def grouped_gemm(
         at += out_rows[None, :] * out_stride + column[:, None]
         inside_n = (column[:, None] < N) & (column[:, None] >= 0)
         tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=valid[None, :] & inside_n)
+
+
+@triton.constexpr_function
+def step_subtiles(bits, BM):
+    """Sub-tiles of 32 that the loop takes at once: a whole K tile. With many tokens as few as whole
+    planes allow, so that what waits in shared memory is several steps and not one large one."""
+    if BM < 128 or bits == 3:
+        return 8
+    return 4 if bits == 2 else 2
 
 
 @triton.constexpr_function

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qmoe.kernels.device.activation import gated
+
 
 @triton.jit(do_not_specialize=["P"])
 def count_assignments(ids_ptr, counts_ptr, P, E, BLOCK: tl.constexpr, E2: tl.constexpr):
@@ -38,8 +40,12 @@ def place_assignments(
     BLOCK: tl.constexpr,
     E2: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
+    INVERSE: tl.constexpr,
 ):
-    """Every block puts its assignments where they belong; the last one also writes the table."""
+    """Every block puts its assignments where they belong; the last one also writes the table.
+
+    INVERSE, with BM = 1: instead of the table, `tiles` (P) gets each assignment's place in `order`.
+    """
     block = tl.program_id(0)
     ids = _load_ids(ids_ptr, block, P, E, BLOCK)
     e = tl.arange(0, E2)
@@ -48,10 +54,11 @@ def place_assignments(
     total = own
     if not ONE_BLOCK:
         total = tl.zeros([E2], tl.int32)
-        for b in range(0, blocks):
-            count = tl.load(counts_ptr + b * E2 + e)
-            total += count
-            before += tl.where(b < block, count, 0)
+        for first in range(0, blocks, 16):
+            b = first + tl.arange(0, 16)[:, None]
+            count = tl.load(counts_ptr + b * E2 + e[None, :], mask=b < blocks, other=0)
+            total += tl.sum(count, 0)
+            before += tl.sum(tl.where(b < block, count, 0), 0)
     padded = tl.where(e < E, (total + BM - 1) // BM * BM, 0)
     start = tl.cumsum(padded, 0) - padded
 
@@ -60,16 +67,22 @@ def place_assignments(
     keys = tl.sort(ids * BLOCK + at)
     expert = keys // BLOCK
     place = tl.gather(start + before - (tl.cumsum(own, 0) - own), expert, 0) + at
-    tl.store(order_ptr + place, block * BLOCK + keys % BLOCK, mask=expert < E)
+    row = block * BLOCK + keys % BLOCK
+    tl.store(order_ptr + place, row, mask=expert < E)
+    if INVERSE:
+        tl.store(tiles_ptr + row, place, mask=expert < E)
 
     if block == blocks - 1:
         tl.store(ends_ptr + e, start + padded, mask=e < E)
-        tl.store(tiles_ptr, tl.sum(padded, 0) // BM)
-        for i in range(0, tl.max(padded, 0) // BM):
-            tl.store(tiles_ptr + 1 + start // BM + i, e, mask=i * BM < padded)
-        for i in range(0, BM):
-            slot = start + total + i
-            tl.store(order_ptr + slot, tl.full([E2], 0, tl.int32) + P, mask=slot < start + padded)
+        if not INVERSE:
+            tl.store(tiles_ptr, tl.sum(padded, 0) // BM)
+            for i in range(0, tl.max(padded, 0) // BM):
+                tl.store(tiles_ptr + 1 + start // BM + i, e, mask=i * BM < padded)
+            for i in range(0, BM):
+                slot = start + total + i
+                tl.store(
+                    order_ptr + slot, tl.full([E2], 0, tl.int32) + P, mask=slot < start + padded
+                )
 
 
 @triton.jit
@@ -83,6 +96,8 @@ def _load_ids(ids_ptr, block, P, E, BLOCK: tl.constexpr):
 def sum_contributions(
     parts_ptr,
     ids_ptr,
+    inverse_ptr,
+    gates_ptr,
     y_ptr,
     N,
     A,
@@ -92,29 +107,57 @@ def sum_contributions(
     y_stride,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    A2: tl.constexpr,
     ALL: tl.constexpr,
+    SORTED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """y[t] = the sum over slots and splits of parts (SPLIT, T * A, N), in that order, in float32.
+    """y[t] = the sum over slots and splits of parts (SPLIT, T * A, N), in one order, in float32.
 
     Always the same order, so always the same bits. Slots without an expert were never written;
-    ALL: there are none, and no ids.
+    ALL: there are none, and no ids. SORTED: row r of an assignment is parts[inverse[r]], and is
+    multiplied by gates[r] here. A2: a power of two, A or more.
     """
+    token = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    a = tl.arange(0, A2)
+    row = token * A + a
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    token = tl.program_id(0)
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = n < N
-    total = tl.zeros([BLOCK], tl.float32)
-    for a in range(0, A):
-        row = token * A + a
-        present = True
-        if not ALL:
-            present = tl.load(ids_ptr + row).to(tl.int32) < E
-        if present:
-            at = parts_ptr + row.to(tl.int64) * parts_stride + n
-            for s in tl.static_range(SPLIT):
-                total += tl.load(at + s * split_stride, mask=inside, other=0.0).to(tl.float32)
+    present = a < A
+    if not ALL:
+        present = present & (tl.load(ids_ptr + row, mask=present, other=E).to(tl.int32) < E)
+    place = row
+    if SORTED:
+        place = tl.load(inverse_ptr + row, mask=present, other=0)
+        gate = tl.load(gates_ptr + row, mask=present, other=0.0).to(tl.float32)
+    at = parts_ptr + place.to(tl.int64)[:, None] * parts_stride + n[None, :]
+    inside = present[:, None] & (n < N)[None, :]
+    each = tl.zeros([A2, BLOCK], tl.float32)
+    for s in tl.static_range(SPLIT):
+        each += tl.load(at + s * split_stride, mask=inside, other=0.0).to(tl.float32)
+    if SORTED:
+        each *= gate[:, None]
     y = y_ptr + token.to(tl.int64) * y_stride + n
-    tl.store(y, total.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y, tl.sum(each, 0).to(y_ptr.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def gate_rows(
+    product_ptr,
+    out_ptr,
+    I,  # noqa: E741
+    alpha,
+    limit,
+    ACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out (rows, I) = activation(gate) * up of product (rows, 2 I), gate first."""
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    product = product_ptr + row * 2 * I + n
+    gate = tl.load(product, mask=n < I, other=0.0).to(tl.float32)
+    up = tl.load(product + I, mask=n < I, other=0.0).to(tl.float32)
+    mid = gated(gate, up, alpha, limit, ACT)
+    tl.store(out_ptr + row * I + n, mid.to(out_ptr.dtype.element_ty), mask=n < I)

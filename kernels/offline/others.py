@@ -5,14 +5,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmoe.kernels.device.dequant import dequantize
-from qmoe.kernels.device.route import count_assignments, place_assignments, sum_contributions
-from qmoe.kernels.grouped import ROUTE_BLOCK, SUM_BLOCK
+from qmoe.kernels.device.route import (
+    count_assignments,
+    gate_rows,
+    place_assignments,
+    sum_contributions,
+)
+from qmoe.kernels.grouped import GATE_BLOCK, ROUTE_BLOCK, SUM_BLOCK
 from qmoe.kernels.launch import Table
 from qmoe.kernels.offline.compile import Compiled, compile_for
 
 # By name: processes cannot hand kernels to each other.
 KERNELS: dict[str, Any] = {
-    k.fn.__name__: k for k in (count_assignments, place_assignments, sum_contributions, dequantize)
+    k.fn.__name__: k
+    for k in (count_assignments, place_assignments, sum_contributions, gate_rows, dequantize)
 }
 OPTIONS = {"num_warps": 4, "num_stages": 2}
 
@@ -42,9 +48,15 @@ def others(table: Table, full: bool = False) -> Iterator[Other]:
     lists = {n: "*i32" for n in ("counts_ptr", "order_ptr", "tiles_ptr", "ends_ptr")}
     yield other(count_assignments, ids | lists, BLOCK=ROUTE_BLOCK, E2=256)
     for one in (False, True) if full else (False,):
-        yield other(place_assignments, ids | lists, BM=64, BLOCK=ROUTE_BLOCK, E2=256, ONE_BLOCK=one)
-    sums = ids | {"parts_ptr": "*fp32", "y_ptr": "*bf16"}
-    yield other(sum_contributions, sums, SPLIT=4, BLOCK=SUM_BLOCK, ALL=False, EARLY=False)
+        settings: dict[str, Any] = dict(BLOCK=ROUTE_BLOCK, E2=256, ONE_BLOCK=one)
+        yield other(place_assignments, ids | lists, BM=64, INVERSE=False, **settings)
+    sums = ids | {"parts_ptr": "*fp32", "inverse_ptr": "*i32", "gates_ptr": "*bf16"}
+    sums |= {"y_ptr": "*bf16"}
+    settings = dict(BLOCK=SUM_BLOCK // 8, A2=8, ALL=False, EARLY=table.early)
+    for split, inverse in ((4, False), (1, True)):
+        yield other(sum_contributions, sums, SPLIT=split, SORTED=inverse, **settings)
+    rows = {"product_ptr": "*bf16", "out_ptr": "*bf16", "alpha": "fp32", "limit": "fp32"}
+    yield other(gate_rows, rows, ACT="gelu_tanh", BLOCK=GATE_BLOCK)
     planes = {"arena_ptr": "*u8", "table_ptr": "*i32", "out_ptr": "*bf16"}
     yield other(
         dequantize, planes, GROUP=128, TAIL=2, ZERO=True, INTERLEAVED=True, ORDER=table.order

@@ -1,1 +1,1 @@
-"""The steps of scripts/gpu_check.py, and what bench_kernels.py and tune_kernels.py share with it."""
+"""The steps of scripts/gpu_check.py; bench_kernels.py and tune_kernels.py share them."""

@@ -90,7 +90,7 @@ def plain_loop(layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[s
     def run(x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
         flat = ids.flatten()
         most = launch.most_tiles(len(flat), layer.E, BM)
-        order, tiles, _ = place(flat, layer.E, BM, most)
+        order, tiles = place(flat, layer.E, BM, most)
         mid = SILU(product(x, ids.shape[1], order, tiles, len(flat), 0))
         out = product(mid, 1, order, tiles, len(flat), 1) * gates.flatten()[:, None].to(x.dtype)
         y = torch.empty_like(x)

@@ -233,24 +233,26 @@ def test_linears(M):
     assert experts.linear(x[:0], arena).shape == (0, 130)
 
 
-def test_halves_of_a_tile():
-    stored = rtn(torch.randn(1, 200, 96), Scheme(4, 32), torch.float32)
+@pytest.mark.parametrize("N", [200, 300])
+@pytest.mark.parametrize("BN", [32, 64, 256])
+def test_parts_of_a_tile_and_more_than_one(BN, N):
+    stored = rtn(torch.randn(1, N, 96), Scheme(4, 32), torch.float32)
     arena = build_arena([[stored]], torch.float32, "mma", DEVICE, paired=False)
-    x, out = torch.randn(5, 96), torch.empty(1, 5, 200)
-    tile = Tile(16, 64, 4, 1)
+    x, out = torch.randn(5, 96), torch.empty(1, 5, N)
+    tile = Tile(16, BN, 4, 1)
     product(x, every_row(x, 16), arena, 0, tile, TABLE, out, Epilogue(NONE))
     assert_close(out[0], x @ dequantize(stored)[0].T)
 
 
 @pytest.mark.parametrize("P, E", [(1, 1), (5, 3), (257, 128), (512, 3), (513, 3), (1025, 3)])
-@pytest.mark.parametrize("BM", [1, 16])
+@pytest.mark.parametrize("BM", [8, 16])
 @pytest.mark.parametrize("kind", ["random", "one expert", "no expert"])
 def test_schedules_hold_every_assignment_once(P, E, BM, kind):
     ids = torch.randint(E + 1, (P,))  # E is nobody
     if kind != "random":
         ids[:] = 0 if kind == "one expert" else E
     most = grouped.launch.most_tiles(P, E, BM)
-    order, tiles, ends = grouped.place(ids, E, BM, most)
+    order, tiles = grouped.place(ids, E, BM, most)
     at = 0
     for e in range(E):
         mine = torch.where(ids == e)[0].int()
@@ -259,5 +261,9 @@ def test_schedules_hold_every_assignment_once(P, E, BM, kind):
         assert (order[at + len(mine) : at + padded] == P).all()
         assert (tiles[1 + at // BM : 1 + (at + padded) // BM] == e).all()
         at += padded
-        assert ends[e] == at
     assert tiles[0] * BM == at
+    order, inverse, ends = grouped.sort(ids, E)
+    wanted = torch.argsort(ids, stable=True)[: int((ids < E).sum())]
+    assert torch.equal(order[: len(wanted)], wanted.int())
+    assert torch.equal(inverse[wanted], torch.arange(len(wanted)).int())
+    assert torch.equal(ends, torch.bincount(ids, minlength=E + 1)[:E].cumsum(0).int())
