@@ -4,11 +4,12 @@ On a CPU, for dry runs, the same calls with an ordinary clock.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 FLUSH = 256 << 20  # bytes read between two runs: more than any second-level cache holds
 
@@ -41,20 +42,27 @@ def captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
 
 
 def in_turn(
-    runs: dict[str, Callable[[], Any]], rounds: int, device: torch.device
+    runs: dict[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    inputs: Sequence[Tensor] = (),
 ) -> dict[str, float]:
-    """Median seconds of each, all of them once in every round, with cold caches."""
+    """Median seconds of each, all of them once in every round, with cold caches: weights come from
+    memory, as in a model with many layers. inputs: what the layer before has just written, and
+    caches therefore hold."""
     cold = torch.ones(FLUSH // 4 if device.type == "cuda" else 1, device=device)
     timings: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             cold.sum()
+            for tensor in inputs:
+                tensor.copy_(tensor.clone())
             timings[name].append(once(run, device))
     return {name: median(seconds) for name, seconds in timings.items()}
 
 
 def once(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one run. The host is ahead of the GPU then: it launches while caches are emptied."""
+    """Seconds of one run. The host is ahead of the GPU: it launches while caches are emptied."""
     if device.type == "cpu":
         start = time.perf_counter()
         run()

@@ -35,15 +35,19 @@ def rivals(
 
 
 def grouped_16_bits(x: Tensor, ids: Tensor, gates: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """torch's grouped product on 16-bit weights."""
-    flat, E = ids.flatten(), len(first)
-    order = flat.argsort(stable=True)
-    ends = (flat[None] == torch.arange(E, device=x.device)[:, None]).sum(1).cumsum(0).int()
-    rows = order // ids.shape[1]
+    """torch's grouped product on 16-bit weights, as transformers runs it ("grouped_mm" of its
+    integrations/moe.py, 5.17): sort, two products, back in order, sum."""
+    T, A = ids.shape
+    sorted_ids, order = torch.sort(ids.flatten())
+    kind = torch.float32 if x.device.type == "cpu" else torch.int32  # what histc takes there
+    counts = torch.histc(sorted_ids.to(kind), bins=len(first), min=0, max=len(first) - 1)
+    ends = counts.cumsum(0, dtype=torch.int32)
     product = torch.nn.functional.grouped_mm
-    mid = SILU(product(x[rows], first.transpose(1, 2), offs=ends))
+    mid = SILU(product(x[order // A], first.transpose(1, 2), offs=ends))
     out = product(mid, second.transpose(1, 2), offs=ends) * gates.flatten()[order, None].to(x.dtype)
-    return torch.zeros_like(x).index_add_(0, rows, out)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=x.device)
+    return out[back].view(T, A, -1).sum(1)
 
 
 def nf4(first: Tensor, second: Tensor) -> dict[str, Run]:
