@@ -11,10 +11,10 @@ from gpu.generate import generate
 from gpu.record import Record
 from gpu.uninstalled import ROOT
 from qmoe.baselines import original
-from qmoe.calibration.text import BUNDLED_TEST
 from qmoe.config import CalibrationConfig, QuantConfig
 
 DEMO = ROOT / "tests" / "data" / "demo-moe"
+HELDOUT = ROOT / "calibration" / "text" / "heldout" / "austen.txt"
 TEXT = "The family of Dashwood had long been settled in Sussex. Their estate was large, and"
 EQUAL, CLOSE_KL = 0.995, 1.05
 
@@ -28,7 +28,7 @@ def models(record: Record, device: torch.device, folder: Path, windows: int) -> 
         if where.type == "cuda":
             torch.cuda.reset_peak_memory_stats(where)
         qmoe.quantize(
-            DEMO, made[where.type], config, device=str(where), overwrite=True, progress=False
+            DEMO, made[where.type], config, device=str(where), progress=False
         )
         if where.type == "cuda":
             peak = torch.cuda.max_memory_allocated(where)
@@ -53,8 +53,7 @@ def same_integers(record: Record, one: Path, other: Path) -> None:
 def same_logits(record: Record, device: torch.device, cpu: Path, gpu: Path) -> None:
     """The same folder on both devices; and what each folder loses against the original."""
     plain, tokenizer = qmoe.load(cpu, torch.float32, progress=False)
-    text = next(iter(BUNDLED_TEST.values()))[:20000] if BUNDLED_TEST else TEXT
-    ids = torch.tensor(tokenizer(text).input_ids[:2048]).view(-1, 256)
+    ids = torch.tensor(tokenizer(HELDOUT.read_text()[:20000]).input_ids[:2048]).view(-1, 256)
     wanted = plain(input_ids=ids).logits
     base = original(DEMO, torch.float32)(input_ids=ids).logits.log_softmax(-1)
     moved = qmoe.load(cpu, torch.float32, device=str(device), progress=False)[0]
