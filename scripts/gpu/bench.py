@@ -4,7 +4,17 @@ from collections.abc import Sequence
 
 import torch
 
-from gpu.cells import MIXED, Bits, Job, compile_all, layers_on, others_of, pack_layer, timed_row, width
+from gpu.cells import (
+    MIXED,
+    Bits,
+    Job,
+    compile_all,
+    layers_on,
+    others_of,
+    pack_layer,
+    timed_row,
+    width,
+)
 from gpu.clock import read_bandwidth
 from gpu.record import Record
 from qmoe.kernels.offline.roofline import Layer

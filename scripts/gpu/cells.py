@@ -122,7 +122,9 @@ def compile_all(jobs: Sequence[Job], device: torch.device) -> list[str]:
     if device.type == "cpu":
         return [""] * len(jobs)
     workers = max(1, min(len(jobs), (os.cpu_count() or 2) - 1))
-    with ProcessPoolExecutor(workers, get_context("forkserver")) as pool:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["gpu.cells"])  # torch is imported once, not by every worker
+    with ProcessPoolExecutor(workers, context) as pool:
         return list(pool.map(compile_one, jobs, [str(device)] * len(jobs)))
 
 
@@ -171,9 +173,7 @@ def timed_row(
     return row | {f"times_{name}": s / mine for name, s in seconds.items() if name != "qmoe"}
 
 
-def _ready(
-    name: str, run: Run, given: tuple[Tensor, ...], arena: Arena
-) -> Callable[[], Any]:
+def _ready(name: str, run: Run, given: tuple[Tensor, ...], arena: Arena) -> Callable[[], Any]:
     """A CUDA graph of it where there can be one, else its launches."""
 
     def once() -> Tensor:

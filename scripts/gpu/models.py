@@ -27,9 +27,7 @@ def models(record: Record, device: torch.device, folder: Path, windows: int) -> 
         made[where.type] = folder / f"demo-{where.type}"
         if where.type == "cuda":
             torch.cuda.reset_peak_memory_stats(where)
-        qmoe.quantize(
-            DEMO, made[where.type], config, device=str(where), progress=False
-        )
+        qmoe.quantize(DEMO, made[where.type], config, device=str(where), progress=False)
         if where.type == "cuda":
             peak = torch.cuda.max_memory_allocated(where)
             record.row(what="peak while quantizing", GB=peak / 1e9)
@@ -63,7 +61,10 @@ def same_logits(record: Record, device: torch.device, cpu: Path, gpu: Path) -> N
     if off > 1e-3:
         record.problem(f"logits on {device} differ from the CPU's by {off:.2g}")
     there = qmoe.load(gpu, torch.float32, device=str(device), progress=False)[0]
-    losses = {"CPU": kl(base, wanted), "GPU": kl(base, there(input_ids=ids.to(device)).logits.cpu())}
+    losses = {
+        "CPU": kl(base, wanted),
+        "GPU": kl(base, there(input_ids=ids.to(device)).logits.cpu()),
+    }
     record.row(what="KL to the original of what was quantized on", **losses)
     if losses["GPU"] > CLOSE_KL * losses["CPU"]:
         record.problem(f"KL of the model quantized on {device}: {losses}")

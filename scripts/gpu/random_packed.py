@@ -47,11 +47,16 @@ def write_packed(path: Path, config: Qwen3MoeConfig, bits: int) -> Path:
 def _shards(config: Qwen3MoeConfig, expert: Scheme, dense: Scheme) -> Iterator[dict[str, Tensor]]:
     H, I, D = config.hidden_size, config.moe_intermediate_size, config.head_dim  # noqa: E741
     heads, shared = config.num_attention_heads * D, config.num_key_value_heads * D
-    ends = {"model.embed_tokens.weight": _normal(config.vocab_size, H), "model.norm.weight": _ones(H)}
+    ends = {
+        "model.embed_tokens.weight": _normal(config.vocab_size, H),
+        "model.norm.weight": _ones(H),
+    }
     yield ends | _packed("lm_head", config.vocab_size, H, dense)
     for i in range(config.num_hidden_layers):
         at = f"model.layers.{i}"
-        layer = {f"{at}.{n}.weight": _ones(H) for n in ("input_layernorm", "post_attention_layernorm")}
+        layer = {
+            f"{at}.{n}.weight": _ones(H) for n in ("input_layernorm", "post_attention_layernorm")
+        }
         layer |= {f"{at}.self_attn.{n}.weight": _ones(D) for n in ("q_norm", "k_norm")}
         for name, n, k in (("q", heads, H), ("k", shared, H), ("v", shared, H), ("o", H, heads)):
             layer |= _packed(f"{at}.self_attn.{name}_proj", n, k, dense)

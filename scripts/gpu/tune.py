@@ -41,6 +41,8 @@ from qmoe.kernels.reference import layer_reference
 
 ROUNDS = 7
 NEVER = 1 << 20  # rows per expert
+# Microseconds by class and BM, by tile, by cell.
+Times = dict[tuple[str, int], dict[Tile, dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def tune(record: Record, device: torch.device, configs: Path = CONFIGS) -> Path:
     layers = {(c.layer, c.bits): [] for *_, c in jobs}
     for key in jobs:
         layers[key[3].layer, key[3].bits].append(key)
-    timed: dict[tuple[str, int], dict[Tile, dict[str, float]]] = {}
+    timed: Times = {}
     for (layer, bits), keys in layers.items():
         packed = pack_layer(layer, bits, device)
         for cell in dict.fromkeys(key[3] for key in keys):
@@ -80,11 +82,21 @@ def tune(record: Record, device: torch.device, configs: Path = CONFIGS) -> Path:
             for (name, bm, tile), us in compare(packed, cell, tables, record).items():
                 timed.setdefault((name, bm), {}).setdefault(tile, {})[str(cell)] = us
                 record.row(what="tile", name=name, BM=bm, tile=_short(tile), cell=str(cell), us=us)
+        # After every layer: a run that is cut short leaves what it found.
+        write_table(with_best(table, timed), timed, device, configs)
+    return write_table(crossovers(with_best(table, timed), device, record), timed, device, configs)
+
+
+def with_best(table: Table, timed: Times) -> Table:
+    """The table with the best tile of every class and BM that was timed."""
     tiles = {name: dict(by_bm) for name, by_bm in table.tiles.items()}
     for (name, bm), seen in timed.items():
         tiles[name][bm] = best(seen)
-    table = replace(table, tiles={n: dict(sorted(by_bm.items())) for n, by_bm in tiles.items()})
-    table = crossovers(table, device, record)
+    return replace(table, tiles={n: dict(sorted(by_bm.items())) for n, by_bm in tiles.items()})
+
+
+def write_table(table: Table, timed: Times, device: torch.device, configs: Path) -> Path:
+    """configs/<device>.json, with what was seen."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     table = replace(table, source=f"timed on {name} by scripts/tune_kernels.py")
     path = configs / (re.sub(r"[^A-Za-z0-9]+", "_", name) + ".json")
@@ -228,7 +240,9 @@ def chosen(table: Table, seen: dict[str, list[tuple[int, dict[Any, float]]]]) ->
     for what in ("early", "waves"):
         if what in seen:
             every = [us for _, us in seen[what]]
-            values[what] = min(every[0], key=lambda v: prod(us[v] / min(us.values()) for us in every))
+            values[what] = min(
+                every[0], key=lambda v: prod(us[v] / min(us.values()) for us in every)
+            )
     inline = [size for size, us in seen["inline_rows"] if us[256] <= us[0]]
     values["inline_rows"] = min(max(inline, default=0), 256)
     lost = [size for size, us in seen["dense_rows"] if us[NEVER] <= us[0]]
@@ -253,5 +267,3 @@ def as_json(table: Table) -> dict[str, Any]:
 
 def _short(tile: Tile) -> str:
     return f"BN{tile.BN} {tile.warps}w {tile.stages}s"
-
-
