@@ -100,7 +100,8 @@ def stack_activation(experts: Any, first: Float[Tensor, "M N"]) -> Float[Tensor,
 
 def after(experts: Any, y: Float[Tensor, "M H"]) -> Float[Tensor, "M H"]:
     """What the family does to each expert's output before its gate."""
-    return experts.post_expert_norm(y) if experts.has_post_expert_norm else y
+    # transformers has it since 5.20; scripts/gpu_check.py also runs on older ones.
+    return experts.post_expert_norm(y) if getattr(experts, "has_post_expert_norm", False) else y
 
 
 def _interleaved(experts: Any, name: str) -> bool:
