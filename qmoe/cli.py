@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ methods, likewise at 4 bits, in thousandths of a nat per token:
   awq-gptq                the same scales, then GPTQ
   gptq      0.77 / 1.16   Hessian-based error feedback per expert (default; here with preset fast)
 """
+STORED = "checkpoint"  # a dtype: the one that is stored
 TEXT_NUMBERS = ("windows", "written", "window", "batch", "seed")
 TEXT_HELP = (
     "text, comma separated: bundled[:DOMAIN+DOMAIN], heldout[:DOMAIN+DOMAIN], a file, folder or "
@@ -70,9 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch", type=int, default=8, help="windows per forward pass")
     evaluate.add_argument(
         "--dtype",
-        choices=["float32", "bfloat16", "float16"],
+        choices=["float32", "bfloat16", "float16", STORED],
         default="float32",
-        help="of activations; float32 shows what the weights lost and nothing else",
+        help="of activations; float32 shows what the weights lost and nothing else, "
+        f"{STORED} is the checkpoint's own, in which models are loaded and run",
     )
     bench = commands.add_parser("bench", help="prefill and decode speed, latency, memory")
     _compare_options(bench)
@@ -269,9 +272,18 @@ def run(args: argparse.Namespace) -> None:
     if not result:  # another process of this run shows it
         return
     if args.json:
-        print(json.dumps(result, indent=2))
+        print(json.dumps(_finite(result), indent=2, allow_nan=False))
     else:
         getattr(commands, f"show_{args.command}")(result)
+
+
+def _finite(value: Any) -> Any:
+    """The same with null in place of infinite numbers, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import transformers
 from qmoe import ranks, tables
 from qmoe.audit import audit_folder
 from qmoe.checkpoint import read_json, resolve
-from qmoe.cli import config_from
+from qmoe.cli import STORED, config_from
 from qmoe.compare import benchmark, evaluate
 from qmoe.errors import (
     AuditError,
@@ -21,6 +21,7 @@ from qmoe.errors import (
     QmoeError,
     UnsupportedModelError,
 )
+from qmoe.evaluate import relative
 from qmoe.experts import expert_weights, stack
 from qmoe.loading import Loading
 from qmoe.pipeline import quantize as run_quantize
@@ -190,7 +191,7 @@ def eval(args: argparse.Namespace) -> dict[str, Any]:
         windows=args.windows,
         window=args.window,
         batch=args.batch,
-        loading=_loading(args, getattr(torch, args.dtype)),
+        loading=_loading(args, None if args.dtype == STORED else getattr(torch, args.dtype)),
         track=on_terminal,
     )
 
@@ -215,17 +216,20 @@ def show_eval(result: dict[str, Any]) -> None:
         tables.show(title, ["domain", *scores], rows)
     if "rtn" in overall and "kl" in overall["rtn"]:
         ratios = [
-            [d, *(f"{m[d]['kl'] / scores['rtn'][d]['kl']:.3f}" for m in scores.values())]
+            [d, *(_ratio(m[d]["kl"], scores["rtn"][d]["kl"]) for m in scores.values())]
             for d in scores["rtn"]
         ]
-        ratios.append(
-            ["mean", *(f"{m['kl'] / overall['rtn']['kl']:.3f}" for m in overall.values())]
-        )
+        ratios.append(["mean", *(_ratio(m["kl"], overall["rtn"]["kl"]) for m in overall.values())])
         tables.show("KL relative to round-to-nearest", ["domain", *scores], ratios)
     rows = [[name, tables.size(n)] for name, n in result["bytes_on_disk"].items()]
     tables.show("weights on disk", ["model", "bytes"], rows)
     for note in result["not_better"]:
         print(note)
+
+
+def _ratio(kl: float, to: float) -> str:
+    found = relative(kl, to)
+    return "-" if found is None else f"{found:.3f}"
 
 
 def bench(args: argparse.Namespace) -> dict[str, Any]:

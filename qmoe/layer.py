@@ -4,6 +4,7 @@ After `quantize_layer` the layer holds the dequantized weights, so that the laye
 what they will see at run time.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -93,7 +94,11 @@ def quantize_layer(
         if reference[i] is not None or not job.last:
             [output] = run_layer(job.model, job.layer, forward, [call])
             after[i] = job.scratch.keep(output)
-    result.record["error"] = _relative_rms(after, reference)
+    result.record["error"] = error = _relative_rms(after, reference)
+    if not math.isfinite(error):
+        raise CalibrationError(
+            f"{layer.name}: its output has NaN or Inf on the calibration text; the model overflows"
+        )
     return result, targets + after
 
 
@@ -159,7 +164,7 @@ def _fold(job: Job, names: list[str], forward: Forward, calls: list[Call], resul
     not_folded = result.record.setdefault("not_folded", [])
 
     def keep_if_equal(undo: Callable[[], None], what: str, changed: set[str]) -> None:
-        if _relative_rms(run(calls), plain) > TOLERANCE:
+        if not _relative_rms(run(calls), plain) <= TOLERANCE:  # also where it is no number
             undo()
             not_folded.append(what)
         else:
