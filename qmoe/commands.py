@@ -74,10 +74,11 @@ def families(args: argparse.Namespace) -> dict[str, Any]:
     """`qmoe families`: what is known, and with --check proven, of each; AuditError if a check of a
     family that is not refused fails."""
     from qmoe import families as known
+    from qmoe.family_check import CONFIG, check
 
     if args.rotate != "off" and not args.check:
         raise ConfigError("--rotate: says how models are checked; add --check")
-    config = replace(known.CONFIG, rotate=args.rotate)
+    config = replace(CONFIG, rotate=args.rotate)
     found = {family.model_type: family for family in known.families()}
     if unknown := [name for name in args.names if name not in found]:
         raise ConfigError(f"{unknown[0]}: not an MoE language model of this transformers")
@@ -88,7 +89,7 @@ def families(args: argparse.Namespace) -> dict[str, Any]:
             row["experts"] = known.layout(family)
             if args.check:
                 with TemporaryDirectory(prefix="qmoe-families-") as folder:
-                    known.check(family, Path(folder), config)
+                    check(family, Path(folder), config)
             row["result"] = "passed" if args.check else "supported"
         except UnsupportedModelError as error:
             row["result"] = str(error)

@@ -114,7 +114,7 @@ def fallbacks(record: dict[str, Any]) -> list[str]:
         lines.append(f"{record['name']}: no text reaches it; rounded to nearest")
     for name, reason in record.get("kept", {}).items():
         if reason != "router":
-            lines.append(f"{name}: left in 16 bits, {reason}")
+            lines.append(f"{name}: not quantized, {reason}")
     for name in record.get("not_folded", []):
         lines.append(f"{name}: no AWQ scale folded in")
     return lines
