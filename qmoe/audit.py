@@ -199,7 +199,7 @@ def audit_kept(source: PackedSource, where: str) -> None:
     model, weights = source.model, source.weights
     dtype = model.config.dtype
     packed = {parameter for parameter, _ in weights.packed.values()}
-    kept = [target for target in weights.targets if target not in packed]
+    kept = sorted({*weights.targets, *weights.split_targets()} - packed)
     in_full = in_float32(model, dtype, kept)
     findings: list[str] = []
     roots = [layer.name + "." for layer in source.structure.layers]

@@ -1,8 +1,6 @@
 """The `qmoe` command: parse, call one public function, print. Heavy imports wait for a command."""
 
 import argparse
-import json
-import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ from qmoe.config import (
     Scheme,
 )
 from qmoe.errors import ConfigError, QmoeError
+from qmoe.tables import to_json
 
 METHODS = """\
 presets: what --search, --feedback, --tune, --windows and --written are unless given, with KL to the
@@ -272,18 +271,9 @@ def run(args: argparse.Namespace) -> None:
     if not result:  # another process of this run shows it
         return
     if args.json:
-        print(json.dumps(_finite(result), indent=2, allow_nan=False))
+        print(to_json(result))
     else:
         getattr(commands, f"show_{args.command}")(result)
-
-
-def _finite(value: Any) -> Any:
-    """The same with null in place of infinite numbers, for which JSON has no word."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
