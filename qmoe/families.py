@@ -96,8 +96,9 @@ CHANGES: dict[str, dict[str, Any]] = LATENT | {
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
-# Names of what is added to a router's scores before experts are chosen.
-CHOOSING = re.compile(r"correction_bias|expert_bias|balancing_bias")
+# Names of what is added to a router's scores before experts are chosen. (Not ZAYA's, one of which
+# transformers sets to -1 after loading.)
+CHOOSING = re.compile(r"correction_bias|expert_bias")
 
 
 @dataclass(frozen=True)
@@ -198,9 +199,7 @@ def save_tiny(
     for name, tensor in model.state_dict(keep_vars=True).items():
         if CHOOSING.search(name) and tensor.is_floating_point():
             tensor.data.uniform_(6.817, 7.063)
-            if (
-                "balancing_bias" in name
-            ):  # transformers puts ZAYA's last one back to this on loading
+            if "balancing_bias" in name:  # ZAYA's last one is always this in transformers
                 tensor.data[-1] = -1.0
             continue
         if name not in parameters:

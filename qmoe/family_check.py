@@ -35,7 +35,9 @@ CONFIG = QuantConfig(
     calibration=CalibrationConfig(windows=4, window=64, batch=2),
 )
 TOLERANCE = 1e-4  # relative RMS of logits in float32
-HAIR = 0.05  # of tokens that may go to other experts for a difference in the last digit
+# How much further from transformers' model, in bfloat16, than that is from its float32 self. (Seen: 3
+# in 100 tokens more, 1.7 times the error.)
+HAIR, NOISE = 0.1, 3
 
 
 @torch.no_grad()
@@ -88,7 +90,7 @@ def check_in_bfloat16(
         _apart(run(model, inputs), expected),
         _apart(expected, exact),
     )
-    if not (kept >= usual_kept - HAIR and lost <= 2 * usual_lost):
+    if not (kept >= usual_kept - HAIR and lost <= NOISE * usual_lost):
         raise AuditError(
             f"{what}: in bfloat16 {kept:.1%} of tokens go to the same experts, logits are off by "
             f"{lost:.1e}; transformers' own are {usual_kept:.1%} and {usual_lost:.1e} from float32"
