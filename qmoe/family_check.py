@@ -35,8 +35,8 @@ CONFIG = QuantConfig(
     calibration=CalibrationConfig(windows=4, window=64, batch=2),
 )
 TOLERANCE = 1e-4  # relative RMS of logits in float32
-# How much further from transformers' model, in bfloat16, than that is from its float32 self. (Seen: 3
-# in 100 tokens more, 1.7 times the error.)
+# How much further from transformers' model, in bfloat16, than that is from its float32 self. (Seen:
+# 3 in 100 tokens more, 1.7 times the error.)
 HAIR, NOISE = 0.1, 3
 
 

@@ -6,7 +6,7 @@ step is absmax / (2^bits - 1) * 2.
 """
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from qmoe.config import Scheme
@@ -19,7 +19,9 @@ def limits(bits: int) -> tuple[int, int]:
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
-FAR = 1 / 32  # of a scale: what it may be off when it is stored, before that is said
+# Of a scale: what it may be off when it is stored, integers being chosen for what is; and what it
+# may be off when it is loaded in another dtype, integers being what they are.
+COARSE, FAR = 1 / 8, 1 / 32
 
 
 def stored_scale(scale: Float[Tensor, "*any"], dtype: torch.dtype) -> Float[Tensor, "*any"]:
@@ -41,9 +43,22 @@ def covering_scale(scale: Float[Tensor, "*any"], dtype: torch.dtype) -> Float[Te
     return torch.where(short, rounded + info.tiny * info.eps, rounded)
 
 
-def far_scales(scale: Float[Tensor, "*any"], stored: Float[Tensor, "*any"]) -> Bool[Tensor, "*any"]:
-    """Where stored scales are too far from the ones wanted, at the bounds of their dtype."""
-    return (stored - scale).abs() > FAR * scale
+def far_scales(
+    scale: Float[Tensor, "*any"], stored: Float[Tensor, "*any"], share: float
+) -> Bool[Tensor, "*any"]:
+    """Where stored scales are off the ones wanted by more than a share of these, at the bounds of
+    their dtype."""
+    return (stored - scale).abs() > share * scale
+
+
+def rows_at_bounds(
+    weight: Float[Tensor, "E N K"], scheme: Scheme, dtype: torch.dtype
+) -> Int[Tensor, " E"]:
+    """How many rows of each matrix have weights for which `dtype` has no scale near the one that
+    they need: too small, or too large."""
+    wanted = wanted_scale(*group_range(weight, scheme), scheme)
+    far = far_scales(wanted, covering_scale(wanted, dtype), COARSE) & (wanted > 0)
+    return far.any(-1).sum(-1)
 
 
 def grid_of(

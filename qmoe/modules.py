@@ -19,7 +19,7 @@ from qmoe import experts
 from qmoe.config import Scheme
 from qmoe.errors import CheckpointError, ConfigError
 from qmoe.format import SUFFIXES
-from qmoe.grid import far_scales, stored_scale
+from qmoe.grid import FAR, far_scales, stored_scale
 from qmoe.kernels import uses_arena
 from qmoe.kernels.moe import moe_forward
 from qmoe.kernels.stack import PackedStack
@@ -223,7 +223,7 @@ def take_to_run(module: Any, where: str) -> dict[str, Quantized]:
     for name, stored in take_stored(module, where).items():
         dtype, scale = module._qmoe_stored[name][3], stored.scale.float()
         made = stored_scale(scale, dtype)
-        far = far_scales(scale, made)
+        far = far_scales(scale, made, FAR)
         if far.any():
             zero = 0 if stored.zero is None else stored.zero[..., None]
             used = stored.q.unflatten(-1, (scale.shape[-1], -1)) != zero

@@ -126,6 +126,12 @@ def _trouble(name: str, part: dict[str, Any]) -> list[str]:
         lines.append(f"{name}: damping raised for {_list(list(damped))}")
     if rounded := part.get("rounded"):
         lines.append(f"{name}: rounded to nearest, no usable statistics: {_list(rounded)}")
+    if bounded := part.get("bounded"):
+        rows = [f"{count} (matrix {e})" for e, count in bounded["rows"].items()]
+        lines.append(
+            f"{name}: rows too small or too large for scales in {bounded['dtype']}, coarser than "
+            f"their bits: {_list(rows)}"
+        )
     return lines
 
 
