@@ -72,7 +72,8 @@ def resident(model: Any, batches: Batches) -> Logits:
     """Logits of a model that is in memory."""
     for _, ids in batches:
         with torch.no_grad():
-            yield model(input_ids=ids.to(model.device), use_cache=False).logits.to(ids.device)
+            logits = model(input_ids=ids.to(model.device), use_cache=False).logits.to(ids.device)
+        yield logits  # not inside, which would leave gradients off in whoever asks
 
 
 def streamed(source: Source, batches: Batches, dtype: torch.dtype, track: Track) -> Logits:
@@ -82,18 +83,20 @@ def streamed(source: Source, batches: Batches, dtype: torch.dtype, track: Track)
 
     def visit(i: int, forward: Any, calls: list[Call]) -> list[Any]:
         weights.load(weights.sources(next(layers).name), dtype)
-        with torch.no_grad():
-            outputs = [forward(*c.args, **c.kwargs) for c in calls]
+        outputs = [forward(*c.args, **c.kwargs) for c in calls]
         free(modules[i])
         return outputs
 
+    inputs = [{"input_ids": ids, "use_cache": False} for _, ids in batches]
+    outputs = suspended(source.model, modules, inputs, visit)
     with torch.no_grad():
         weights.load(source.resident(), dtype)
         weights.tie()
-        inputs = [{"input_ids": ids, "use_cache": False} for _, ids in batches]
-        for output in suspended(source.model, modules, inputs, visit):
-            yield output.logits
-        next(layers, None)
+    for _ in batches:
+        with torch.no_grad():
+            output = next(outputs)
+        yield output.logits
+    next(layers, None)
 
 
 def score(

@@ -165,5 +165,7 @@ def test_an_overflow_of_a_real_model_is_refused_in_its_dtype(tmp_path, demo):
     options = {"against": source, "text": ONE_DOMAIN, "windows": 1, "window": 32}
     with pytest.raises(CalibrationError, match="original: .*float16.*bfloat16 or float32"):
         evaluate(quantized, **options, loading=Loading(torch.float16))
+    assert torch.is_grad_enabled()  # also while the error holds on to what ran
     found = evaluate(quantized, **options, loading=Loading())
+    assert torch.is_grad_enabled()
     assert math.isfinite(found["overall"]["qmoe"]["perplexity"])
