@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qmoe.errors import AuditError
+from qmoe.errors import AuditError, ConfigError
 from qmoe.experts import is_experts
 from qmoe.format import SUFFIXES
-from qmoe.modules import PackedLinear, packed_experts, take_stored
+from qmoe.modules import PackedLinear, held, packed_experts, take_stored
+from qmoe.naming import all_original_names
 from qmoe.packed_skeleton import PackedSource, open_packed
+from qmoe.precision import in_float32
 from qmoe.progress import Track, silent
 from qmoe.skeleton import free
 from qmoe.types import digest
@@ -188,6 +190,40 @@ def audit_model(model: nn.Module, where: str) -> Audit:
                 audit.bytes[kind] += parameter.nbytes
     audit.require_clean(where)
     return audit
+
+
+def audit_kept(source: PackedSource, where: str) -> None:
+    """Check a loaded model against its folder: all that is not packed has the dtype in which
+    transformers' own class would run it, and the stored values, rounded to that once. ConfigError
+    for numbers that this dtype does not have."""
+    model, weights = source.model, source.weights
+    dtype = model.config.dtype
+    packed = {parameter for parameter, _ in weights.packed.values()}
+    kept = sorted({*weights.targets, *weights.split_targets()} - packed)
+    in_full = in_float32(model, dtype, kept)
+    findings: list[str] = []
+    roots = [layer.name + "." for layer in source.structure.layers]
+    parts: dict[str, dict[str, Tensor]] = {}  # by layer: names of a layer depend on each other
+    for target in kept:
+        tensor = held(model, target)
+        if tensor is None:
+            findings.append(f"is not in the loaded model: {target}")
+            continue
+        if target in in_full and tensor.dtype != torch.float32:
+            findings.append(f"is {tensor.dtype}, its class keeps it in float32: {target}")
+        root = next((r for r in roots if target.startswith(r)), "")
+        parts.setdefault(root, {})[target] = tensor.to("cpu")
+    for tensors in parts.values():
+        for name, tensor in all_original_names(model, tensors).items():
+            if not torch.isfinite(tensor).all():
+                raise ConfigError(
+                    f"dtype: {name} has numbers too large for {dtype}; load {where} in bfloat16 or "
+                    "float32"
+                )
+            if not torch.equal(source.checkpoint.tensor(name).to(tensor.dtype), tensor):
+                findings.append(f"is not what is stored: {name}")
+        source.checkpoint.release()
+    Audit(findings=findings).require_clean(where)
 
 
 def _resident_kind(name: str, module: nn.Module, parameter: Tensor) -> str:

@@ -1,7 +1,6 @@
 """The `qmoe` command: parse, call one public function, print. Heavy imports wait for a command."""
 
 import argparse
-import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from qmoe.config import (
     Scheme,
 )
 from qmoe.errors import ConfigError, QmoeError
+from qmoe.tables import to_json
 
 METHODS = """\
 presets: what --search, --feedback, --tune, --windows and --written are unless given, with KL to the
@@ -37,6 +37,7 @@ methods, likewise at 4 bits, in thousandths of a nat per token:
   awq-gptq                the same scales, then GPTQ
   gptq      0.77 / 1.16   Hessian-based error feedback per expert (default; here with preset fast)
 """
+STORED = "checkpoint"  # a dtype: the one that is stored
 TEXT_NUMBERS = ("windows", "written", "window", "batch", "seed")
 TEXT_HELP = (
     "text, comma separated: bundled[:DOMAIN+DOMAIN], heldout[:DOMAIN+DOMAIN], a file, folder or "
@@ -70,9 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch", type=int, default=8, help="windows per forward pass")
     evaluate.add_argument(
         "--dtype",
-        choices=["float32", "bfloat16", "float16"],
+        choices=["float32", "bfloat16", "float16", STORED],
         default="float32",
-        help="of activations; float32 shows what the weights lost and nothing else",
+        help="of activations; float32 shows what the weights lost and nothing else, "
+        f"{STORED} is the checkpoint's own, in which models are loaded and run",
     )
     bench = commands.add_parser("bench", help="prefill and decode speed, latency, memory")
     _compare_options(bench)
@@ -269,7 +271,7 @@ def run(args: argparse.Namespace) -> None:
     if not result:  # another process of this run shows it
         return
     if args.json:
-        print(json.dumps(result, indent=2))
+        print(to_json(result))
     else:
         getattr(commands, f"show_{args.command}")(result)
 

@@ -12,7 +12,7 @@ import transformers
 from qmoe import ranks, tables
 from qmoe.audit import audit_folder
 from qmoe.checkpoint import read_json, resolve
-from qmoe.cli import config_from
+from qmoe.cli import STORED, config_from
 from qmoe.compare import benchmark, evaluate
 from qmoe.errors import (
     AuditError,
@@ -21,6 +21,7 @@ from qmoe.errors import (
     QmoeError,
     UnsupportedModelError,
 )
+from qmoe.evaluate import relative
 from qmoe.experts import expert_weights, stack
 from qmoe.loading import Loading
 from qmoe.pipeline import quantize as run_quantize
@@ -73,10 +74,11 @@ def families(args: argparse.Namespace) -> dict[str, Any]:
     """`qmoe families`: what is known, and with --check proven, of each; AuditError if a check of a
     family that is not refused fails."""
     from qmoe import families as known
+    from qmoe.family_check import CONFIG, check
 
     if args.rotate != "off" and not args.check:
         raise ConfigError("--rotate: says how models are checked; add --check")
-    config = replace(known.CONFIG, rotate=args.rotate)
+    config = replace(CONFIG, rotate=args.rotate)
     found = {family.model_type: family for family in known.families()}
     if unknown := [name for name in args.names if name not in found]:
         raise ConfigError(f"{unknown[0]}: not an MoE language model of this transformers")
@@ -87,7 +89,7 @@ def families(args: argparse.Namespace) -> dict[str, Any]:
             row["experts"] = known.layout(family)
             if args.check:
                 with TemporaryDirectory(prefix="qmoe-families-") as folder:
-                    known.check(family, Path(folder), config)
+                    check(family, Path(folder), config)
             row["result"] = "passed" if args.check else "supported"
         except UnsupportedModelError as error:
             row["result"] = str(error)
@@ -190,7 +192,7 @@ def eval(args: argparse.Namespace) -> dict[str, Any]:
         windows=args.windows,
         window=args.window,
         batch=args.batch,
-        loading=_loading(args, getattr(torch, args.dtype)),
+        loading=_loading(args, None if args.dtype == STORED else getattr(torch, args.dtype)),
         track=on_terminal,
     )
 
@@ -215,17 +217,20 @@ def show_eval(result: dict[str, Any]) -> None:
         tables.show(title, ["domain", *scores], rows)
     if "rtn" in overall and "kl" in overall["rtn"]:
         ratios = [
-            [d, *(f"{m[d]['kl'] / scores['rtn'][d]['kl']:.3f}" for m in scores.values())]
+            [d, *(_ratio(m[d]["kl"], scores["rtn"][d]["kl"]) for m in scores.values())]
             for d in scores["rtn"]
         ]
-        ratios.append(
-            ["mean", *(f"{m['kl'] / overall['rtn']['kl']:.3f}" for m in overall.values())]
-        )
+        ratios.append(["mean", *(_ratio(m["kl"], overall["rtn"]["kl"]) for m in overall.values())])
         tables.show("KL relative to round-to-nearest", ["domain", *scores], ratios)
     rows = [[name, tables.size(n)] for name, n in result["bytes_on_disk"].items()]
     tables.show("weights on disk", ["model", "bytes"], rows)
     for note in result["not_better"]:
         print(note)
+
+
+def _ratio(kl: float, to: float) -> str:
+    found = relative(kl, to)
+    return "-" if found is None else f"{found:.3f}"
 
 
 def bench(args: argparse.Namespace) -> dict[str, Any]:

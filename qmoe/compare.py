@@ -108,9 +108,10 @@ def evaluate(
     """Perplexity by domain of a quantized folder; with `against`, also KL and top-1 agreement.
 
     text: see qmoe.calibration.text.load_texts. The first `windows` windows of every domain are
-    scored. loading: how the quantized models are; its dtype is that of all models alike, float32
-    shows what the weights lost and nothing else. The original is streamed on the CPU, so it may be
-    larger than memory.
+    scored. loading: how the quantized models are; its dtype is that of all models alike: float32
+    shows what the weights lost and nothing else, None, the checkpoint's own, how they run. The
+    original is streamed on the CPU, so it may be larger than memory. Raises CalibrationError if a
+    model has no predictions in that dtype.
     Returns scores by model and domain, their means over domains ("overall"), bytes on disk, and
     in words where the quantized model is not better than a baseline ("not_better").
     """
@@ -131,16 +132,18 @@ def evaluate(
         assert against is not None
         with rtn_twin(folder, against, track, trust) as twin:
             models["rtn"], disk["rtn"] = loading(twin, track), _disk(twin)
+    ours = loading(folder, track)
+    dtype = ours.config.dtype
     if "nf4" in baselines:
-        models["nf4"] = nf4(str(against), loading.dtype, loading.device, trust)
-    models["qmoe"] = loading(folder, track)
+        models["nf4"] = nf4(str(against), dtype, loading.device, trust)
+    models["qmoe"] = ours
     reference: Logits | None = None
     if against is not None:
-        dtype = loading.dtype or torch.float32
         source = open_source(against, dtype, trust)
         disk["original"] = source.checkpoint.nbytes()
         reference = streamed(source, batches, dtype, track)
-    found = score(batches, reference, {n: resident(m, batches) for n, m in models.items()}, track)
+    logits = {name: resident(model, batches) for name, model in models.items()}
+    found = score(batches, reference, logits, track, dtype)
     scores = summaries(found, with_reference=reference is not None)
     return {
         "scores": scores,

@@ -6,6 +6,7 @@ logits in whatever dtype the model gives.
 """
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,13 +37,20 @@ class Score:
     windows: list[float] = field(default_factory=list)
 
     def summary(self) -> dict[str, float]:
-        """Perplexity, KL to the original in nats per token, share of equal top-1 tokens."""
+        """Perplexity and its logarithm, KL to the original in nats per token, share of equal top-1
+        tokens."""
         n = max(self.tokens, 1)
         return {
-            "perplexity": math.exp(self.loss / n),
+            "perplexity": perplexity(self.loss / n),
+            "loss": self.loss / n,
             "kl": self.kl / n,
             "agreement": self.agree / n,
         }
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats per token; infinite where no float is as large."""
+    return math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
 
 
 def make_batches(
@@ -64,7 +72,8 @@ def resident(model: Any, batches: Batches) -> Logits:
     """Logits of a model that is in memory."""
     for _, ids in batches:
         with torch.no_grad():
-            yield model(input_ids=ids.to(model.device), use_cache=False).logits.to(ids.device)
+            logits = model(input_ids=ids.to(model.device), use_cache=False).logits.to(ids.device)
+        yield logits  # not inside, which would leave gradients off in whoever asks
 
 
 def streamed(source: Source, batches: Batches, dtype: torch.dtype, track: Track) -> Logits:
@@ -74,24 +83,32 @@ def streamed(source: Source, batches: Batches, dtype: torch.dtype, track: Track)
 
     def visit(i: int, forward: Any, calls: list[Call]) -> list[Any]:
         weights.load(weights.sources(next(layers).name), dtype)
-        with torch.no_grad():
-            outputs = [forward(*c.args, **c.kwargs) for c in calls]
+        outputs = [forward(*c.args, **c.kwargs) for c in calls]
         free(modules[i])
         return outputs
 
+    inputs = [{"input_ids": ids, "use_cache": False} for _, ids in batches]
+    outputs = suspended(source.model, modules, inputs, visit)
     with torch.no_grad():
         weights.load(source.resident(), dtype)
         weights.tie()
-        inputs = [{"input_ids": ids, "use_cache": False} for _, ids in batches]
-        for output in suspended(source.model, modules, inputs, visit):
-            yield output.logits
-        next(layers, None)
+    for _ in batches:
+        with torch.no_grad():
+            output = next(outputs)
+        yield output.logits
+    next(layers, None)
 
 
 def score(
-    batches: Batches, reference: Logits | None, models: dict[str, Logits], track: Track
+    batches: Batches,
+    reference: Logits | None,
+    models: dict[str, Logits],
+    track: Track,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, dict[str, Score]]:
-    """Score by model and domain; the reference, if there is one, is scored as "original"."""
+    """Score by model and domain; the reference, if there is one, is scored as "original". dtype:
+    what the models run in, if not that of their logits. CalibrationError if a model has no
+    predictions there: a token without numbers has no score, and is never one that agrees."""
     named = ({"original": reference} if reference is not None else {}) | models
     scores: dict[str, dict[str, Score]] = {
         name: {domain: Score() for domain, _ in batches} for name in named
@@ -99,11 +116,30 @@ def score(
     for domain, ids in track(batches, "evaluating"):
         base: Tensor | None = None
         for name, logits in named.items():
-            log_p = next(logits)[:, :-1].float().log_softmax(-1)
+            given = next(logits)[:, :-1]
+            _check_numbers(given, f"{name}: {domain}", dtype or given.dtype)
+            log_p = given.float().log_softmax(-1)
             if name == "original" and reference is not None:
                 base = log_p
             _add(scores[name][domain], log_p, ids[:, 1:], base)
     return scores
+
+
+def _check_numbers(logits: Tensor, what: str, dtype: torch.dtype) -> None:
+    """Words that can never come may have -inf; a token where any has NaN or inf, or all have -inf,
+    has no prediction."""
+    best = logits.amax(-1)  # NaN if any is
+    lost = int((~best.isfinite()).sum())
+    if not lost:
+        return
+    remedy = {
+        torch.float16: f"the model overflows in {dtype}; use bfloat16 or float32 (--dtype)",
+        torch.bfloat16: f"the model overflows in {dtype}; use float32 (--dtype)",
+    }.get(dtype, f"no dtype is wider than {dtype}, so its weights are at fault")
+    raise CalibrationError(
+        f"{what}: {lost} of {best.numel()} tokens have no prediction, their logits are NaN or Inf: "
+        + remedy
+    )
 
 
 def _add(total: Score, log_p: Tensor, target: Tensor, base: Tensor | None) -> None:
@@ -112,15 +148,17 @@ def _add(total: Score, log_p: Tensor, target: Tensor, base: Tensor | None) -> No
     total.loss += float(loss.sum())
     total.windows += loss.mean(1).tolist()
     if base is not None:
-        total.kl += float((base.exp() * (base - log_p)).sum(-1).double().sum())
+        p = base.exp()
+        each = torch.where(p > 0, p * (base - log_p), 0)  # a word that cannot come costs nothing
+        total.kl += float(each.sum(-1).double().sum())
         total.agree += float((base.argmax(-1) == log_p.argmax(-1)).sum())
 
 
 def summaries(
     scores: dict[str, dict[str, Score]], with_reference: bool
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """{model: {domain: {perplexity, kl, agreement}}}, or perplexity alone without a reference."""
-    keys = ["perplexity", "kl", "agreement"] if with_reference else ["perplexity"]
+    """{model: {domain: {perplexity, loss, kl, agreement}}}, the first two without a reference."""
+    keys = ["perplexity", "loss", *(["kl", "agreement"] if with_reference else [])]
     return {
         name: {d: {k: s.summary()[k] for k in keys} for d, s in domains.items()}
         for name, domains in scores.items()
@@ -136,13 +174,14 @@ def not_better(ours: dict[str, Score], rival: dict[str, Score], name: str) -> li
         gap, n = float(gaps.mean()), len(gaps)
         if gap < 0:
             continue
+        if not math.isfinite(gap):
+            notes.append(f"{domain}: perplexity is not below that of {name}; its loss is infinite")
+            continue
         error = float(gaps.std()) / n**0.5 if n > 1 else math.inf
         verdict = "more than noise" if gap > 2 * error else "within noise"
-        theirs = rival[domain].summary()["kl"]
-        if theirs > 0:
-            verdict += (
-                f"; its KL to the original is {mine.summary()['kl'] / theirs:.2f} of {name}'s"
-            )
+        ratio = relative(mine.summary()["kl"], rival[domain].summary()["kl"])
+        if ratio is not None:
+            verdict += f"; its KL to the original is {ratio:.2f} of {name}'s"
         notes.append(
             f"{domain}: perplexity is not below that of {name}; loss per token differs by "
             f"{gap:.5f} +- {error:.5f} over {n} windows, {verdict}"
@@ -150,13 +189,16 @@ def not_better(ours: dict[str, Score], rival: dict[str, Score], name: str) -> li
     return notes
 
 
+def relative(kl: float, to: float) -> float | None:
+    """One KL as a share of another; None where that is no number."""
+    return kl / to if to > 0 and math.isfinite(kl) and math.isfinite(to) else None
+
+
 def overall(domains: dict[str, dict[str, float]]) -> dict[str, float]:
     """Over domains: geometric mean of perplexities, plain mean of the rest."""
     out = {}
     for key in next(iter(domains.values())):
-        values = [d[key] for d in domains.values()]
-        if key == "perplexity":
-            out[key] = math.exp(sum(map(math.log, values)) / len(values))
-        else:
-            out[key] = sum(values) / len(values)
+        values = [d["loss" if key == "perplexity" else key] for d in domains.values()]
+        mean = sum(values) / len(values)
+        out[key] = perplexity(mean) if key == "perplexity" else mean
     return out

@@ -69,12 +69,12 @@ def bias_stack(experts: Any, name: str) -> Float[Tensor, "E N"] | None:
 
 def put(experts: Any, name: str, weight: Float[Tensor, "E N K"], start: int = 0) -> None:
     """Overwrite a weight stack from expert `start` on, from the form that `stack` gives."""
-    rows(experts, name)[start : start + len(weight)].data.copy_(_family_rows(experts, name, weight))
+    rows(experts, name)[start : start + len(weight)].data.copy_(family_rows(experts, name, weight))
 
 
 def as_stored(experts: Any, name: str, weight: Float[Tensor, "N K"]) -> Tensor:
     """One matrix in the form that `stack` gives, as the family's own code wants to find it."""
-    mine = _family_rows(experts, name, weight[None])[0]
+    mine = family_rows(experts, name, weight[None])[0]
     return mine.T if experts.is_transposed else mine
 
 
@@ -108,7 +108,8 @@ def _interleaved(experts: Any, name: str) -> bool:
     return not experts.is_concatenated and name == "gate_up_proj"
 
 
-def _family_rows(experts: Any, name: str, weight: Tensor) -> Tensor:
+def family_rows(experts: Any, name: str, weight: Tensor) -> Tensor:
+    """Rows [E, N, ..] in the family's order, from the one that `stack` and `bias_stack` give."""
     if _interleaved(experts, name):
         return torch.stack(weight.chunk(2, dim=1), dim=2).flatten(1, 2)
     return weight

@@ -6,7 +6,7 @@ step is absmax / (2^bits - 1) * 2.
 """
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from qmoe.config import Scheme
@@ -19,11 +19,46 @@ def limits(bits: int) -> tuple[int, int]:
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
+# Of a scale: what it may be off when it is stored, integers being chosen for what is; and what it
+# may be off when it is loaded in another dtype, integers being what they are.
+COARSE, FAR = 1 / 8, 1 / 32
+
+
 def stored_scale(scale: Float[Tensor, "*any"], dtype: torch.dtype) -> Float[Tensor, "*any"]:
-    """float32 scales as they come back from being stored in `dtype`; never zero."""
+    """float32 scales as they come back from being stored in `dtype`: as the nearest number that it
+    has, subnormal ones included (float16 has no normal ones below 6.1e-5, and trained matrices need
+    them), never zero. Where there is nothing to scale, the smallest normal number."""
     info = torch.finfo(dtype)
-    rounded: Tensor = scale.clamp(info.tiny, info.max).to(dtype).float()
+    positive = torch.where(scale > 0, scale, info.tiny)
+    rounded: Tensor = positive.clamp(info.tiny * info.eps, info.max).to(dtype).float()
     return rounded
+
+
+def covering_scale(scale: Float[Tensor, "*any"], dtype: torch.dtype) -> Float[Tensor, "*any"]:
+    """The same, but for subnormal numbers, of which few are left: the next larger one, since a
+    smaller one cuts off the largest weights."""
+    info = torch.finfo(dtype)
+    rounded = stored_scale(scale, dtype)
+    short = (rounded < scale) & (scale < info.tiny)
+    return torch.where(short, rounded + info.tiny * info.eps, rounded)
+
+
+def far_scales(
+    scale: Float[Tensor, "*any"], stored: Float[Tensor, "*any"], share: float
+) -> Bool[Tensor, "*any"]:
+    """Where stored scales are off the ones wanted by more than a share of these, at the bounds of
+    their dtype."""
+    return (stored - scale).abs() > share * scale
+
+
+def rows_at_bounds(
+    weight: Float[Tensor, "E N K"], scheme: Scheme, dtype: torch.dtype
+) -> Int[Tensor, " E"]:
+    """How many rows of each matrix have weights for which `dtype` has no scale near the one that
+    they need: too small, or too large."""
+    wanted = wanted_scale(*group_range(weight, scheme), scheme)
+    far = far_scales(wanted, covering_scale(wanted, dtype), COARSE) & (wanted > 0)
+    return far.any(-1).sum(-1)
 
 
 def grid_of(
@@ -54,14 +89,21 @@ def grid_between(
     by zero is possible later. Zero points are whole numbers in float; 0 if symmetric.
     """
     qmin, qmax = limits(scheme.bits)
-    if scheme.symmetric:
-        scale = torch.maximum(-low, high) * 2 / (qmax - qmin)
-    else:
-        scale = (high - low) / (qmax - qmin)
-    scale = stored_scale(scale, scale_dtype)
+    scale = covering_scale(wanted_scale(low, high, scheme), scale_dtype)
     if scheme.symmetric:
         return scale, torch.zeros_like(scale)
     return scale, (qmin - low / scale).round().clamp(qmin, qmax)
+
+
+def wanted_scale(
+    low: Float[Tensor, "*any"], high: Float[Tensor, "*any"], scheme: Scheme
+) -> Float[Tensor, "*any"]:
+    """The scale of the grid from low to high, before it is stored."""
+    qmin, qmax = limits(scheme.bits)
+    half = (qmax - qmin) / 2  # halves, because the largest bfloat16 has no double in float32
+    if scheme.symmetric:
+        return torch.maximum(-low, high) / half
+    return (high / 2 - low / 2) / half
 
 
 def round_to_grid(

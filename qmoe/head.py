@@ -10,6 +10,7 @@ from qmoe.calibration.stats import LinearStats
 from qmoe.config import Method, QuantConfig
 from qmoe.plan import Source
 from qmoe.solvers.solve import solve
+from qmoe.solving import check_errors, entry_of
 from qmoe.types import Quantized
 
 
@@ -48,5 +49,8 @@ class Head:
             damp=self.config.damp,
             searched=self.config.searched,
         )
+        check_errors(self.name, solved)
+        entry = entry_of(solved, single=True)
         record = {"name": self.name, "error": solved.error[0], "method": method}
+        record["dense"] = {self.name: entry}
         return solved.quantized, record

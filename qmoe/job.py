@@ -35,7 +35,7 @@ class Result:
 class Job:
     """What is the same for every part of a layer. tokens: of calibration text, in all batches of
     all ranks. scratch: where activations wait. units: where solved experts are kept. last: whether
-    nothing behind the layer is to be run."""
+    nothing behind the layer is to be run. stored: the dtype that a parameter has on disk."""
 
     model: nn.Module
     layer: Layer
@@ -47,6 +47,7 @@ class Job:
     scratch: Scratch = field(default_factory=Scratch)
     units: Units | None = None
     last: bool = False
+    stored: Callable[[str], torch.dtype] = lambda name: torch.float32
 
     @property
     def whole(self) -> bool:

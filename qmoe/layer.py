@@ -4,6 +4,7 @@ After `quantize_layer` the layer holds the dequantized weights, so that the laye
 what they will see at run time.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -93,7 +94,7 @@ def quantize_layer(
         if reference[i] is not None or not job.last:
             [output] = run_layer(job.model, job.layer, forward, [call])
             after[i] = job.scratch.keep(output)
-    result.record["error"] = _relative_rms(after, reference)
+    result.record["error"] = _output_error(layer.name, after, reference)
     return result, targets + after
 
 
@@ -129,7 +130,7 @@ def _tune(job: Job, forward: Forward, calls: list[Call], aims: Aims, result: Res
             tune(job, forward, calls, aims, result)
         with recording_routes(_experts(job)) as chosen:
             outputs = [job.scratch.keep(y) for y in run_layer(job.model, job.layer, forward, calls)]
-        errors[when] = _relative_rms(outputs, aims.outputs)
+        errors[when] = _output_error(job.layer.name, outputs, aims.outputs)
         for name, module in _experts(job).items():
             kept = routes_kept(aims.routes[name], chosen[name], module.num_experts)
             result.record["experts"][name].setdefault("routing_kept", {})[when] = round(kept, 6)
@@ -159,7 +160,7 @@ def _fold(job: Job, names: list[str], forward: Forward, calls: list[Call], resul
     not_folded = result.record.setdefault("not_folded", [])
 
     def keep_if_equal(undo: Callable[[], None], what: str, changed: set[str]) -> None:
-        if _relative_rms(run(calls), plain) > TOLERANCE:
+        if not _relative_rms(run(calls), plain) <= TOLERANCE:  # also where it is no number
             undo()
             not_folded.append(what)
         else:
@@ -196,6 +197,16 @@ def _check_given(job: Job, given: LayerStats) -> None:
             raise CalibrationError(
                 f"{name}: the saved statistics have {found}, expected {wanted}; gather them again"
             )
+
+
+def _output_error(name: str, outputs: list[Any], reference: list[Any]) -> float:
+    """`_relative_rms`; CalibrationError where it is no number."""
+    error = _relative_rms(outputs, reference)
+    if not math.isfinite(error):
+        raise CalibrationError(
+            f"{name}: its output has NaN or Inf on the calibration text; the model overflows"
+        )
+    return error
 
 
 def _relative_rms(outputs: list[Any], reference: list[Any]) -> float:

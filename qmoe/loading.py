@@ -1,5 +1,6 @@
 """`load`: a quantized folder as a transformers model that runs packed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from qmoe.audit import audit_model
+from qmoe.audit import audit_kept, audit_model
 from qmoe.checkpoint import resolve
 from qmoe.errors import CheckpointError, ConfigError, OutputError
 from qmoe.kernels import uses_arena
@@ -84,9 +85,11 @@ def load(
     source.model.to(place).requires_grad_(False)
     if generation is not None:
         source.model.generation_config = generation
+    audit_kept(source, str(path))
     audit_model(source.model, str(path))
     return_freed()
     source.model.save_pretrained = _refuse_to_save
+    _keep_dtypes(source.model)
     return source.model, tokenizer
 
 
@@ -104,6 +107,28 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
         "save_pretrained: a loaded qmoe model holds its weights in the runtime's own layout; copy "
         "the folder it was loaded from instead"
     )
+
+
+def _keep_dtypes(model: Any) -> None:
+    """Refuse to change the dtype of a loaded model: packed weights run in the one they were loaded
+    for, and what its class keeps in float32 would be rounded."""
+    move = model.to
+
+    def to(*args: Any, **kwargs: Any) -> Any:
+        device, dtype, blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None and dtype != model.config.dtype:
+            raise ConfigError(
+                "dtype: a loaded qmoe model stays in the one it was loaded in; load it again with "
+                f"dtype={dtype}"
+            )
+        return model if device is None else move(device, non_blocking=blocking)
+
+    def refuse(dtype: torch.dtype) -> Callable[[], Any]:
+        return lambda: to(dtype)
+
+    model.to = to
+    for name in ("float", "double", "half", "bfloat16"):
+        setattr(model, name, refuse(getattr(torch, name)))
 
 
 def usable_device(device: str | torch.device) -> torch.device:

@@ -7,6 +7,7 @@ form (`finish`). From then on transformers' experts interface sends its forward 
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qmoe import experts
 from qmoe.config import Scheme
-from qmoe.errors import CheckpointError
+from qmoe.errors import CheckpointError, ConfigError
 from qmoe.format import SUFFIXES
+from qmoe.grid import FAR, far_scales, stored_scale
 from qmoe.kernels import uses_arena
 from qmoe.kernels.moe import moe_forward
 from qmoe.kernels.stack import PackedStack
@@ -90,7 +92,7 @@ class PackedLinear(nn.Module):
     def finish(self, where: str, device: torch.device) -> None:
         """Turn the loaded tensors into the runtime's form on `device`; CheckpointError if they
         disagree."""
-        (quantized,) = take_stored(self, where).values()
+        (quantized,) = take_to_run(self, where).values()
         if uses_arena(device):
             self.stack: Any = _arena_stack([quantized], device, None)
         else:
@@ -112,7 +114,7 @@ def finish_experts(
     """Turn the loaded tensors into the runtime's form for `device`, route the forward to it. home:
     the memory their bytes stay in, if it is another (qmoe/offloading.py)."""
     first, second = experts.expert_weights(module)
-    stored = take_stored(module, where)
+    stored = take_to_run(module, where)
     module.qmoe_rotations = (stored[first].scheme.rotation, stored[second].scheme.rotation)
     for name, ours in ((first, "qmoe_first_bias"), (second, "qmoe_second_bias")):
         values = experts.bias_stack(module, name)
@@ -142,6 +144,20 @@ def _arena_stack(
     width = stacks[0].q.shape[1]
     activation = recognize(lambda product: experts.stack_activation(module, product), width)
     return ArenaStack(stacks, dtype, device, activation, paired=True, home=home)
+
+
+def held(model: nn.Module, target: str) -> Tensor | None:
+    """What a loaded model has of a parameter or buffer that is not packed, as its class lays it
+    out; None if there is no such thing."""
+    owner, _, name = target.rpartition(".")
+    module: Any = model.get_submodule(owner)
+    if isinstance(found := getattr(module, name, None), Tensor):
+        return found
+    if not name.endswith("_bias") or not hasattr(module, "qmoe_rotations"):
+        return None
+    weight = name.removesuffix("_bias")
+    ours = "qmoe_second_bias" if weight == "down_proj" else "qmoe_first_bias"
+    return experts.family_rows(module, weight, getattr(module, ours))
 
 
 def packed_experts(module: nn.Module) -> list[Any]:
@@ -181,14 +197,14 @@ def _declare(
         module.register_parameter(name + suffix, nn.Parameter(tensor, requires_grad=False))
     if not hasattr(module, "_qmoe_stored"):
         module._qmoe_stored = {}
-    module._qmoe_stored[name] = (shape, scheme, parts)
+    module._qmoe_stored[name] = (shape, scheme, parts, dtype)
 
 
 def stored_stacks(model: nn.Module) -> Iterator[tuple[str, int | None, int]]:
     """Every weight with stored tensors: its parameter, experts (None for a linear), and of how many
     matrices its rows (per expert) are made."""
     for name, module in model.named_modules():
-        for weight, (shape, _, parts) in getattr(module, "_qmoe_stored", {}).items():
+        for weight, (shape, _, parts, _) in getattr(module, "_qmoe_stored", {}).items():
             yield f"{name}.{weight}", shape[0] if len(shape) == 3 else None, parts
 
 
@@ -200,8 +216,29 @@ def take_stored(module: nn.Module, where: str) -> dict[str, Quantized]:
     }
 
 
+def take_to_run(module: Any, where: str) -> dict[str, Quantized]:
+    """The same with scales in the dtype that the model runs in. ConfigError if it has no number
+    near one of them; scales of nothing but zeros may become anything."""
+    out = {}
+    for name, stored in take_stored(module, where).items():
+        dtype, scale = module._qmoe_stored[name][3], stored.scale.float()
+        made = stored_scale(scale, dtype)
+        far = far_scales(scale, made, FAR)
+        if far.any():
+            zero = 0 if stored.zero is None else stored.zero[..., None]
+            used = stored.q.unflatten(-1, (scale.shape[-1], -1)) != zero
+            far &= used.any(-1)
+        if far.any():
+            raise ConfigError(
+                f"dtype: {where}.{name} has {int(far.sum())} scales that {dtype} cannot hold, such "
+                f"as {float(scale[far].min()):.1e}; load the model in bfloat16 or float32"
+            )
+        out[name] = replace(stored, scale=made.to(dtype))
+    return out
+
+
 def _take(module: Any, name: str, where: str) -> Quantized:
-    shape, scheme, parts = module._qmoe_stored[name]
+    shape, scheme, parts, _ = module._qmoe_stored[name]
     e, n, k = (1,) * (3 - len(shape)) + shape
     stored: dict[str, Any] = {s: getattr(module, name + s, None) for s in SUFFIXES}
     for suffix, tensor in stored.items():

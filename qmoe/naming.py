@@ -19,7 +19,12 @@ from qmoe.experts import expert_weights, is_experts
 
 def original_names(model: Any, target: str, tensor: Tensor) -> dict[str, Tensor]:
     """A tensor laid out like parameter `target`, split and named as the family publishes it."""
-    out: dict[str, Tensor] = revert_weight_conversion(model, {target: tensor})
+    return all_original_names(model, {target: tensor})
+
+
+def all_original_names(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same of tensors by parameter, some of which the family may publish in one."""
+    out: dict[str, Tensor] = revert_weight_conversion(model, tensors)
     return out
 
 

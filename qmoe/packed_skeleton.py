@@ -41,7 +41,7 @@ def open_packed(path: Path, dtype: torch.dtype | None = None, trust: bool = Fals
     config = read_config(checkpoint, trust)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton is built plain; qmoe puts the packed parts in
-    model: Any = build(config, dtype or config.dtype or torch.bfloat16, checkpoint)
+    model: Any = build(config, dtype or config.dtype or _scales_dtype(checkpoint), checkpoint)
     structure = find(model)
     check_routing(model, structure)
     for layer in structure.layers:
@@ -56,6 +56,13 @@ def open_packed(path: Path, dtype: torch.dtype | None = None, trust: bool = Fals
                 model.set_submodule(name, PackedLinear(module, linear_scheme, len(stored)))
     weights = WeightMap(model, checkpoint, stored_stacks(model))
     return PackedSource(checkpoint, model, weights, structure)
+
+
+def _scales_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """That of the weights the checkpoint was made from."""
+    scales = (name for name in checkpoint.names() if name.endswith("weight_scale"))
+    name = next(scales, None)
+    return torch.bfloat16 if name is None else checkpoint.dtype(name)
 
 
 def _module_names(model: nn.Module, target: str, weight: torch.Tensor) -> list[str]:

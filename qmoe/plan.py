@@ -17,6 +17,7 @@ from qmoe.experts import expert_weights, stack
 from qmoe.model_config import read_config
 from qmoe.naming import original_names, stored_fused
 from qmoe.output import check_destination
+from qmoe.precision import ever_in_float32
 from qmoe.progress import Track
 from qmoe.residual import Residual
 from qmoe.rotation import block_for
@@ -241,6 +242,8 @@ def check_schemes(source: Source, config: QuantConfig) -> None:
                 "lm_head: it is tied to the input embedding in this model and cannot be quantized "
                 "alone; leave lm_head out"
             )
+        if f"{head}.weight" in ever_in_float32(model):
+            raise ConfigError("lm_head: this model's class keeps it in float32; leave lm_head out")
         _check_divides(f"{head}.weight", model.get_submodule(head).in_features, config.lm_head)
 
 

@@ -114,7 +114,7 @@ def fallbacks(record: dict[str, Any]) -> list[str]:
         lines.append(f"{record['name']}: no text reaches it; rounded to nearest")
     for name, reason in record.get("kept", {}).items():
         if reason != "router":
-            lines.append(f"{name}: left in 16 bits, {reason}")
+            lines.append(f"{name}: not quantized, {reason}")
     for name in record.get("not_folded", []):
         lines.append(f"{name}: no AWQ scale folded in")
     return lines
@@ -126,6 +126,12 @@ def _trouble(name: str, part: dict[str, Any]) -> list[str]:
         lines.append(f"{name}: damping raised for {_list(list(damped))}")
     if rounded := part.get("rounded"):
         lines.append(f"{name}: rounded to nearest, no usable statistics: {_list(rounded)}")
+    if bounded := part.get("bounded"):
+        rows = [f"{count} (matrix {e})" for e, count in bounded["rows"].items()]
+        lines.append(
+            f"{name}: rows too small or too large for scales in {bounded['dtype']}, coarser than "
+            f"their bits: {_list(rows)}"
+        )
     return lines
 
 

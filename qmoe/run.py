@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,14 @@ from qmoe.plan import Source, schemes_of
 from qmoe.progress import Track
 from qmoe.report import build_report
 from qmoe.scratch import Scratch
-from qmoe.shard import load_layer, packed_parameters, restore, rounded, shard_tensors
+from qmoe.shard import (
+    load_layer,
+    packed_parameters,
+    restore,
+    rounded,
+    shard_tensors,
+    stored_dtype,
+)
 from qmoe.skeleton import free, inputs_of
 from qmoe.structure import Layer
 from qmoe.suspend import Call, suspended
@@ -193,6 +201,7 @@ class Run:
             self.scratch,
             self.out.units if config.method == "gptq" else None,
             self._last(i),
+            partial(stored_dtype, source),
         )
         given = LayerStats() if blind else None
         if self.given:

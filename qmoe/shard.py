@@ -25,7 +25,7 @@ def shard_tensors(
     out = {n: weights.checkpoint.tensor(n) for n in names if n not in replaced}
     for target in sorted(changed):
         parameter = source.model.get_parameter(target)
-        dtype = _stored_dtype(source, target)
+        dtype = stored_dtype(source, target)
         for name, tensor in original_names(source.model, target, parameter).items():
             out[name] = tensor.to(CPU, dtype)
     for target, stack in quantized.items():
@@ -33,8 +33,9 @@ def shard_tensors(
     return out
 
 
-def _stored_dtype(source: Source, target: str) -> torch.dtype:
-    """Of a parameter in the checkpoint; of a head that was tied, the embedding's."""
+def stored_dtype(source: Source, target: str) -> torch.dtype:
+    """Of a parameter in the checkpoint; of a head that was tied, the embedding's. It is not one for
+    all: a router may be in float32 beside matrices in bfloat16."""
     checkpoint = source.weights.checkpoint
     named = original_names(source.model, target, source.model.get_parameter(target))
     stored = [name for name in named if name in checkpoint.names()]
@@ -72,7 +73,7 @@ def rounded(source: Source, changed: set[str], packed: set[str]) -> set[str]:
     in place to what will be stored of them: all that comes after sees what will run."""
     for target in changed - packed:
         parameter = source.model.get_parameter(target)
-        parameter.data.copy_(parameter.to(_stored_dtype(source, target)))
+        parameter.data.copy_(parameter.to(stored_dtype(source, target)))
     return changed - packed
 
 

@@ -31,6 +31,7 @@ from qmoe.errors import CheckpointError, UnsupportedModelError
 from qmoe.format import SUFFIXES
 from qmoe.model_config import CONFIG_ERRORS, first_line
 from qmoe.naming import matrix_names, original_names, packed_names
+from qmoe.precision import keep_in_float32
 from qmoe.remote_code import own_class, parameters_on_meta
 
 
@@ -77,6 +78,7 @@ def build(config: Any, dtype: torch.dtype, checkpoint: Checkpoint | None = None)
         ) from error
     if checkpoint is not None:
         check_buffers(model, checkpoint.nbytes(), str(checkpoint.path))
+    keep_in_float32(model, dtype)
     if not own:
         _compute_buffers(model)
     adapt(model)
@@ -226,11 +228,12 @@ class WeightMap:
     def load(
         self, names: list[str], dtype: torch.dtype | None, given: dict[str, Any] | None = None
     ) -> None:
-        """Fill the parameters that the checkpoint tensors `names` feed, cast to `dtype` if floating
-        (None: the parameter's own). given: tensors to use in place of the checkpoint's. Raises
-        CheckpointError on a shape or conversion problem."""
+        """Fill the parameters that the checkpoint tensors `names` feed, each in the dtype that it
+        has in the model (`dtype` where it has none of its own); scales of packed weights as they
+        are stored. given: tensors to use in place of the checkpoint's. Raises CheckpointError on a
+        shape or conversion problem."""
         given = given or {}
-        self._load_packed([name for name in names if name in self.packed], dtype)
+        self._load_packed([name for name in names if name in self.packed])
         names = [name for name in names if name not in self.packed]
         tensors = {n: given[n] if n in given else self.checkpoint.lazy(n) for n in names}
         config = LoadStateDictConfig(weight_mapping=self.rules, dtype=dtype)
@@ -253,7 +256,7 @@ class WeightMap:
         if problems:
             raise CheckpointError(f"{self.checkpoint.path}: {problems[0]}")
 
-    def _load_packed(self, names: list[str], dtype: torch.dtype | None) -> None:
+    def _load_packed(self, names: list[str]) -> None:
         stored: dict[str, list[str]] = {}
         for name in sorted(names, key=lambda n: self.packed[n][1]):
             stored.setdefault(self.packed[name][0], []).append(name)
@@ -262,8 +265,7 @@ class WeightMap:
             module = self.model.get_submodule(owner)
             like = getattr(module, parameter)
             whole = torch.cat([self.checkpoint.tensor(name) for name in matrices]).view(like.shape)
-            cast = whole.to(dtype or like.dtype) if whole.is_floating_point() else whole
-            module._parameters[parameter] = nn.Parameter(cast, requires_grad=False)
+            module._parameters[parameter] = nn.Parameter(whole, requires_grad=False)
 
     def tie(self) -> None:
         self.model.tie_weights(missing_keys=set(self.missing_keys()), recompute_mapping=False)

@@ -1,5 +1,6 @@
 """Solving the weights of a layer whose statistics are known, a few experts at a time."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -57,7 +58,7 @@ def _solve_linear(job: Job, name: str, module: Any, result: Result) -> None:
         solved = replace(solved, rounded=[0])
     hold(job, f"{name}.weight", solved.quantized)
     result.weights[f"{name}.weight"] = solved.quantized
-    result.record["dense"][name] = _entry(solved, single=True)
+    result.record["dense"][name] = entry_of(solved, single=True)
 
 
 def _solve_experts(job: Job, name: str, module: nn.Module, result: Result) -> None:
@@ -90,7 +91,7 @@ def _solve_experts(job: Job, name: str, module: nn.Module, result: Result) -> No
     for i, weight in enumerate(weights):
         whole = join([unit.solved[i] for unit in units])
         result.weights[f"{name}.{weight}"] = whole.quantized
-        entry[weight] = _entry(whole, single=False)
+        entry[weight] = entry_of(whole, single=False)
 
 
 def _experts_at_once(module: nn.Module) -> int:
@@ -157,7 +158,7 @@ def check_finite(name: str, *moments: Tensor) -> None:
 
 def _solve(job: Job, name: str, weight: Tensor, hessian: Tensor | None) -> Solved:
     config = job.config
-    return solve(
+    solved = solve(
         weight,
         hessian,
         job.schemes[name],
@@ -167,9 +168,20 @@ def _solve(job: Job, name: str, weight: Tensor, hessian: Tensor | None) -> Solve
         damp=config.damp,
         searched=config.searched,
     )
+    check_errors(name, solved)
+    return solved
 
 
-def _entry(solved: Solved, single: bool) -> dict[str, Any]:
+def check_errors(name: str, solved: Solved) -> None:
+    """CalibrationError unless what was lost is known."""
+    if not all(map(math.isfinite, solved.error)):
+        raise CalibrationError(
+            f"{name}: its weights times its inputs are too large for float32, so that nothing can "
+            "be said of what rounding loses; use --method rtn"
+        )
+
+
+def entry_of(solved: Solved, single: bool) -> dict[str, Any]:
     error = [round(e, 6) for e in solved.error]
     entry: dict[str, Any] = {}
     if error:
@@ -178,4 +190,8 @@ def _entry(solved: Solved, single: bool) -> dict[str, Any]:
         entry["damped"] = {str(e): amount for e, amount in solved.damped.items()}
     if solved.rounded:
         entry["rounded"] = solved.rounded
+    if solved.bounded:
+        dtype = str(solved.quantized.scale.dtype).removeprefix("torch.")
+        rows = {str(e): count for e, count in solved.bounded.items()}
+        entry["bounded"] = {"dtype": dtype, "rows": rows}
     return entry

@@ -9,6 +9,7 @@ from torch import nn
 from qmoe.adapters import each_expert, linears_of, loose_experts
 from qmoe.errors import UnsupportedModelError
 from qmoe.experts import is_experts
+from qmoe.precision import ever_in_float32
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,12 @@ def find(model: nn.Module) -> Structure:
                 "the model; such models are not supported"
             )
     lists = {_outermost_list(name, modules) for name in experts}
+    fixed = {name.rpartition(".")[0] for name in ever_in_float32(model)}
     layers = []
     for holder in modules:  # module order, so encoder before decoder
         if holder in lists:
-            layers += [_layer(f"{holder}.{i}", modules) for i in range(len(modules[holder]))]
+            names = [f"{holder}.{i}" for i in range(len(modules[holder]))]
+            layers += [_layer(name, modules, fixed) for name in names]
     head = next(
         (n for n, m in modules.items() if n == "lm_head" and isinstance(m, nn.Linear)), None
     )
@@ -80,7 +83,8 @@ def _outermost_list(name: str, modules: dict[str, nn.Module]) -> str:
     raise UnsupportedModelError(f"{name}: expected experts inside a list of decoder layers")
 
 
-def _layer(name: str, modules: dict[str, nn.Module]) -> Layer:
+def _layer(name: str, modules: dict[str, nn.Module], fixed: set[str]) -> Layer:
+    """fixed: modules that the model's class keeps in float32, in some dtype at least."""
     inside = {n: m for n, m in modules.items() if n.startswith(name + ".")}
     holders = {n: m for n, m in inside.items() if _holds_experts(n, m)}
     experts = [n for n, m in holders.items() if is_experts(m)]
@@ -97,6 +101,9 @@ def _layer(name: str, modules: dict[str, nn.Module]) -> Layer:
         block = next((b for b in blocks if linear.startswith(b + ".")), None)
         if block is not None and module.out_features in _choices(blocks[block]):
             kept[linear] = "router"
+            continue
+        if linear in fixed:
+            kept[linear] = "its class keeps it in float32"
             continue
         if type(module).forward is not nn.Linear.forward:
             kept[linear] = f"{type(module).__name__} multiplies in its own way"

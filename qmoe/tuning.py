@@ -162,7 +162,8 @@ def tune(
         watched as inputs,
     ):
         for i in order:
-            given = _plain(job, matrices) | {n: _as_stored(p, job) for n, p in kept.items()}
+            stored = {n: _as_stored(p, job.stored(n)) for n, p in kept.items()}
+            given = _plain(job, matrices) | stored
             inside = {n.removeprefix(f"{job.layer.name}."): p for n, p in given.items()}
             output = functional_call(layer, inside, *calls[i].moved(device))
             logits = router_logits(inputs, names, fixed | given)
@@ -203,9 +204,9 @@ def _kept(job: Job) -> dict[str, Tensor]:
     return found
 
 
-def _as_stored(parameter: Tensor, job: Job) -> Tensor:
+def _as_stored(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounded as it will be stored; the gradient passes straight through."""
-    stored = parameter.detach().to(job.scale_dtype).to(parameter.dtype)
+    stored = parameter.detach().to(dtype).to(parameter.dtype)
     return parameter + (stored - parameter).detach()
 
 
@@ -266,5 +267,5 @@ def _put_back(
         hold(job, target, new)
     for name, value in kept.items():
         parameter = job.model.get_parameter(name)
-        parameter.data.copy_(_as_stored(value, job).detach())
+        parameter.data.copy_(_as_stored(value, job.stored(name)).detach())
         result.changed.add(name)

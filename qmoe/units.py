@@ -63,8 +63,8 @@ class Units:
         if unit.fitted is not None:
             tensors["fitted"] = unit.fitted
         note = {
-            "solved": [{"error": s.error, "damped": s.damped, "rounded": s.rounded}
-                       for s in unit.solved],
+            "solved": [{"error": s.error, "damped": s.damped, "rounded": s.rounded,
+                        "bounded": s.bounded} for s in unit.solved],
             "digests": [digest(s.quantized) for s in unit.solved],
             "borrowed": unit.borrowed,
             "fitted": None if unit.fitted is None else checksum(unit.fitted),
@@ -87,7 +87,9 @@ def _solved(tensors: dict[str, Tensor], i: int, entry: dict[str, Any], scheme: S
     q, scale, zero = (tensors.get(f"{i}.{part}") for part in ("q", "scale", "zero"))
     assert q is not None and scale is not None
     damped = {int(e): amount for e, amount in entry["damped"].items()}
-    return Solved(Quantized(q, scale, zero, scheme), entry["error"], damped, entry["rounded"])
+    bounded = {int(e): rows for e, rows in entry["bounded"].items()}
+    made = Quantized(q, scale, zero, scheme)
+    return Solved(made, entry["error"], damped, entry["rounded"], bounded)
 
 
 def _damaged(path: Path, why: str) -> OutputError:

@@ -15,7 +15,17 @@ import qmoe
 FOLDERS = {"qmoe": "qmoe", "kernels": "qmoe.kernels", "calibration": "qmoe.calibration"}
 # Lowest first; a module may import only from its own layer or below.
 LAYERS = [
-    {"_version", "errors", "progress", "storage", "ranks", "scratch", "rotation", "ahead"},
+    {
+        "_version",
+        "errors",
+        "progress",
+        "storage",
+        "ranks",
+        "scratch",
+        "rotation",
+        "ahead",
+        "precision",
+    },
     {"placing"},
     {"config", "decoding"},
     {"types", "grid", "packing"},
@@ -54,7 +64,7 @@ LAYERS = [
     {"report", "loading", "evaluate", "baselines"},
     {"writing", "run"},
     {"pipeline", "bench"},
-    {"compare", "tables", "families"},
+    {"compare", "tables", "families", "family_check"},
     {"cli", "commands"},
     {"__main__"},
     {""},

@@ -178,7 +178,10 @@ def test_generation(quantized, dtype):
 
 def test_perplexity_without_the_original(quantized):
     result = evaluate(quantized, text="heldout:austen", windows=2)
-    assert set(result["overall"]) == {"qmoe"} and set(result["overall"]["qmoe"]) == {"perplexity"}
+    assert set(result["overall"]) == {"qmoe"} and set(result["overall"]["qmoe"]) == {
+        "perplexity",
+        "loss",
+    }
 
 
 def test_the_original_against_itself_is_at_distance_zero(demo, quantized):

@@ -12,7 +12,8 @@ import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.compare import evaluate
 from qmoe.errors import CalibrationError, ConfigError, UnsupportedModelError
-from qmoe.families import check, families, save_tiny
+from qmoe.families import families, save_tiny
+from qmoe.family_check import check
 from qmoe.find_residual import find_residual
 from qmoe.plan import estimate_bytes, open_source
 from qmoe.residual import turn

@@ -14,7 +14,8 @@ from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.audit import audit_folder
 from qmoe.compare import rtn_twin
 from qmoe.errors import CheckpointError, ConfigError
-from qmoe.families import check, families
+from qmoe.families import families
+from qmoe.family_check import check
 from qmoe.format import Schemes, unpacked_tensors
 from qmoe.grid import dequantize
 from qmoe.progress import silent

@@ -23,8 +23,13 @@ STEPS = 20
 def output_error(
     difference: Float[Tensor, "E N K"], hessian: Float[Tensor, "E K K"]
 ) -> Float[Tensor, " E"]:
-    """tr(D H D') per expert: summed squared output error of a weight difference D."""
-    return ((difference @ hessian) * difference).sum((1, 2))
+    """tr(D H D') per expert, float64: summed squared output error of a weight difference D. Squares
+    of weights below 1e-19 are zero in float32, and infinite above 1e19: D is scaled to about 1 by a
+    power of two, which changes no digit."""
+    exponent = torch.frexp(difference.abs().amax((1, 2))).exponent - 1
+    size = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+    D = difference / size[:, None, None]
+    return ((D @ hessian) * D).sum((1, 2)).double() * size.double().square()
 
 
 @dataclass(frozen=True)

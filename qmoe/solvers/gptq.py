@@ -223,9 +223,14 @@ def _factorize_one(
 
 
 def _loss(factor: _Factor, through: Tensor, weight: Tensor) -> Tensor:
-    """[E] tr(W H W') without the damping, from W [E, K, N] and W U."""
-    damped = torch.linalg.vector_norm(through, dim=2).square() * factor.diagonal
-    damping = torch.linalg.vector_norm(weight, dim=2).square() * factor.added
+    """[E] tr(W H W') without the damping, float64, from W [E, K, N] and W U."""
+
+    def squares(columns: Tensor) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(columns, dim=2, dtype=torch.float64)
+        return norm.square()
+
+    damped = squares(through) * factor.diagonal
+    damping = squares(weight) * factor.added
     loss: Tensor = (damped - damping).sum(1)
     return loss
 

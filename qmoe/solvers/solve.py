@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qmoe.config import Method, Scheme
-from qmoe.grid import dequantize
+from qmoe.grid import dequantize, rows_at_bounds
 from qmoe.placing import CPU
 from qmoe.rotation import rotate, rotate_moments
 from qmoe.solvers.awq import output_error
@@ -21,12 +21,14 @@ CHUNK_BYTES = 1 << 27  # of Hessians solved at once; the solver's peak is about 
 @dataclass(frozen=True)
 class Solved:
     """error: per expert, RMS output error relative to the RMS output on its calibration tokens
-    (0 for an expert that saw none; empty without statistics). damped, rounded: see GptqResult."""
+    (0 for an expert that saw none; empty without statistics). damped, rounded: see GptqResult.
+    bounded: expert -> rows for which the dtype of scales has none near (grid.rows_at_bounds)."""
 
     quantized: Quantized
     error: list[float]
     damped: dict[int, float] = field(default_factory=dict)
     rounded: list[int] = field(default_factory=list)
+    bounded: dict[int, int] = field(default_factory=dict)
 
 
 def solve(
@@ -49,8 +51,11 @@ def solve(
     """
     rotated, scheme = scheme, replace(scheme, rotation=0)
     weight = rotate(weight.float(), rotated.rotation) if rotated.rotation else weight
+    rows = rows_at_bounds(weight, scheme, scale_dtype).tolist()
+    bounded = {e: count for e, count in enumerate(rows) if count}
     if hessian is None:
-        return Solved(replace(rtn(weight, scheme, scale_dtype).to(CPU), scheme=rotated), [])
+        made = replace(rtn(weight, scheme, scale_dtype).to(CPU), scheme=rotated)
+        return Solved(made, [], bounded=bounded)
     hessian = rotate_moments(hessian.to(weight.device), rotated.rotation)
     damped: dict[int, float] = {}
     rounded: list[int] = []
@@ -70,9 +75,9 @@ def solve(
         quantized = rtn(weight, scheme, scale_dtype)
         lost = output_error(dequantize(quantized) - weight, hessian)
         total = output_error(weight.float(), hessian)
-    ratio = torch.where(total > 0, lost.clamp(min=0) / total.clamp(min=1e-30), 0.0)
+    ratio = torch.where(total == 0, 0.0, lost.clamp(min=0) / total)
     made = replace(quantized.to(CPU), scheme=rotated)
-    return Solved(made, ratio.sqrt().tolist(), damped, rounded)
+    return Solved(made, ratio.sqrt().tolist(), damped, rounded, bounded)
 
 
 def experts_at_once(in_features: int) -> int:
@@ -85,13 +90,16 @@ def join(parts: list[Solved]) -> Solved:
     errors: list[float] = []
     damped: dict[int, float] = {}
     rounded: list[int] = []
+    bounded: dict[int, int] = {}
     start = 0
     for part in parts:
         errors += part.error
         damped |= {start + e: amount for e, amount in part.damped.items()}
         rounded += [start + e for e in part.rounded]
+        bounded |= {start + e: rows for e, rows in part.bounded.items()}
         start += len(part.quantized.q)
-    return Solved(_join([part.quantized for part in parts]), errors, damped, rounded)
+    whole = _join([part.quantized for part in parts])
+    return Solved(whole, errors, damped, rounded, bounded)
 
 
 def _join(parts: list[Quantized]) -> Quantized:

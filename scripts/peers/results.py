@@ -6,10 +6,10 @@ KL relative to round-to-nearest compares with the row `rtn` of the same model an
 
 import csv
 import json
-import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,14 +29,15 @@ WORDS = ["model", "regime", "method", *LAST]
 def summary(scores: dict[str, Tensor], tokens: dict[str, int]) -> Row:
     """Means of one result's scores. tokens: how many of them each domain has, in their order."""
     row: Row = {}
+    losses: list[Tensor] = []
     start = 0
     for domain, count in tokens.items():
         part = slice(start, start := start + count)
         row[f"kl_{domain}"] = float(scores["kl"][part].double().mean())
-        row[f"perplexity_{domain}"] = math.exp(float(scores["loss"][part].double().mean()))
+        losses.append(scores["loss"][part].double().mean())
+        row[f"perplexity_{domain}"] = float(losses[-1].exp())  # infinite above 709
     row["kl"] = sum(row[f"kl_{d}"] for d in tokens) / len(tokens)
-    losses = [math.log(row[f"perplexity_{d}"]) for d in tokens]
-    row["perplexity"] = math.exp(sum(losses) / len(losses))
+    row["perplexity"] = float(torch.stack(losses).mean().exp())
     row["top1_agreement"] = float(scores["agree"].double().mean())
     row["router_agreement"] = float(scores["kept"].mean())
     return row
