@@ -58,7 +58,9 @@ def quantize(
     text = not given and config.method != "rtn"
     trust = trust_remote_code
     where = find_device(device)
-    source, windows, identity = prepare(src, dst, config, text=text, track=track, trust=trust)
+    source, windows, notes, identity = prepare(
+        src, dst, config, text=text, track=track, trust=trust
+    )
     config = rotated(source, config)
     c = config.calibration
     tokens = windows.numel() + (c.written * c.window if text else 0)
@@ -77,6 +79,7 @@ def quantize(
         if saved is not None and any(saved.iterdir()) and not out.begun():
             raise OutputError(f"{saved}: is not empty; statistics of two runs must not mix")
         run = Run(source, config, given, saved, out, spill, where)
+        run.notes += notes
         if text and c.written:
             copy = partial(quantize, device=where, max_memory=max_memory, trust_remote_code=trust)
             own, why = written_windows(source, config, out, where, max_memory, trust, copy)
