@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from qmoe.calibration.pieces import Part, Piece, Reading, plain
@@ -202,14 +203,18 @@ def _read_dataset(
     quiet = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        rows: Any = datasets.load_dataset(path, config, split=split, streaming=streamed)
-        if streamed and reading.seed is not None:
-            rows = rows.shuffle(seed=reading.seed, buffer_size=SHUFFLED)
-        yield from documents(rows, wanted, shown, reading)
+        with TemporaryDirectory(prefix="qmoe-datasets-") as folder:
+            # What is streamed needs no cache, but a place for locks.
+            cache = folder if streamed else None
+            how: dict[str, Any] = {"split": split, "streaming": streamed, "cache_dir": cache}
+            rows: Any = datasets.load_dataset(path, config, **how)
+            if streamed and reading.seed is not None:
+                rows = rows.shuffle(seed=reading.seed, buffer_size=SHUFFLED)
+            yield from documents(rows, wanted, shown, reading)
     except (OSError, ValueError, LookupError, RuntimeError, StopIteration, DatasetsError) as error:
         raise CalibrationError(
             f"{shown}: cannot load the dataset: {error} (a configuration is written "
-            "hf:NAME/CONFIG; its cache is where HF_HOME says, which must be writable)"
+            "hf:NAME/CONFIG; a folder for its cache that can be written is named by HF_HOME)"
         ) from error
     finally:
         if not quiet:

@@ -58,9 +58,7 @@ def quantize(
     text = not given and config.method != "rtn"
     trust = trust_remote_code
     where = find_device(device)
-    source, windows, notes, identity = prepare(
-        src, dst, config, text=text, track=track, trust=trust
-    )
+    source, windows, notes, sha = prepare(src, dst, config, text=text, track=track, trust=trust)
     config = rotated(source, config)
     c = config.calibration
     tokens = windows.numel() + (c.written * c.window if text else 0)
@@ -72,7 +70,7 @@ def quantize(
         source.residual = find_residual(source)
     if saved is not None:
         make_folder(saved)
-    about = {"source": identity, "text": fingerprint(windows), "device": where.type}
+    about = {"source": sha, "text": fingerprint(windows), "device": where.type}
     about |= {"statistics": f"from {[str(p) for p in given]} to {saved}"}
     about |= _settings(config, source)
     with OutputFolder(dst, len(source.structure.layers) + 1, about) as out:
