@@ -63,7 +63,7 @@ def render(tokenizer: Any, chat: Chat, reading: Reading) -> str | None:
 def _turned(value: dict[str, Any]) -> Any:
     """Messages stored as one list of speakers and one of what they say."""
     for keys in KEYS:
-        lists = [value.get(key) for key in keys]
+        lists: list[Any] = [value.get(key) for key in keys]
         if all(isinstance(each, list) for each in lists) and len(set(map(len, lists))) == 1:
             return [dict(zip(keys, pair, strict=True)) for pair in zip(*lists, strict=True)]
     return value
@@ -88,9 +88,12 @@ def _content(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    for part, text in zip(parts, texts, strict=True):
-        if not isinstance(text, str):
+    texts: list[str] = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else part
+        if isinstance(text, str):
+            texts.append(text)
+        else:
             kind = part.get("type") if isinstance(part, dict) else None
             raise CalibrationError(
                 f"{where} holds a message with {kind or _kind(part)} in it; expected text alone"
