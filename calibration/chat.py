@@ -73,7 +73,9 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
     """With a role and a content that is text; a null is what tables fill missing keys with."""
     given = {key: value for key, value in message.items() if value is not None}
     keys = next((keys for keys in KEYS if keys[0] in given), None)
-    if keys is None or not isinstance(given[keys[0]], str):
+    # Calls of tools may stand without a content.
+    silent = keys is not None and keys[1] not in message and "tool_calls" not in given
+    if keys is None or silent or not isinstance(given[keys[0]], str):
         raise CalibrationError(
             f"{where} holds a list with {str(sorted(message))[:200]}; expected messages with role "
             "and content (or from and value)"

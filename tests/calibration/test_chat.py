@@ -99,6 +99,7 @@ def test_a_tokenizer_without_a_chat_template_is_said(tokenizer, tmp_path):
         (True, "holds a value of type bool"),
         ([{"question": "x"}], r"holds a list with \['question'\]"),
         ([{"role": 1, "content": "x"}], "holds a list with"),
+        ([{"role": "user", "value": "x"}], r"holds a list with \['role', 'value'\]"),
         (
             [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
             "holds a message with image",
