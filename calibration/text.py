@@ -71,9 +71,17 @@ def split(spec: str | Iterable[str]) -> list[str]:
     """The parts of a specification: a list has them, a text that is no path is cut at commas."""
     if not isinstance(spec, str):
         return list(spec)
-    if os.path.exists(os.path.expanduser(spec)):
-        return [spec]
-    return [part for part in spec.split(",") if part]
+    return [spec] if _is_path(spec) else [part for part in spec.split(",") if part]
+
+
+def _is_path(spec: str) -> bool:
+    """Whether it names one thing that exists, maybe with a split or a column behind it."""
+    path, behind = os.path.expanduser(spec.removeprefix("hf:")), ""
+    while path and "," not in behind:
+        if os.path.exists(path):
+            return True
+        path, _, behind = path.rpartition(":")
+    return False
 
 
 def merged(specs: Sequence[str]) -> str | list[str]:

@@ -204,6 +204,18 @@ def test_paths_may_hold_what_stands_for_something_else(tmp_path, name):
     assert whole(load_texts([str(pattern)])) == expected
 
 
+def test_commas_in_names_with_a_column_or_of_data_sets(tmp_path):
+    folder = tmp_path / "a,b"
+    folder.mkdir()
+    (folder / "t.jsonl").write_text(json.dumps({"body": "alpha"}))
+    (tmp_path / "z.txt").write_text("omega")
+    assert whole(load_texts(f"{folder}/t.jsonl:body")) == {"t": "alpha"}
+    assert whole(load_texts(f"hf:{folder}:train:body")) == {"a,b": "alpha"}
+    (tmp_path / "t.jsonl").write_text(json.dumps({"body": "beta"}))
+    both = whole(load_texts(f"{tmp_path}/t.jsonl:body,{tmp_path}/z.txt"))
+    assert both == {"t": "beta", "z": "omega"}
+
+
 def test_text_options_that_are_repeated(tmp_path):
     from qmoe.cli import build_parser, config_from
 
