@@ -1,25 +1,35 @@
 """Windows of token ids from text, the same for the same tokenizer, text and seed."""
 
 import hashlib
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from qmoe.calibration.chat import render
+from qmoe.calibration.pieces import PIECE, SLICE, Part, Reading, choose, slices
+from qmoe.calibration.text import Texts
 from qmoe.errors import CalibrationError
+
+CHARACTERS = 8  # taken for a token when text is chosen; more is read where that was not enough
+MARGIN = 4  # times as much, then
 
 
 def tokenize(tokenizer: Any, text: str, window: int) -> Int[Tensor, "n L"]:
     """All whole windows of a text. Each starts with BOS if the tokenizer starts texts with it."""
+    return _windows(tokenizer, _ids(tokenizer, text), window)
+
+
+def _windows(tokenizer: Any, ids: Int[Tensor, " m"], window: int) -> Int[Tensor, "n L"]:
     start = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
-    ids = _ids(tokenizer, text)
     body = window - len(start)
-    rows = torch.tensor(ids[: len(ids) // body * body], dtype=torch.long).view(-1, body)
+    rows = ids[: len(ids) // body * body].view(-1, body)
     return torch.cat([torch.tensor(start, dtype=torch.long).expand(len(rows), -1), rows], dim=1)
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def _ids(tokenizer: Any, text: str) -> Int[Tensor, " n"]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and hasattr(backend, "encode_batch_fast"):
         tokenizer("")  # takes back any truncation and padding that the tokenizer's file asks for
@@ -27,31 +37,81 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
         ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
     else:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def windows_of(
+    tokenizer: Any, domain: str, parts: list[Part], window: int, count: int, seed: int | None
+) -> tuple[Int[Tensor, "n L"], list[str]]:
+    """Windows of a domain to take `count` from, or all that there are if those are fewer; and in
+    words, what of its text was of no use. Of long text pieces drawn by the seed are tokenized, or
+    without one its beginning."""
+    budget = max(SLICE, CHARACTERS * count * window)
+    while True:
+        reading = Reading(seed, max(PIECE, MARGIN * CHARACTERS * window))
+        chosen, whole = choose(parts, budget, reading)
+        texts = slices(chosen, partial(render, tokenizer, reading=reading))
+        ids = [_ids(tokenizer, text) for text in texts]
+        rows = _windows(tokenizer, torch.cat([torch.empty(0, dtype=torch.long), *ids]), window)
+        # The last tokens of a text that was cut off may be others than they are in the whole.
+        if whole or len(rows) > count:
+            return rows, reading.notes(domain)
+        budget *= MARGIN
 
 
 def sample_windows(
-    tokenizer: Any, texts: dict[str, str], count: int, window: int, seed: int
-) -> Int[Tensor, "n L"]:
-    """`count` windows, spread evenly over the domains and drawn at random inside each.
+    tokenizer: Any, texts: Texts, count: int, window: int, seed: int
+) -> tuple[Int[Tensor, "n L"], list[str]]:
+    """`count` windows, spread evenly over the domains and drawn at random inside each; and in
+    words, what of the text was of no use.
 
-    A domain too short for its share gives what it has (fewer windows come back then). Raises
-    CalibrationError if no domain holds even one window.
+    A domain too short for its share gives what it has (fewer windows come back then, as the words
+    say). Raises CalibrationError if no domain holds even one window.
     """
     generator = torch.Generator().manual_seed(seed)
-    chosen = []
-    for i, text in enumerate(texts.values()):
-        share = count // len(texts) + (i < count % len(texts))
-        rows = tokenize(tokenizer, text, window)
+    notes = list(texts.notes)
+    chosen, found = [], {}
+    each, more = divmod(count, len(texts.domains))
+    # Not the first by name, where there are not enough for all.
+    order = range(more) if each else torch.randperm(len(texts.domains), generator=generator)[:more]
+    favoured = set(map(int, order))
+    for i, (domain, parts) in enumerate(texts.domains.items()):
+        share = each + (i in favoured)
+        if not share:
+            continue
+        rows, unused = windows_of(tokenizer, domain, parts, window, share, seed)
         picked = torch.randperm(len(rows), generator=generator)[:share]
         chosen.append(rows[picked.sort().values])
+        found[domain] = (len(picked), share)
+        notes += unused
     windows = torch.cat(chosen)
     if not len(windows):
-        raise CalibrationError(
-            f"the text is shorter than one window of {window} tokens (domains: "
-            f"{', '.join(texts)}); give more text or a smaller window"
-        )
-    return windows
+        raise too_short(list(found), window, notes)
+    if left := len(texts.domains) - len(found):
+        notes.append(f"text: {count} windows for {len(texts.domains)} domains, {left} gave none")
+    return windows, notes + shortage(found, window)
+
+
+def too_short(domains: list[str], window: int, notes: list[str]) -> CalibrationError:
+    """No domain holds a window."""
+    more = "".join(f"; {note}" for note in notes)
+    return CalibrationError(
+        f"the text is empty or shorter than one window of {window} tokens (domains: "
+        f"{', '.join(domains)}); give more text or a smaller window{more}"
+    )
+
+
+def shortage(found: dict[str, tuple[int, int]], window: int) -> list[str]:
+    """In words, which domains gave fewer windows than they were to give. found: both numbers."""
+    short = [f"{d} {n} of {share}" for d, (n, share) in found.items() if n < share]
+    if not short:
+        return []
+    total, asked = (sum(numbers) for numbers in zip(*found.values(), strict=True))
+    more = f" and {len(short) - 8} more" if len(short) > 8 else ""
+    return [
+        f"text: {asked} windows of {window} tokens were asked for, {total} found: "
+        f"{', '.join(short[:8])}{more}; give more text, or ask for fewer or shorter windows"
+    ]
 
 
 def fingerprint(windows: Int[Tensor, "n L"]) -> str:

@@ -144,9 +144,14 @@ def _open(path: Path, about: dict[str, str]) -> Any:
     return file
 
 
-def check(path: Path, about: dict[str, str]) -> None:
-    """Raises CalibrationError if `load` would, reading the header only."""
-    _open(path, about)
+def check(path: Path, about: dict[str, str]) -> list[str]:
+    """Raises CalibrationError if `load` would, reading the header only. Returns, in words, what of
+    the text that they were gathered on was not as asked for (`about`'s "notes" when saved)."""
+    try:
+        notes = json.loads(_open(path, about).metadata().get("notes", "[]"))
+    except ValueError as error:
+        raise CalibrationError(f"{path}: its notes are damaged: {error}") from error
+    return [str(note) for note in notes] if isinstance(notes, list) else []
 
 
 def load(path: Path, about: dict[str, str]) -> LayerStats:

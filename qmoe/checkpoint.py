@@ -45,10 +45,12 @@ def resolve(source: str | Path) -> Path:
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    # RuntimeError: there is no home, so no place for a download.
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, RuntimeError) as e:
         raise CheckpointError(
-            f"{source}: no such local folder, and the Hub did not give it: {error}"
-        ) from error
+            f"{source}: no such local folder, and the Hub did not give it: {e} (a folder for "
+            "downloads that can be written is named by HF_HOME)"
+        ) from e
 
 
 def _check_entries(folder: Path) -> None:

@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any, get_args
 
 from qmoe._version import __version__
+from qmoe.calibration.text import merged
 from qmoe.config import (
     BITS,
     CHANNEL,
@@ -40,8 +41,8 @@ methods, likewise at 4 bits, in thousandths of a nat per token:
 STORED = "checkpoint"  # a dtype: the one that is stored
 TEXT_NUMBERS = ("windows", "written", "window", "batch", "seed")
 TEXT_HELP = (
-    "text, comma separated: bundled[:DOMAIN+DOMAIN], heldout[:DOMAIN+DOMAIN], a file, folder or "
-    "glob, or hf:NAME[:SPLIT[:COLUMN]] for a dataset"
+    "text, comma separated or repeated: bundled[:DOMAIN+DOMAIN], heldout[:DOMAIN+DOMAIN], "
+    "PATH[:COLUMN] of a file, folder or glob, or hf:NAME[/CONFIG][:SPLIT[:COLUMN]] for a dataset"
 )
 
 
@@ -65,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--experts", action="store_true", help="one row per layer and expert")
     evaluate = commands.add_parser("eval", help="perplexity by domain, KL and agreement")
     _compare_options(evaluate)
-    evaluate.add_argument("--text", default="heldout", help=TEXT_HELP)
+    evaluate.add_argument("--text", action="append", help=f"{TEXT_HELP} (heldout)")
     evaluate.add_argument("--windows", type=int, default=16, help="windows scored per domain")
     evaluate.add_argument("--window", type=int, default=256, help="tokens in a window")
     evaluate.add_argument("--batch", type=int, default=8, help="windows per forward pass")
@@ -135,7 +136,8 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
         help="experts with fewer calibration tokens borrow tokens of their layer",
     )
     # Without defaults: what is given contradicts --statistics.
-    p.add_argument("--calibration", metavar="TEXT", help=f"{TEXT_HELP} ({c.text})")
+    text = f"{TEXT_HELP} ({c.text})"
+    p.add_argument("--calibration", metavar="TEXT", action="append", help=text)
     p.add_argument("--windows", type=int, help="windows of that text (by preset)")
     p.add_argument("--written", type=int, help="and windows the model writes itself (by preset)")
     p.add_argument("--window", type=int, help=f"tokens in a window ({c.window})")
@@ -260,6 +262,8 @@ def _text_options(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(
             f"--{next(iter(given))}: with --statistics no text is run; leave out one of the two"
         )
+    if "calibration" in given:
+        given["calibration"] = merged(given["calibration"])
     return {names[n]: value for n, value in given.items()}
 
 

@@ -11,6 +11,7 @@ import transformers
 
 from qmoe import ranks, tables
 from qmoe.audit import audit_folder
+from qmoe.calibration.text import merged
 from qmoe.checkpoint import read_json, resolve
 from qmoe.cli import STORED, config_from
 from qmoe.compare import benchmark, evaluate
@@ -188,7 +189,7 @@ def eval(args: argparse.Namespace) -> dict[str, Any]:
         args.path,
         against=args.against,
         baselines=args.baseline,
-        text=args.text,
+        text=merged(args.text or ["heldout"]),
         windows=args.windows,
         window=args.window,
         batch=args.batch,
@@ -224,7 +225,7 @@ def show_eval(result: dict[str, Any]) -> None:
         tables.show("KL relative to round-to-nearest", ["domain", *scores], ratios)
     rows = [[name, tables.size(n)] for name, n in result["bytes_on_disk"].items()]
     tables.show("weights on disk", ["model", "bytes"], rows)
-    for note in result["not_better"]:
+    for note in [*result["fallbacks"], *result["not_better"]]:
         print(note)
 
 

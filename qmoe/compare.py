@@ -98,7 +98,7 @@ def evaluate(
     *,
     against: str | Path | None = None,
     baselines: Sequence[str] = (),
-    text: str = "heldout",
+    text: str | Sequence[str] = "heldout",
     windows: int = 16,
     window: int = 256,
     batch: int = 8,
@@ -113,7 +113,8 @@ def evaluate(
     original is streamed on the CPU, so it may be larger than memory. Raises CalibrationError if a
     model has no predictions in that dtype.
     Returns scores by model and domain, their means over domains ("overall"), bytes on disk, and
-    in words where the quantized model is not better than a baseline ("not_better").
+    in words what of the text was not as asked for ("fallbacks") and where the quantized model is
+    not better than a baseline ("not_better").
     """
     _check(baselines, against, windows=windows, batch=batch)
     if window < 2:
@@ -124,7 +125,8 @@ def evaluate(
     if against is not None:
         check_same_model(folder, resolve(against), track, trust)
     tokenizer = open_tokenizer(folder, config, trust)
-    batches = make_batches(tokenizer, load_texts(text), windows=windows, window=window, batch=batch)
+    texts = load_texts(text)
+    batches, notes = make_batches(tokenizer, texts, windows=windows, window=window, batch=batch)
     check_vocabulary(config, torch.cat([ids for _, ids in batches]))
     models: dict[str, Any] = {}
     disk = {"qmoe": _disk(folder)}
@@ -149,6 +151,7 @@ def evaluate(
         "scores": scores,
         "overall": {name: overall(domains) for name, domains in scores.items()},
         "bytes_on_disk": disk,
+        "fallbacks": notes,
         "not_better": [
             note for name in baselines for note in not_better(found["qmoe"], found[name], name)
         ],

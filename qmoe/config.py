@@ -1,5 +1,6 @@
 """What to do to a model: frozen dataclasses, checked when they are made, strict when read back."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, cast, get_args
 
@@ -71,14 +72,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 class CalibrationConfig:
     """Which text the statistics are gathered on.
 
-    text: "bundled" (all domains that ship with qmoe), "bundled:austen+factbook", a local file or
-    folder, or "hf:NAME[:SPLIT[:COLUMN]]" for any `datasets` name (calibration/text.py).
+    text: "bundled" (all domains that ship with qmoe), "bundled:austen+factbook", a local file,
+    table or folder, or "hf:NAME[/CONFIG][:SPLIT[:COLUMN]]" for any `datasets` name
+    (calibration/text.py); several in one string with commas between them, or in a list.
     windows x window tokens are used, spread evenly over the domains. batch: windows per forward
     pass. written: windows more that the model writes itself (writing.py), in the languages and
     domains it knows, whatever the text is.
     """
 
-    text: str = "bundled"
+    text: str | Sequence[str] = "bundled"
     windows: int = 128
     window: int = 256
     batch: int = 8
@@ -86,7 +88,13 @@ class CalibrationConfig:
     written: int = 0
 
     def __post_init__(self) -> None:
-        expect("calibration text", self.text, str)
+        expect("calibration text", self.text, str, list, tuple)
+        if not isinstance(self.text, str):
+            for part in self.text:
+                expect("calibration text", part, str)
+            object.__setattr__(self, "text", tuple(self.text))  # nobody changes it later
+        if not self.text:
+            raise ConfigError("calibration text: expected at least one, got none")
         expect("calibration seed", self.seed, int)
         for name, least in (("windows", 1), ("written", 0), ("window", 2), ("batch", 1)):
             expect(f"calibration {name}", getattr(self, name), int)

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qmoe.calibration.batches import tokenize
-from qmoe.errors import CalibrationError
+from qmoe.calibration.batches import shortage, too_short, windows_of
+from qmoe.calibration.text import Texts
 from qmoe.plan import Source
 from qmoe.progress import Track
 from qmoe.skeleton import free
@@ -54,18 +54,20 @@ def perplexity(loss: float) -> float:
 
 
 def make_batches(
-    tokenizer: Any, texts: dict[str, str], *, windows: int, window: int, batch: int
-) -> Batches:
-    """The first `windows` windows of every domain. Raises CalibrationError if one has none."""
+    tokenizer: Any, texts: Texts, *, windows: int, window: int, batch: int
+) -> tuple[Batches, list[str]]:
+    """The first `windows` windows of every domain; and in words, what of the text was of no use and
+    which domains have fewer. Raises CalibrationError if one has none."""
     batches: Batches = []
-    for domain, text in texts.items():
-        rows = tokenize(tokenizer, text, window)[:windows]
+    notes, found = list(texts.notes), {}
+    for domain, parts in texts.domains.items():
+        rows, unused = windows_of(tokenizer, domain, parts, window, windows, None)
+        rows, notes = rows[:windows], notes + unused
         if not len(rows):
-            raise CalibrationError(
-                f"{domain}: its text is shorter than one window of {window} tokens"
-            )
+            raise too_short([domain], window, unused)
         batches += [(domain, part) for part in rows.split(batch)]
-    return batches
+        found[domain] = (len(rows), windows)
+    return batches, notes + shortage(found, window)
 
 
 def resident(model: Any, batches: Batches) -> Logits:

@@ -58,7 +58,7 @@ def quantize(
     text = not given and config.method != "rtn"
     trust = trust_remote_code
     where = find_device(device)
-    source, windows, identity = prepare(src, dst, config, text=text, track=track, trust=trust)
+    source, windows, notes, sha = prepare(src, dst, config, text=text, track=track, trust=trust)
     config = rotated(source, config)
     c = config.calibration
     tokens = windows.numel() + (c.written * c.window if text else 0)
@@ -70,13 +70,14 @@ def quantize(
         source.residual = find_residual(source)
     if saved is not None:
         make_folder(saved)
-    about = {"source": identity, "text": fingerprint(windows), "device": where.type}
+    about = {"source": sha, "text": fingerprint(windows), "device": where.type}
     about |= {"statistics": f"from {[str(p) for p in given]} to {saved}"}
     about |= _settings(config, source)
     with OutputFolder(dst, len(source.structure.layers) + 1, about) as out:
         if saved is not None and any(saved.iterdir()) and not out.begun():
             raise OutputError(f"{saved}: is not empty; statistics of two runs must not mix")
         run = Run(source, config, given, saved, out, spill, where)
+        run.notes += notes
         if text and c.written:
             copy = partial(quantize, device=where, max_memory=max_memory, trust_remote_code=trust)
             own, why = written_windows(source, config, out, where, max_memory, trust, copy)

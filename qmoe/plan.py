@@ -151,28 +151,29 @@ def prepare(
     text: bool,
     track: Track,
     trust: bool = False,
-) -> tuple[Source, Tensor, str]:
-    """Check source, settings, text and destination; returns the source, the calibration windows and
-    the SHA-256 of the source.
+) -> tuple[Source, Tensor, list[str], str]:
+    """Check source, settings, text and destination; returns the source, the calibration windows, in
+    words what of the text was not as asked for, and the SHA-256 of the source.
 
     Raises a QmoeError that names the problem. Nothing is written.
     """
     source = open_source(src, torch.float32, trust)
     check_schemes(source, rotated(source, config))
     check_destination(dst, estimate_bytes(source, config))
-    windows = torch.empty(0, 0, dtype=torch.long)
+    windows, notes = torch.empty(0, 0, dtype=torch.long), list[str]()
     if text:
         c = config.calibration
         check_window(source.model.config, c.window)
         tokenizer = open_tokenizer(source.checkpoint.path, source.model.config, trust)
-        windows = sample_windows(tokenizer, load_texts(c.text), c.windows, c.window, c.seed)
+        texts = load_texts(c.text)
+        windows, notes = sample_windows(tokenizer, texts, c.windows, c.window, c.seed)
         check_vocabulary(source.model.config, windows)
         if (batches := -(-len(windows) // c.batch)) < ranks.count():
             raise ConfigError(
                 f"calibration: {ranks.count()} processes cannot share {batches} batches of "
                 f"{c.batch} windows; give more windows or a smaller batch"
             )
-    return source, windows, source.checkpoint.check_finite(track)
+    return source, windows, notes, source.checkpoint.check_finite(track)
 
 
 def check_combination(

@@ -1,5 +1,6 @@
 """One pass over a model's layers: each is loaded, quantized, written and let go."""
 
+import json
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -68,6 +69,7 @@ class Run:
         self.records: list[dict[str, Any]] = []
         self.head: dict[str, Quantized] = {}
         self.tokens = 0
+        self.notes: list[str] = []  # what of the text was not as asked for
         self.written = 0  # windows of text
         self.not_original = ""  # why the original did not write them, if it should have
         # Of every quantized stack as it was solved, to be compared with what was written.
@@ -75,7 +77,8 @@ class Run:
         self.schemes = Schemes(self.new_config(), str(out.dst))
         for folder in given:
             for i in range(len(source.structure.layers)):
-                statistics.check(folder / _stats_file(i), self.about)
+                notes = statistics.check(folder / _stats_file(i), self.about)
+                self.notes += [f"{folder}: {note}" for note in notes if i == 0]
 
     def all_shards(self, windows: Tensor, track: Track) -> None:
         """Run everything; each shard is written as soon as it is final."""
@@ -131,7 +134,7 @@ class Run:
 
     def finish(self, windows: Tensor, track: Track, trust: bool) -> dict[str, Any]:
         """Write what goes beside the shards, audit the folder, and return its report."""
-        out, source = self.out, self.source
+        out, source, c = self.out, self.source, self.config.calibration
         out.write_index()
         out.copy_companions(source.checkpoint.path)
         out.write_json("config.json", self.new_config())
@@ -144,7 +147,9 @@ class Run:
             report["fallbacks"].insert(0, line)
         if self.not_original:
             what = "a copy with 4-bit experts wrote text" if self.written else "no text was written"
-            report["fallbacks"].insert(0, f"{what}: {self.not_original}")
+            line = f"{what}, {c.written} windows asked for: {self.not_original}"
+            report["fallbacks"].insert(0, line)
+        report["fallbacks"] = self.notes + report["fallbacks"]
         if source.residual is not None and (head := source.residual.head) is not None:
             line = f"{head}: stored apart from the embedding, from which the rotation sets it off"
             report["fallbacks"].insert(0, line)
@@ -182,11 +187,11 @@ class Run:
         self._read_ahead(i + 1)
         place(source.model.get_submodule(layer.name), self.device)
         schemes = schemes_of(source, layer, self.config)
-        saved = self.saved
+        saved, about = self.saved, self.about | {"notes": json.dumps(self.notes)}
         save = (
             None
             if saved is None
-            else (lambda stats: statistics.save(stats, saved / _stats_file(i), self.about))
+            else (lambda stats: statistics.save(stats, saved / _stats_file(i), about))
         )
         blind = not calls and not self.given
         config = replace(self.config, method="rtn", tune=0) if blind else self.config

@@ -139,6 +139,8 @@ def write(model: Any, tokenizer: Any, config: CalibrationConfig) -> Int[Tensor, 
         torch.manual_seed(config.seed)
         parts = [part.to(model.device) for part in firsts.split(ROWS)]
         texts = torch.cat([_continue(model, part, length).to(CPU) for part in parts])
+    if texts.shape[1] < length:
+        raise ValueError(f"texts end after {texts.shape[1]} of {length} tokens")
     return texts.reshape(config.written, -1)[:, : config.window]
 
 

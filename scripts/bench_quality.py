@@ -114,7 +114,7 @@ def _prepare(args: argparse.Namespace, model: Path, regime: str, seed: int) -> C
     case = Case(model, regime, seed, str(args.corpus / REGIMES[regime]), folder)
     (folder / "results").mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    tokens = sample_windows(tokenizer, load_texts(case.text), 128, 256, seed)
+    tokens, _ = sample_windows(tokenizer, load_texts(case.text), 128, 256, seed)
     save_file({"tokens": tokens.contiguous()}, case.tokens)
     if not case.rare.is_file():
         batches = evaluation.test_batches(model, args.corpus)

@@ -21,6 +21,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from qmoe.calibration.pieces import Reading, choose, slices
+from qmoe.calibration.text import Texts
+
 # Where the kernels' tests run them: on the CPU in Triton's interpreter, or compiled on a GPU.
 DEVICE = torch.device(os.environ.get("QMOE_TEST_DEVICE", "cpu"))
 
@@ -123,6 +126,15 @@ def assert_close(actual: Tensor, expected: Tensor, most: float = 1e-4, rms: floa
     assert error.isfinite().all(), "not finite"
     worst, mean = float(error.max()), float(error.square().mean().sqrt())
     assert worst <= most and mean <= rms, f"largest {worst:.2e} (of {most:.0e}), RMS {mean:.2e}"
+
+
+def whole(texts: Texts) -> dict[str, str]:
+    """All text by domain, messages as their contents."""
+    found = {}
+    for domain, parts in texts.domains.items():
+        chosen, _ = choose(parts, 10**12, Reading(0))
+        found[domain] = "".join(slices(chosen, lambda chat: "|".join(m["content"] for m in chat)))
+    return found
 
 
 def moe_inputs(T: int, A: int, E: int, H: int, I: int) -> tuple[Tensor, ...]:  # noqa: E741

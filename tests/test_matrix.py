@@ -170,7 +170,7 @@ def test_tokens_are_counted_as_the_model_itself_routes_them(name, tmp_path):
         module.register_forward_pre_hook(whole)
     c = config.calibration
     tokenizer = AutoTokenizer.from_pretrained(source)
-    windows = sample_windows(tokenizer, load_texts(c.text), c.windows, c.window, c.seed)
+    windows, _ = sample_windows(tokenizer, load_texts(c.text), c.windows, c.window, c.seed)
     with torch.no_grad():
         for ids in windows.split(c.batch):
             model(**inputs_of(model, ids))

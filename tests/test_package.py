@@ -29,7 +29,8 @@ LAYERS = [
     {"placing"},
     {"config", "decoding"},
     {"types", "grid", "packing"},
-    {"kernels", "solvers", "calibration.text", "calibration.batches", "calibration.stats"},
+    {"calibration.chat", "calibration.pieces", "calibration.tables", "calibration.text"},
+    {"kernels", "solvers", "calibration.batches", "calibration.stats"},
     {"experts", "adapters"},
     {"calibration.capture", "units", "readers"},
     {

@@ -150,7 +150,7 @@ def test_experts_are_calibrated_on_the_tokens_that_are_routed_to_them(style, tmp
     name = "model.layers.1.mlp.experts"
     c, seen, hessians = config.calibration, [0] * 6, torch.zeros(6, 64, 64)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "source")
-    windows = sample_windows(tokenizer, load_texts(c.text), c.windows, c.window, c.seed)
+    windows, _ = sample_windows(tokenizer, load_texts(c.text), c.windows, c.window, c.seed)
     if style != "deepseek":  # the first layer has experts too, and hands on what they became
         model.load_state_dict(first_layer_of(tmp_path / "q", model))
 

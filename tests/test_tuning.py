@@ -120,7 +120,9 @@ def test_no_memory_to_write_text_is_reported(demo, tmp_path, monkeypatch):
     monkeypatch.setattr("qmoe.writing.free", lambda: 100_000)
     config = QuantConfig(searched=False, calibration=replace(TEXT, written=4))
     report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
-    assert report["fallbacks"][0].startswith("no text was written: that takes 0.0 GB")
+    assert report["fallbacks"][0].startswith(
+        "no text was written, 4 windows asked for: that takes 0.0"
+    )
     assert report["calibration"]["windows"] == [16, 64]
     assert report["calibration"]["written"] == 0
 
@@ -131,7 +133,7 @@ def test_without_memory_for_the_original_a_copy_writes(demo, tmp_path, monkeypat
     config = QuantConfig(searched=False, calibration=replace(TEXT, written=4))
     report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
     first = report["fallbacks"][0]
-    assert first.startswith("a copy with 4-bit experts wrote text: the original takes 0.0 GB")
+    assert first.startswith("a copy with 4-bit experts wrote text, 4 windows asked for: the orig")
     assert report["calibration"]["windows"] == [20, 64]
     assert report["calibration"]["written"] == 4
     assert not list((tmp_path / "out").glob(".qmoe*"))  # the copy is gone

@@ -31,7 +31,7 @@ def test_batches(model: Path, corpus: Path) -> Batches:
     """The first windows of every domain's test text, domains in order of their names."""
     texts = load_texts(str(corpus / "*.test.txt"))
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return make_batches(tokenizer, texts, windows=WINDOWS, window=WINDOW, batch=BATCH)
+    return make_batches(tokenizer, texts, windows=WINDOWS, window=WINDOW, batch=BATCH)[0]
 
 
 @contextmanager

@@ -2,10 +2,12 @@ import json
 
 import pytest
 import torch
+from helpers import whole
 from transformers import AutoTokenizer
 
 from qmoe.calibration.batches import fingerprint, sample_windows, tokenize
-from qmoe.calibration.text import load_texts, shipped_domains
+from qmoe.calibration.pieces import plain
+from qmoe.calibration.text import Texts, load_texts, shipped_domains
 from qmoe.errors import CalibrationError
 
 
@@ -15,7 +17,7 @@ def tokenizer(demo):
 
 
 def test_bundled_and_heldout_text_are_disjoint():
-    bundled, heldout = load_texts("bundled"), load_texts("heldout")
+    bundled, heldout = whole(load_texts("bundled")), whole(load_texts("heldout"))
     assert set(bundled) == set(heldout) == set(shipped_domains())
     assert sum(len(t.encode()) for t in [*bundled.values(), *heldout.values()]) < 2_000_000
     for domain, text in heldout.items():
@@ -25,7 +27,7 @@ def test_bundled_and_heldout_text_are_disjoint():
 
 
 def test_domains_can_be_chosen():
-    assert list(load_texts("bundled:metamath+austen")) == ["metamath", "austen"]
+    assert list(load_texts("bundled:metamath+austen").domains) == ["metamath", "austen"]
     with pytest.raises(CalibrationError, match="bundled:mars: no such domain; expected some of"):
         load_texts("bundled:mars")
 
@@ -34,14 +36,16 @@ def test_files_folders_and_globs(tmp_path):
     (tmp_path / "a.train.txt").write_text("alpha")
     (tmp_path / "b.txt").write_text("beta")
     (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in ("x", "y")))
-    assert load_texts(str(tmp_path)) == {"a": "alpha", "b": "beta"}
-    assert load_texts(f"{tmp_path}/*.train.txt,{tmp_path}/c.jsonl") == {"a": "alpha", "c": "x\n\ny"}
+    both = load_texts(f"{tmp_path}/*.train.txt,{tmp_path}/c.jsonl")
+    assert whole(both) == {"a": "alpha", "c": "x\n\ny"}
+    texts = load_texts(str(tmp_path))
+    assert whole(texts) == {"a": "alpha", "b": "beta", "c": "x\n\ny"} and not texts.notes
 
 
 def test_parts_of_one_domain_are_joined(tmp_path):
     (tmp_path / "a.1.txt").write_text("one")
     (tmp_path / "a.2.txt").write_text("two")
-    assert load_texts(str(tmp_path)) == {"a": "one\n\ntwo"}
+    assert whole(load_texts(str(tmp_path))) == {"a": "one\n\ntwo"}
 
 
 def test_a_dataset_by_name(tmp_path, monkeypatch):
@@ -49,15 +53,14 @@ def test_a_dataset_by_name(tmp_path, monkeypatch):
     folder = tmp_path / "corpus"
     folder.mkdir()
     (folder / "train.jsonl").write_text(json.dumps({"body": "hello"}) + "\n")
-    assert load_texts(f"hf:{folder}:train:body") == {"corpus": "hello"}
-    with pytest.raises(CalibrationError, match=r"no column 'text'; the dataset has \['body'\]"):
-        load_texts(f"hf:{folder}")
+    assert whole(load_texts(f"hf:{folder}:train:body")) == {"corpus": "hello"}
+    with pytest.raises(CalibrationError, match=r"no column 'text' or .* the table has \['body'\]"):
+        whole(load_texts(f"hf:{folder}"))
 
 
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("empty.txt", "  \n", "the text is empty"),
         ("binary.txt", b"\xff\xfe\x00", "cannot be read as UTF-8"),
         ("absent.txt", None, "no such text file or folder"),
     ],
@@ -67,22 +70,22 @@ def test_bad_text_is_named(tmp_path, name, content, message):
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(CalibrationError, match=message):
-        load_texts(str(path))
+        whole(load_texts(str(path)))
 
 
 def test_windows_are_whole_and_spread_over_domains(tokenizer):
     texts = load_texts("bundled")
-    windows = sample_windows(tokenizer, texts, 12, 64, seed=0)
-    assert windows.shape == (12, 64)
-    rows = {d: tokenize(tokenizer, t, 64) for d, t in texts.items()}
-    per_domain = [sum(any(torch.equal(w, r) for r in rows[d]) for w in windows) for d in texts]
+    windows, notes = sample_windows(tokenizer, texts, 12, 64, seed=0)
+    assert windows.shape == (12, 64) and not notes
+    rows = {d: tokenize(tokenizer, t, 64) for d, t in whole(texts).items()}
+    per_domain = [sum(any(torch.equal(w, r) for r in rows[d]) for w in windows) for d in rows]
     assert per_domain == [3, 3, 2, 2, 2]
 
 
 def test_same_seed_same_windows_other_seed_others(tokenizer):
     texts = load_texts("bundled:austen")
     first, again, other = (
-        fingerprint(sample_windows(tokenizer, texts, 8, 64, seed=s)) for s in (0, 0, 1)
+        fingerprint(sample_windows(tokenizer, texts, 8, 64, seed=s)[0]) for s in (0, 0, 1)
     )
     assert first == again != other
 
@@ -102,8 +105,9 @@ def test_a_tokenizer_that_starts_texts_with_bos_starts_every_window_with_it(toke
 
 
 def test_text_shorter_than_a_window(tokenizer):
-    with pytest.raises(CalibrationError, match="shorter than one window of 512 tokens"):
-        sample_windows(tokenizer, {"note": "too short"}, 4, 512, seed=0)
+    for text in ("too short", "  \n"):
+        with pytest.raises(CalibrationError, match="empty or shorter than one window of 512 to"):
+            sample_windows(tokenizer, Texts({"note": [plain(text)]}), 4, 512, seed=0)
 
 
 def test_what_a_tokenizers_file_says_of_truncation_and_padding_plays_no_part(tokenizer):
