@@ -8,8 +8,8 @@ import torch
 from transformers import GenerationConfig
 
 from qmoe.audit import audit_model
-from qmoe.checkpoint import resolve
 from qmoe.errors import CheckpointError, ConfigError, OutputError
+from qmoe.folders import resolve
 from qmoe.kernels import uses_arena
 from qmoe.memory import return_freed
 from qmoe.model_config import CONFIG_ERRORS

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qmoe import ranks
-from qmoe.checkpoint import INDEX, SINGLE
 from qmoe.errors import CheckpointError, OutputError, QmoeError
+from qmoe.folders import INDEX, SINGLE, companions
 from qmoe.storage import sha256, write_safetensors
 from qmoe.units import Units
 
@@ -23,7 +23,6 @@ MARKER = ".qmoe-partial"  # which process is writing what
 NOTE = ".qmoe-shard-{}.json"  # what was done for a finished shard
 WRITTEN = ".qmoe-written.safetensors"  # text that the model wrote
 WRITER = ".qmoe-writer"  # a small copy of the model while it writes
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 
 
 def check_destination(dst: Path, needed: int) -> None:
@@ -210,9 +209,10 @@ class OutputFolder:
                 INDEX, {"metadata": size, "weight_map": dict(sorted(self._weight_map.items()))}
             )
 
-    def copy_companions(self, source: Path) -> None:
-        """Tokenizer, generation config, chat template, model code: every file without weights."""
-        for file in sorted(source.iterdir()):
-            skip = file.name in ("config.json", INDEX) or file.suffix in WEIGHTS
-            if file.is_file() and not skip and not file.name.startswith("."):
-                shutil.copyfile(file, self.path / file.name)
+    def copy_companions(self, source: Path) -> list[str]:
+        """Copy every file without weights (folders.py); returns what is left behind by name."""
+        files, left = companions(source)
+        for file in files:
+            (self.path / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file, self.path / file)
+        return left

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from qmoe import ranks
 from qmoe.calibration.batches import sample_windows
 from qmoe.calibration.text import load_texts
-from qmoe.checkpoint import Checkpoint, resolve
+from qmoe.checkpoint import Checkpoint
 from qmoe.config import CHANNEL, GROUPS, QuantConfig, Scheme
 from qmoe.errors import CheckpointError, ConfigError, UnsupportedModelError
 from qmoe.experts import expert_weights, stack
+from qmoe.folders import companions, resolve
 from qmoe.model_config import read_config
 from qmoe.naming import original_names, stored_fused
 from qmoe.output import check_destination
@@ -106,6 +107,8 @@ def open_source(path: str | Path, dtype: torch.dtype, trust: bool = False) -> So
 def check_complete(weights: WeightMap) -> None:
     """Raises CheckpointError unless checkpoint and model have the same parameters and shapes."""
     where = weights.checkpoint.path
+    if doubled := weights.doubled():
+        raise CheckpointError(f"{where}: {doubled[0]}; take out the one that is not the model's")
     if missing := weights.missing():
         raise CheckpointError(f"{where}: {len(missing)} tensors are missing, first {missing[0]!r}")
     if weights.unexpected:
@@ -158,7 +161,9 @@ def prepare(
     """
     source = open_source(src, torch.float32, trust)
     check_schemes(source, rotated(source, config))
-    check_destination(dst, estimate_bytes(source, config))
+    folder = source.checkpoint.path
+    copied = sum((folder / file).stat().st_size for file in companions(folder)[0])
+    check_destination(dst, estimate_bytes(source, config) + copied)
     windows = torch.empty(0, 0, dtype=torch.long)
     if text:
         c = config.calibration

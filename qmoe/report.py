@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from qmoe.audit import Audit
-from qmoe.checkpoint import read_json
 from qmoe.config import QuantConfig
 from qmoe.errors import CheckpointError
+from qmoe.folders import read_json
 from qmoe.plan import Source
 
 REPORT = "qmoe_report.json"
@@ -92,6 +92,13 @@ def _dropped(names: list[str]) -> list[str]:
         return []
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return [f"not written, transformers does not use them in this family: {names[0]}{more}"]
+
+
+def left_behind(names: list[str]) -> list[str]:
+    """In words, files and folders of the source that are not part of the model it is."""
+    if not names:
+        return []
+    return [f"not copied, weights in another form or of another model: {_list(names)}"]
 
 
 def fallbacks(record: dict[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ renames and merges, in both directions, without code per model.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -146,14 +146,28 @@ class WeightMap:
                 found |= {target, source}
         expected = self.model.state_dict()
         missing = sorted(set(expected) - found)
-        for target, names in self.targets.items():
-            if target in self.split_targets():
-                continue
-            # A stack of experts is stored whole or expert by expert, never in part.
-            parts = len(self._named(target, expected[target]))
-            if len(names) not in (1, parts):
+        # A stack of experts is stored whole or expert by expert, never in part.
+        for target, names, parts in self._stored():
+            if 1 < len(names) < parts:
                 missing.append(f"{target}: has {len(names)} of {parts} tensors")
         return missing
+
+    def doubled(self) -> list[str]:
+        """In words, parameters for which the checkpoint has more than is needed: under two names,
+        or whole and in parts."""
+        return [
+            f"{target} is stored more than once: {names[0]!r} and {names[-1]!r}"
+            for target, names, parts in self._stored()
+            if len(names) > parts
+        ]
+
+    def _stored(self) -> Iterator[tuple[str, list[str], int]]:
+        """Of every parameter with tensors of its own: those, and how many there are where it is
+        stored in parts."""
+        expected, split = self.model.state_dict(), self.split_targets()
+        for target, names in self.targets.items():
+            if target not in split:
+                yield target, names, len(self._named(target, expected[target]))
 
     def split_targets(self) -> set[str]:
         """Parameters fed by a part of a checkpoint tensor; `targets` has the first of them only."""

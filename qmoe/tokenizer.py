@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from qmoe.checkpoint import read_json
 from qmoe.errors import CheckpointError
+from qmoe.folders import read_json
 from qmoe.model_config import CONFIG_ERRORS, first_line
 
 # What a tokenizer is usually made from.

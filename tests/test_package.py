@@ -17,7 +17,7 @@ FOLDERS = {"qmoe": "qmoe", "kernels": "qmoe.kernels", "calibration": "qmoe.calib
 LAYERS = [
     {"_version", "errors", "progress", "storage", "ranks", "scratch", "rotation", "ahead"},
     {"placing"},
-    {"config", "decoding"},
+    {"config", "decoding", "folders"},
     {"types", "grid", "packing"},
     {"kernels", "solvers", "calibration.text", "calibration.batches", "calibration.stats"},
     {"experts", "adapters"},
