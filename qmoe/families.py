@@ -29,12 +29,13 @@ from qmoe.errors import AuditError
 from qmoe.find_residual import find_residual
 from qmoe.grid import dequantize
 from qmoe.loading import load
+from qmoe.model_config import model_class
 from qmoe.modules import take_stored
 from qmoe.naming import stored_fused
 from qmoe.packed_skeleton import open_packed
 from qmoe.pipeline import quantize
 from qmoe.plan import open_source
-from qmoe.skeleton import build, inputs_of, model_class
+from qmoe.skeleton import build, inputs_of
 from qmoe.structure import find
 
 EXPERTS = re.compile(r"^class \w*(?:Experts|CDMoE)\(", re.MULTILINE)
@@ -258,7 +259,7 @@ def _check_rotated(folder: Path, what: str) -> None:
     inputs = inputs_of(source.model, torch.arange(400)[None] * 37 % 509)
     logits = []
     for rotated in (False, True):
-        source.weights.load(source.checkpoint.names(), torch.float32)
+        source.weights.load(source.weights.names(), torch.float32)
         source.weights.tie()
         if rotated:
             residual.rotate_outside(source.model)
@@ -281,7 +282,7 @@ def _dequantize_into(twin: Any, quantized: Path, all_else: bool) -> None:
     """Every quantized weight, dequantized, and all else if it changed too, into the original as
     transformers loaded it."""
     packed = open_packed(quantized, torch.float32)
-    packed.weights.load(packed.checkpoint.names(), torch.float32)
+    packed.weights.load(packed.weights.names(), torch.float32)
     known = dict(twin.named_parameters(remove_duplicate=False)) if all_else else {}
     for name, parameter in packed.model.named_parameters():
         if name in known:  # not packed; a rotated head is no longer the embedding

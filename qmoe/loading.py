@@ -76,7 +76,7 @@ def load(
         in_layers.update(names)
         source.weights.load(names, dtype)
         _finish(source, layer.name, place, home)
-    source.weights.load([n for n in source.checkpoint.names() if n not in in_layers], dtype)
+    source.weights.load([n for n in source.weights.names() if n not in in_layers], dtype)
     source.weights.tie()
     _finish(source, "", place, home)
     if expert_memory is not None:

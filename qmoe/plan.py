@@ -15,6 +15,7 @@ from qmoe.config import CHANNEL, GROUPS, QuantConfig, Scheme
 from qmoe.errors import CheckpointError, ConfigError, UnsupportedModelError
 from qmoe.experts import expert_weights, stack
 from qmoe.folders import companions, resolve
+from qmoe.leftovers import complaint, wrapped
 from qmoe.model_config import read_config
 from qmoe.naming import original_names, stored_fused
 from qmoe.output import check_destination
@@ -107,15 +108,14 @@ def open_source(path: str | Path, dtype: torch.dtype, trust: bool = False) -> So
 def check_complete(weights: WeightMap) -> None:
     """Raises CheckpointError unless checkpoint and model have the same parameters and shapes."""
     where = weights.checkpoint.path
+    if said := wrapped(weights.unexpected):  # of which all else follows
+        raise CheckpointError(f"{where}: {said}")
     if doubled := weights.doubled():
         raise CheckpointError(f"{where}: {doubled[0]}; take out the one that is not the model's")
     if missing := weights.missing():
         raise CheckpointError(f"{where}: {len(missing)} tensors are missing, first {missing[0]!r}")
     if weights.unexpected:
-        raise CheckpointError(
-            f"{where}: {len(weights.unexpected)} tensors belong to no parameter of the model, "
-            f"first {weights.unexpected[0]!r}"
-        )
+        raise CheckpointError(f"{where}: {complaint(weights.names(), weights.unexpected)}")
     if misshapen := weights.misshapen():
         raise CheckpointError(f"{where}: {misshapen[0]} (by config.json)")
 
@@ -274,6 +274,7 @@ def _check_divides(name: str, in_features: int, scheme: Scheme) -> None:
 def estimate_bytes(source: Source, config: QuantConfig) -> int:
     """Bytes the quantized weights will take on disk, within a percent."""
     total = source.checkpoint.nbytes()
+    total -= sum(map(source.checkpoint.tensor_bytes, source.weights.ignored))
     for layer in source.structure.layers:
         for name, scheme in schemes_of(source, layer, config).items():
             for target, shape in _shapes(source.model, name):

@@ -28,7 +28,8 @@ def build_report(
         "symmetric": config.symmetric,
         "rotated": config.rotated,
         "fallbacks": [line for record in records for line in fallbacks(record)]
-        + _dropped(source.weights.ignored),
+        + _dropped(source.weights.ignored)
+        + _unnamed(source),
         "bytes": audit.bytes,
         "source_bytes": source.checkpoint.nbytes(),
         "layers": records,
@@ -87,11 +88,20 @@ def _damaged(folder: Path, what: str) -> CheckpointError:
     )
 
 
-def _dropped(names: list[str]) -> list[str]:
-    if not names:
+def _dropped(ignored: dict[str, str]) -> list[str]:
+    lines = []
+    for reason in dict.fromkeys(ignored.values()):
+        first, *others = [name for name, why in ignored.items() if why == reason]
+        more = f" and {len(others)} more" if others else ""
+        lines.append(f"not written, {reason}: {first}{more}")
+    return lines
+
+
+def _unnamed(source: Source) -> list[str]:
+    named, used = source.checkpoint.config.get("architectures"), type(source.model).__name__
+    if named and used == named[0]:
         return []
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return [f"not written, transformers does not use them in this family: {names[0]}{more}"]
+    return [f"config.json names no class of this family (architectures: {named}); {used} was taken"]
 
 
 def left_behind(names: list[str]) -> list[str]:

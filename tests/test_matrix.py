@@ -21,8 +21,8 @@ from qmoe.calibration.text import load_texts
 from qmoe.checkpoint import Checkpoint
 from qmoe.errors import CheckpointError, UnsupportedModelError
 from qmoe.families import CONFIG, check, families, layout, save_tiny
-from qmoe.model_config import read_config
-from qmoe.skeleton import inputs_of, model_class
+from qmoe.model_config import model_class, read_config
+from qmoe.skeleton import inputs_of
 
 # Why the others are refused; anything not here must pass.
 REFUSED = {

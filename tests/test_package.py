@@ -32,7 +32,7 @@ LAYERS = [
         "output",
         "naming",
     },
-    {"bounds", "format", "structure", "remote_code"},
+    {"bounds", "format", "structure", "remote_code", "leftovers"},
     {"model_config"},
     {"skeleton"},
     {"modules", "fold", "offloading", "tokenizer"},
