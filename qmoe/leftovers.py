@@ -1,5 +1,5 @@
-"""Tensors of a checkpoint that belong to no parameter of the model: which may be left out, since the
-model computes what it does without them in transformers too, and what is wrong with the others.
+"""Tensors of a checkpoint that belong to no parameter of the model: which may be left out, since
+the model computes what it does without them in transformers too, and what is wrong with the others.
 """
 
 import re
@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-# What predicts tokens beyond the next, for engines that guess ahead; as keys of config.json count it.
+# What predicts tokens beyond the next, for engines that guess ahead, and what config.json calls the
+# number of such layers.
 PREDICTS, COUNTS = re.compile(r"(^|\.)(mtp|nextn)\w*\."), re.compile(r"mtp|nextn")
 LAYER = re.compile(r"(.*\blayers)\.(\d+)\.(.*)")
 # Tables that were stored once and are computed now, wherever in the model.
@@ -24,7 +25,8 @@ WRAPPED = {
     "state dict of the model inside",
     r"^base_model\.model\.|\.(lora_\w+|base_layer|modules_to_save)\.": "of an adapter that is not "
     "merged; save what peft's merge_and_unload gives",
-    r"^pretrained_model\.": "as a wrapper with a value head saves them; save model.pretrained_model",
+    r"^pretrained_model\.": "as a wrapper with a value head saves them; save "
+    "model.pretrained_model",
 }
 
 

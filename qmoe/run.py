@@ -129,7 +129,7 @@ class Run:
         out.write_json("config.json", self.new_config())
         audit = audit_folder(out.path, self.digests, track=track, trust=trust)
         report = build_report(self.config, source, self.records, audit, __version__)
-        report["fallbacks"] += left_behind(left)
+        report["fallbacks"] += [*left_behind(left), *out.unlocked()]
         report |= {"source_sha256": self.about["model"], "digests": self.digests}
         report |= {"kept_sha256": audit.kept, "calibration": self.calibration(windows)}
         if self.config.feedback and self.config.method == "gptq" and (self.given or self.saved):

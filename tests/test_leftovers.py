@@ -1,5 +1,5 @@
-"""Tensors that are not part of the model change nothing of the result and are named; those that only
-look so are refused with the remedy. And which class is taken when config.json names none."""
+"""Tensors that are not part of the model change nothing of the result and are named; those that
+only look so are refused with the remedy. And which class is taken when config.json names none."""
 
 import json
 import shutil
