@@ -4,6 +4,7 @@ of model that it asks for.
 Left out: what is in it (skeleton.py builds the model).
 """
 
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -13,12 +14,13 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
+    GenerationConfig,
     PreTrainedModel,
 )
 
 from qmoe.bounds import check_counts
 from qmoe.checkpoint import Checkpoint
-from qmoe.errors import UnsupportedModelError
+from qmoe.errors import CheckpointError, UnsupportedModelError
 from qmoe.remote_code import needs_code, own_class
 
 # A config that makes no sense fails wherever the family's code first trips over it.
@@ -53,6 +55,16 @@ def read_config(checkpoint: Checkpoint, trust: bool = False) -> Any:
         raise UnsupportedModelError(
             f"{path}: transformers cannot read this architecture: {first_line(error)}"
         ) from error
+
+
+def generation_config(folder: Path) -> GenerationConfig | None:
+    """How the model is to generate, if the folder says so; CheckpointError for a damaged file."""
+    if not (folder / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except CONFIG_ERRORS as error:
+        raise CheckpointError(f"{folder}: bad generation_config.json: {error}") from error
 
 
 def model_class(config: Any) -> Any:

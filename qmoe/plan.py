@@ -16,7 +16,7 @@ from qmoe.errors import CheckpointError, ConfigError, UnsupportedModelError
 from qmoe.experts import expert_weights, stack
 from qmoe.folders import companions, resolve
 from qmoe.leftovers import complaint, wrapped
-from qmoe.model_config import read_config
+from qmoe.model_config import generation_config, read_config
 from qmoe.naming import original_names, stored_fused
 from qmoe.output import check_destination
 from qmoe.progress import Track
@@ -24,7 +24,7 @@ from qmoe.residual import Residual
 from qmoe.rotation import block_for
 from qmoe.skeleton import WeightMap, build
 from qmoe.structure import Layer, Structure, find
-from qmoe.tokenizer import check_vocabulary, open_tokenizer
+from qmoe.tokenizer import check_vocabulary, has_tokenizer, open_tokenizer
 
 
 @dataclass
@@ -165,10 +165,13 @@ def prepare(
     copied = sum((folder / file).stat().st_size for file in companions(folder)[0])
     check_destination(dst, estimate_bytes(source, config) + copied)
     windows = torch.empty(0, 0, dtype=torch.long)
+    # Without text too: what loads the result opens both.
+    generation_config(folder)
+    if text or has_tokenizer(folder):
+        tokenizer = open_tokenizer(folder, source.model.config, trust)
     if text:
         c = config.calibration
         check_window(source.model.config, c.window)
-        tokenizer = open_tokenizer(source.checkpoint.path, source.model.config, trust)
         windows = sample_windows(tokenizer, load_texts(c.text), c.windows, c.window, c.seed)
         check_vocabulary(source.model.config, windows)
         if (batches := -(-len(windows) // c.batch)) < ranks.count():

@@ -10,6 +10,7 @@ from qmoe.config import QuantConfig
 from qmoe.errors import CheckpointError
 from qmoe.folders import read_json
 from qmoe.plan import Source
+from qmoe.tokenizer import has_tokenizer
 
 REPORT = "qmoe_report.json"
 SHOWN = 8  # experts named in a line
@@ -29,7 +30,8 @@ def build_report(
         "rotated": config.rotated,
         "fallbacks": [line for record in records for line in fallbacks(record)]
         + _dropped(source.weights.ignored)
-        + _unnamed(source),
+        + _unnamed(source)
+        + _no_tokenizer(source),
         "bytes": audit.bytes,
         "source_bytes": source.checkpoint.nbytes(),
         "layers": records,
@@ -95,6 +97,12 @@ def _dropped(ignored: dict[str, str]) -> list[str]:
         more = f" and {len(others)} more" if others else ""
         lines.append(f"not written, {reason}: {first}{more}")
     return lines
+
+
+def _no_tokenizer(source: Source) -> list[str]:
+    if has_tokenizer(source.checkpoint.path):
+        return []
+    return ["no tokenizer: the source has none, so qmoe.load gives None in its place"]
 
 
 def _unnamed(source: Source) -> list[str]:

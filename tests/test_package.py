@@ -16,7 +16,7 @@ FOLDERS = {"qmoe": "qmoe", "kernels": "qmoe.kernels", "calibration": "qmoe.calib
 # Lowest first; a module may import only from its own layer or below.
 LAYERS = [
     {"_version", "errors", "progress", "storage", "ranks", "scratch", "rotation", "ahead"},
-    {"lock"},
+    {"lock", "printing"},
     {"placing"},
     {"config", "decoding", "folders"},
     {"types", "grid", "packing"},
