@@ -4,6 +4,7 @@ of model that it asks for.
 Left out: what is in it (skeleton.py builds the model).
 """
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +91,12 @@ def model_class(config: Any) -> Any:
 def _named_class(config: Any) -> Any:
     """The class of transformers that `architectures` names, if it is one of this family."""
     name = next(iter(config.architectures or []), "")
-    named = getattr(transformers, name, None) if name else None
-    if not (isinstance(named, type) and issubclass(named, PreTrainedModel)):
+    named: Any = getattr(transformers, name, None) if name else None
+    if not (inspect.isclass(named) and issubclass(named, PreTrainedModel)):
         return None
+    own: Any = getattr(named, "config_class", None) or ()
     kinds = (type(config), *config.sub_configs.values())
-    return named if any(issubclass(kind, named.config_class or ()) for kind in kinds) else None
+    return named if any(issubclass(kind, own) for kind in kinds) else None
 
 
 def first_line(error: Exception) -> str:
