@@ -89,7 +89,8 @@ def load(
     progress: bool = True,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Load a quantized folder or hub name: a transformers model that runs packed, its tokenizer.
+    """Load a quantized folder or hub name: a transformers model that runs packed, its tokenizer
+    (None if the folder has none).
 
     dtype: of activations and unquantized weights; None is the checkpoint's own. device: "cpu", or
     "cuda" for the Triton kernels. expert_memory: bytes of the GPU for routed experts; the rest stay

@@ -63,6 +63,7 @@ def audit_folder(
     source = open_packed(path, torch.float32, trust)
     names = source.weights
     audit.findings += [f"missing: {n}" for n in names.missing()]
+    audit.findings += names.doubled()
     audit.findings += [f"belongs to no parameter: {n}" for n in names.unexpected]
     audit.findings += names.misshapen()
     sha = hashlib.sha256()

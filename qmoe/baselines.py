@@ -16,8 +16,8 @@ from transformers.utils import logging
 
 from qmoe import experts
 from qmoe.adapters import adapt
-from qmoe.checkpoint import resolve
 from qmoe.errors import UnsupportedModelError
+from qmoe.folders import resolve
 from qmoe.kernels.moe import moe_forward
 from qmoe.remote_code import needs_code
 from qmoe.structure import find

@@ -1,6 +1,7 @@
 """Reading a Hugging Face folder of safetensors lazily, and refusing a bad one before any work.
 
-Left out: what the tensors mean (structure.py) and how they get into a model (skeleton.py).
+Left out: what else is in the folder (folders.py), what the tensors mean (structure.py) and how they
+get into a model (skeleton.py).
 """
 
 import hashlib
@@ -12,81 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from qmoe.adapters import Made
 from qmoe.decoding import Decoded, decoded
 from qmoe.errors import CheckpointError
+from qmoe.folders import CONFIG, INDEX, read_index, read_json, weight_files
 from qmoe.progress import Track
-
-HUB_NAME = 200  # more characters than any name on the Hub has
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-def resolve(source: str | Path) -> Path:
-    """A local folder as it is; anything else is downloaded from the Hugging Face Hub.
-
-    CheckpointError for a folder with anything in it but files and folders of its own."""
-    if not isinstance(source, str | Path):
-        raise CheckpointError(f"model: expected a folder or a hub name, got {source!r}")
-    # os.path: pathlib fails on what cannot be a name.
-    path = Path(os.path.expanduser(source))
-    if os.path.isdir(path):
-        _check_entries(path)
-        return path
-    if os.path.exists(path):
-        raise CheckpointError(f"{source}: expected a model folder, found a file")
-    name = str(source)
-    if name.count("/") > 1 or name.startswith((".", "~", "/")) or len(name) > HUB_NAME:
-        shown = name if len(name) <= 1000 else f"{name[:200]}.."
-        raise CheckpointError(f"{shown}: no such folder (and not a hub name like 'org/model')")
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    # RuntimeError: there is no home, so no place for a download.
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, RuntimeError) as e:
-        raise CheckpointError(
-            f"{source}: no such local folder, and the Hub did not give it: {e} (a folder for "
-            "downloads that can be written is named by HF_HOME)"
-        ) from e
-
-
-def _check_entries(folder: Path) -> None:
-    """Links must not lead out of the folder (but to the Hub cache's own blobs): what they lead to
-    would be read, and copied into the result. Pipes and devices would be read for ever."""
-    home = folder.resolve()
-    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
-    for entry in sorted(folder.iterdir()):
-        target = Path(os.path.realpath(entry))  # a link to itself stays what it is
-        if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
-            raise CheckpointError(
-                f"{folder}: {entry.name} is a link that leads out of the folder, to {target}; put "
-                "a copy in its place"
-            )
-        if not (entry.is_file() or entry.is_dir()):
-            raise CheckpointError(
-                f"{folder}: {entry.name} is neither a file nor a folder (a broken link, a pipe, a "
-                "device); remove it"
-            )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the model folder; CheckpointError names the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could not be written
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path.parent}: not a model folder, it has no {path.name}"
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
 
 DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
@@ -103,13 +36,18 @@ class Checkpoint:
 
     def __init__(self, path: Path):
         self.path = path
-        self.config = read_json(path / "config.json")
-        self._files: list[str] = []
+        self.config = read_json(path / CONFIG)
+        self._files = weight_files(path)
         self._handles: dict[str, Any] = {}
         self._where: dict[str, str] = {}
-        for file in self._shards():
-            self._files.append(file)
-            self._where |= dict.fromkeys(self._handle(file).keys(), file)
+        for file in self._files:
+            for name in self._handle(file).keys():  # noqa: SIM118
+                if name in self._where:
+                    raise CheckpointError(
+                        f"{path}: {name!r} is in {self._where[name]} and in {file}; save the model "
+                        "again (save_pretrained), or take the one that is not the model's out"
+                    )
+                self._where[name] = file
         self._check_index()
         self._decoded: dict[str, Decoded] = {}
 
@@ -142,35 +80,6 @@ class Checkpoint:
     def _made(self, parts: tuple[str, ...], how: Callable[..., torch.Tensor]) -> torch.Tensor:
         return how(*map(self._stored, parts))
 
-    def _shards(self) -> list[str]:
-        if (self.path / INDEX).is_file():
-            return sorted(set(self._index().values()))
-        if (self.path / SINGLE).is_file():
-            return [SINGLE]
-        pickled = sorted(p.name for p in self.path.glob("*.bin"))
-        hint = (
-            f"it has {pickled[0]}; load it with transformers and save_pretrained it to safetensors"
-            if pickled
-            else f"it has neither {SINGLE} nor {INDEX}"
-        )
-        raise CheckpointError(f"{self.path}: no safetensors weights, {hint}")
-
-    def _index(self) -> dict[str, str]:
-        weight_map = read_json(self.path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{self.path / INDEX}: expected a non-empty 'weight_map' object")
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise CheckpointError(
-                    f"{self.path / INDEX}: {name!r} points outside the folder: {file!r}"
-                )
-            if not file.endswith(".safetensors"):
-                raise CheckpointError(
-                    f"{self.path / INDEX}: {name!r} is said to be in {file!r}; expected the name "
-                    "of a .safetensors file"
-                )
-        return weight_map
-
     def _open(self, file: str) -> Any:
         path = self.path / file
         if file not in os.listdir(self.path):  # not is_file, which fails on a name too long
@@ -185,7 +94,7 @@ class Checkpoint:
     def _check_index(self) -> None:
         if not (self.path / INDEX).is_file():
             return
-        for name, file in self._index().items():
+        for name, file in read_index(self.path).items():
             if self._where.get(name) != file:
                 raise CheckpointError(
                     f"{self.path}: {INDEX} places {name!r} in {file}, it is not there"

@@ -2,9 +2,7 @@
 
 import argparse
 import signal
-import sys
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any, get_args
 
 from qmoe._version import __version__
@@ -21,6 +19,7 @@ from qmoe.config import (
     Scheme,
 )
 from qmoe.errors import ConfigError, QmoeError
+from qmoe.printing import printing, say
 from qmoe.tables import to_json
 
 METHODS = """\
@@ -274,29 +273,30 @@ def run(args: argparse.Namespace) -> None:
     result: dict[str, Any] = getattr(commands, args.command)(args)
     if not result:  # another process of this run shows it
         return
-    if args.json:
-        print(to_json(result))
-    else:
-        getattr(commands, f"show_{args.command}")(result)
+    whole = f"; the model in {args.dst} is whole, and has it" if args.command == "quantize" else ""
+    with printing(f"the report{whole}"):
+        if args.json:
+            print(to_json(result))
+        else:
+            getattr(commands, f"show_{args.command}")(result)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 on an error, 2 on bad usage, 130 interrupted."""
-    args = build_parser().parse_args(argv)
     # A polite kill, or a terminal that is closed, cleans up like Ctrl-C.
     for name in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(name) != signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(name, _interrupt)
+            signal.signal(name, signal.default_int_handler)
     try:
+        with printing("the help"):
+            args = build_parser().parse_args(argv)
         run(args)
     except QmoeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
+        return 1
+    except BrokenPipeError:  # `qmoe ... | head` has seen enough
         return 1
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
+        say("interrupted: the same command goes on where this one stopped")
         return 130
     return 0
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -12,7 +12,6 @@ import transformers
 from qmoe import ranks, tables
 from qmoe.audit import audit_folder
 from qmoe.calibration.text import merged
-from qmoe.checkpoint import read_json, resolve
 from qmoe.cli import STORED, config_from
 from qmoe.compare import benchmark, evaluate
 from qmoe.errors import (
@@ -24,6 +23,7 @@ from qmoe.errors import (
 )
 from qmoe.evaluate import relative
 from qmoe.experts import expert_weights, stack
+from qmoe.folders import read_json, resolve
 from qmoe.loading import Loading
 from qmoe.pipeline import quantize as run_quantize
 from qmoe.plan import open_source

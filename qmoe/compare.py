@@ -15,7 +15,7 @@ import torch
 from qmoe.baselines import nf4, original
 from qmoe.bench import memory, speed
 from qmoe.calibration.text import load_texts
-from qmoe.checkpoint import Checkpoint, read_json, resolve
+from qmoe.checkpoint import Checkpoint
 from qmoe.config import QuantConfig
 from qmoe.errors import ConfigError
 from qmoe.evaluate import (
@@ -28,6 +28,7 @@ from qmoe.evaluate import (
     streamed,
     summaries,
 )
+from qmoe.folders import read_json, resolve
 from qmoe.loading import Loading
 from qmoe.model_config import read_config
 from qmoe.modules import packed_stacks
@@ -75,7 +76,7 @@ def check_same_model(
         raise ConfigError(f"{original_folder}: is quantized itself; give the original")
     for config in (ours, theirs, ours.get("text_config"), theirs.get("text_config")):
         # A fused rotation unties the head.
-        for key in ("quantization_config", "tie_word_embeddings"):
+        for key in ("quantization_config", "tie_word_embeddings", "transformers_weights"):
             if isinstance(config, dict):
                 config.pop(key, None)
     differing = sorted(k for k in set(ours) | set(theirs) if ours.get(k) != theirs.get(k))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qmoe.calibration.batches import shortage, too_short, windows_of
 from qmoe.calibration.text import Texts
+from qmoe.errors import CalibrationError
 from qmoe.plan import Source
 from qmoe.progress import Track
 from qmoe.skeleton import free

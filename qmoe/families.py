@@ -20,9 +20,10 @@ from transformers.models.auto.configuration_auto import (
     model_type_to_module_name,
 )
 
+from qmoe.model_config import model_class
 from qmoe.naming import stored_fused
 from qmoe.precision import ever_in_float32
-from qmoe.skeleton import build, model_class
+from qmoe.skeleton import build
 from qmoe.structure import find
 
 EXPERTS = re.compile(r"^class \w*(?:Experts|CDMoE)\(", re.MULTILINE)

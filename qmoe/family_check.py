@@ -22,11 +22,12 @@ from qmoe.families import Family, save_tiny, tiny_config
 from qmoe.find_residual import find_residual
 from qmoe.grid import dequantize
 from qmoe.loading import load
+from qmoe.model_config import model_class
 from qmoe.modules import held, take_stored
 from qmoe.packed_skeleton import open_packed
 from qmoe.pipeline import quantize
 from qmoe.plan import open_source
-from qmoe.skeleton import build, inputs_of, model_class
+from qmoe.skeleton import build, inputs_of
 from qmoe.structure import find
 
 CONFIG = QuantConfig(
@@ -145,7 +146,7 @@ def _check_rotated(folder: Path, what: str) -> None:
     inputs = inputs_of(source.model, torch.arange(400)[None] * 37 % 509)
     logits = []
     for rotated in (False, True):
-        source.weights.load(source.checkpoint.names(), torch.float32)
+        source.weights.load(source.weights.names(), torch.float32)
         source.weights.tie()
         if rotated:
             residual.rotate_outside(source.model)
@@ -168,7 +169,7 @@ def dequantize_into(twin: Any, quantized: Path, dtype: torch.dtype, all_else: bo
     """Every quantized weight, dequantized, and all else if it changed too, into the original as
     transformers loaded it."""
     packed = open_packed(quantized, dtype)
-    packed.weights.load(packed.checkpoint.names(), dtype)
+    packed.weights.load(packed.weights.names(), dtype)
     known = dict(twin.named_parameters(remove_duplicate=False)) if all_else else {}
     for name, parameter in packed.model.named_parameters():
         if name in known:  # not packed; a rotated head is no longer the embedding

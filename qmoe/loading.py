@@ -6,21 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from qmoe.audit import audit_kept, audit_model
-from qmoe.checkpoint import resolve
-from qmoe.errors import CheckpointError, ConfigError, OutputError
+from qmoe.errors import ConfigError, OutputError
+from qmoe.folders import resolve
 from qmoe.kernels import uses_arena
 from qmoe.memory import return_freed
-from qmoe.model_config import CONFIG_ERRORS
+from qmoe.model_config import generation_config
 from qmoe.modules import PackedLinear, finish_experts
 from qmoe.offloading import offload_experts
 from qmoe.packed_skeleton import PackedSource, open_packed
 from qmoe.placing import find_device
 from qmoe.plan import check_complete
 from qmoe.progress import Track, silent
-from qmoe.tokenizer import open_tokenizer
+from qmoe.tokenizer import has_tokenizer, open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def load(
     track: Track = silent,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Load a quantized model (folder or hub name) and its tokenizer.
+    """Load a quantized model (folder or hub name) and its tokenizer, None if the folder has none.
 
     dtype: of activations and unquantized weights; None is the checkpoint's own. bfloat16 is the
     fast one on CPUs (kernels/stack.py). device: "cpu", or a GPU ("cuda", "cuda:1"), where packed
@@ -69,15 +68,17 @@ def load(
     folder = resolve(path)
     source = open_packed(folder, dtype, trust_remote_code)
     check_complete(source.weights)
-    tokenizer = open_tokenizer(folder, source.model.config, trust_remote_code)
-    generation = _generation_config(folder)
+    tokenizer = None
+    if has_tokenizer(folder):
+        tokenizer = open_tokenizer(folder, source.model.config, trust_remote_code)
+    generation = generation_config(folder)
     in_layers: set[str] = set()
     for layer in track(source.structure.layers, "loading layers"):
         names = source.weights.sources(layer.name)
         in_layers.update(names)
         source.weights.load(names, dtype)
         _finish(source, layer.name, place, home)
-    source.weights.load([n for n in source.checkpoint.names() if n not in in_layers], dtype)
+    source.weights.load([n for n in source.weights.names() if n not in in_layers], dtype)
     source.weights.tie()
     _finish(source, "", place, home)
     if expert_memory is not None:
@@ -91,15 +92,6 @@ def load(
     source.model.save_pretrained = _refuse_to_save
     _keep_dtypes(source.model)
     return source.model, tokenizer
-
-
-def _generation_config(folder: Path) -> GenerationConfig | None:
-    if not (folder / "generation_config.json").is_file():
-        return None
-    try:
-        return GenerationConfig.from_pretrained(folder)
-    except CONFIG_ERRORS as error:
-        raise CheckpointError(f"{folder}: bad generation_config.json: {error}") from error
 
 
 def _refuse_to_save(*args: Any, **kwargs: Any) -> None:

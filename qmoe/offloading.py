@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from qmoe.checkpoint import read_json
 from qmoe.errors import ConfigError
+from qmoe.folders import read_json
 from qmoe.structure import Structure
 
 

@@ -4,26 +4,26 @@ import errno
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from qmoe import ranks
-from qmoe.checkpoint import INDEX, SINGLE
 from qmoe.errors import CheckpointError, OutputError, QmoeError
+from qmoe.folders import INDEX, SINGLE, companions
+from qmoe.lock import NAME, Lock
 from qmoe.storage import sha256, write_safetensors
 from qmoe.units import Units
 
-MARKER = ".qmoe-partial"  # which process is writing what
+MARKER = ".qmoe-partial"  # what is being written
 NOTE = ".qmoe-shard-{}.json"  # what was done for a finished shard
 WRITTEN = ".qmoe-written.safetensors"  # text that the model wrote
 WRITER = ".qmoe-writer"  # a small copy of the model while it writes
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 
 
 def check_destination(dst: Path, needed: int) -> None:
@@ -58,14 +58,18 @@ class OutputFolder:
     Each finished shard is there whole, with a note of what was done for it, and units of the one
     being worked on. If the block is interrupted, the disk fills or the source cannot be read, the
     folder stays, and a later run with the same fingerprint (source, settings, text, versions) goes
-    on from there. After any other error, or with nothing finished, it is removed. Of several
-    processes rank 0 writes; the others see the same folder.
+    on from there. After any other error, or with nothing finished, it is removed. It is locked all
+    the while (lock.py), and so is the folder `saved` of statistics. Of several processes rank 0
+    writes; the others see the same folder.
     """
 
-    def __init__(self, dst: Path, shards: int, fingerprint: dict[str, str]):
+    def __init__(
+        self, dst: Path, shards: int, fingerprint: dict[str, str], saved: Path | None = None
+    ):
         self.dst, self.shards, self.fingerprint = dst, shards, fingerprint
         self.path = dst.with_name(dst.name + ".partial")
         self.units = Units(self.path)
+        self.locks = [Lock(folder) for folder in (self.path, saved) if folder is not None]
         self.leads = ranks.rank() == 0  # of several processes, one writes
         self.done: list[int] = []  # shards that an earlier run finished
         self._weight_map: dict[str, str] = {}
@@ -78,6 +82,9 @@ class OutputFolder:
                 self._begin()
             except OutputError as error:
                 refused = error
+                self._release()
+                with suppress(OSError):  # it may be more than an empty folder
+                    self.path.rmdir()
         if (said := ranks.first(refused)) is not None:
             raise said
         self.done = ranks.first([i for i in range(self.shards) if self._note(i) is not None])
@@ -86,27 +93,33 @@ class OutputFolder:
     def _begin(self) -> None:
         try:
             if os.path.lexists(self.path):
-                self._check_leftover()
+                self._leftover()
             self.path.mkdir(exist_ok=True)
-            marker = {"pid": os.getpid(), "fingerprint": self.fingerprint}
-            self._replace(MARKER, json.dumps(marker))
+            for lock in self.locks:
+                lock.take()
+            if os.path.lexists(self.dst):
+                raise OutputError(f"{self.dst}: another run has just made it")
+            self._go_on_with(self._leftover())
+            self._replace(MARKER, json.dumps({"fingerprint": self.fingerprint}))
         except OSError as error:
             raise OutputError(f"{self.dst}: cannot write beside it: {error}") from error
 
-    def _check_leftover(self) -> None:
-        """What is there must be our own unfinished work on the same thing."""
+    def _leftover(self) -> dict[str, str]:
+        """The fingerprint of what is there, which must be our own unfinished work or nothing."""
         try:
-            marker = json.loads((self.path / MARKER).read_text())
-            pid, before = int(marker["pid"]), dict(marker["fingerprint"])
+            if set(os.listdir(self.path)) <= {NAME, f"{MARKER}.tmp"}:
+                return {}
+            return dict(json.loads((self.path / MARKER).read_text())["fingerprint"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise OutputError(
                 f"{self.path}: is in the way and not unfinished work of qmoe; move it"
             ) from error
-        if pid != os.getpid() and psutil.pid_exists(pid):
-            raise OutputError(f"{self.path}: process {pid} is writing it; wait or end that first")
+
+    def _go_on_with(self, before: dict[str, str]) -> None:
+        """Unfinished work must be on the same thing; with nothing finished it does not matter."""
         differing = [k for k, v in self.fingerprint.items() if before.get(k) != v]
         if differing and not self.begun():
-            shutil.rmtree(self.path)
+            self._empty()
         elif differing:
             now = self.fingerprint
             changes = "; ".join(f"{k} was {before.get(k)}, is {now[k]}" for k in differing)
@@ -115,14 +128,31 @@ class OutputFolder:
                 "on with it, or remove the folder"
             )
 
+    def _empty(self) -> None:
+        """Remove all but the lock, which is held."""
+        for entry in self.path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != NAME:
+                entry.unlink()
+
+    def _release(self) -> None:
+        for lock in self.locks:
+            lock.release()
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        if not self.leads:
-            return
+        if self.leads:
+            try:
+                self._end(kind, error)
+            finally:
+                self._release()
+
+    def _end(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
         if kind is None:
             self.units.clear()
             (self.path / WRITTEN).unlink(missing_ok=True)
@@ -134,6 +164,7 @@ class OutputFolder:
             # not a folder that nothing goes on with.
             self.path.rename(self.dst)
             (self.dst / MARKER).unlink()
+            self.locks[0].release(self.dst)
             return
         begun = self.begun()
         # What cannot be read now may be readable later; other refusals would come again.
@@ -151,6 +182,14 @@ class OutputFolder:
     def begun(self) -> bool:
         """Whether any shard or unit is finished, by this run or one that it goes on with."""
         return self.units.any() or any(self._note(i) is not None for i in range(self.shards))
+
+    def unlocked(self) -> list[str]:
+        """In words, the folders that nothing keeps a second run out of."""
+        return [
+            f"{lock.path.parent}: written without a lock, its file system has none"
+            for lock in self.locks
+            if not lock.works
+        ]
 
     def finished(self, i: int) -> dict[str, Any] | None:
         """The note of shard i if an earlier run finished it."""
@@ -210,9 +249,10 @@ class OutputFolder:
                 INDEX, {"metadata": size, "weight_map": dict(sorted(self._weight_map.items()))}
             )
 
-    def copy_companions(self, source: Path) -> None:
-        """Tokenizer, generation config, chat template, model code: every file without weights."""
-        for file in sorted(source.iterdir()):
-            skip = file.name in ("config.json", INDEX) or file.suffix in WEIGHTS
-            if file.is_file() and not skip and not file.name.startswith("."):
-                shutil.copyfile(file, self.path / file.name)
+    def copy_companions(self, source: Path) -> list[str]:
+        """Copy every file without weights (folders.py); returns what is left behind by name."""
+        files, left = companions(source)
+        for file in files:
+            (self.path / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file, self.path / file)
+        return left

@@ -15,6 +15,7 @@ from qmoe.calibration.batches import fingerprint
 from qmoe.config import QuantConfig
 from qmoe.errors import OutputError
 from qmoe.find_residual import find_residual
+from qmoe.lock import NAME
 from qmoe.memory import check_fits, needed, spills
 from qmoe.output import OutputFolder, make_folder
 from qmoe.placing import find_device
@@ -73,8 +74,8 @@ def quantize(
     about = {"source": sha, "text": fingerprint(windows), "device": where.type}
     about |= {"statistics": f"from {[str(p) for p in given]} to {saved}"}
     about |= _settings(config, source)
-    with OutputFolder(dst, len(source.structure.layers) + 1, about) as out:
-        if saved is not None and any(saved.iterdir()) and not out.begun():
+    with OutputFolder(dst, len(source.structure.layers) + 1, about, saved) as out:
+        if saved is not None and {p.name for p in saved.iterdir()} - {NAME} and not out.begun():
             raise OutputError(f"{saved}: is not empty; statistics of two runs must not mix")
         run = Run(source, config, given, saved, out, spill, where)
         run.notes += notes

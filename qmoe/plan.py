@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from qmoe import ranks
 from qmoe.calibration.batches import sample_windows
 from qmoe.calibration.text import load_texts
-from qmoe.checkpoint import Checkpoint, resolve
+from qmoe.checkpoint import Checkpoint
 from qmoe.config import CHANNEL, GROUPS, QuantConfig, Scheme
 from qmoe.errors import CheckpointError, ConfigError, UnsupportedModelError
 from qmoe.experts import expert_weights, stack
-from qmoe.model_config import read_config
+from qmoe.folders import companions, resolve
+from qmoe.leftovers import complaint, wrapped
+from qmoe.model_config import generation_config, read_config
 from qmoe.naming import original_names, stored_fused
 from qmoe.output import check_destination
 from qmoe.precision import ever_in_float32
@@ -23,7 +25,7 @@ from qmoe.residual import Residual
 from qmoe.rotation import block_for
 from qmoe.skeleton import WeightMap, build
 from qmoe.structure import Layer, Structure, find
-from qmoe.tokenizer import check_vocabulary, open_tokenizer
+from qmoe.tokenizer import check_vocabulary, has_tokenizer, open_tokenizer
 
 
 @dataclass
@@ -107,13 +109,14 @@ def open_source(path: str | Path, dtype: torch.dtype, trust: bool = False) -> So
 def check_complete(weights: WeightMap) -> None:
     """Raises CheckpointError unless checkpoint and model have the same parameters and shapes."""
     where = weights.checkpoint.path
+    if said := wrapped(weights.unexpected):  # of which all else follows
+        raise CheckpointError(f"{where}: {said}")
+    if doubled := weights.doubled():
+        raise CheckpointError(f"{where}: {doubled[0]}; take out the one that is not the model's")
     if missing := weights.missing():
         raise CheckpointError(f"{where}: {len(missing)} tensors are missing, first {missing[0]!r}")
     if weights.unexpected:
-        raise CheckpointError(
-            f"{where}: {len(weights.unexpected)} tensors belong to no parameter of the model, "
-            f"first {weights.unexpected[0]!r}"
-        )
+        raise CheckpointError(f"{where}: {complaint(weights.names(), weights.unexpected)}")
     if misshapen := weights.misshapen():
         raise CheckpointError(f"{where}: {misshapen[0]} (by config.json)")
 
@@ -159,12 +162,17 @@ def prepare(
     """
     source = open_source(src, torch.float32, trust)
     check_schemes(source, rotated(source, config))
-    check_destination(dst, estimate_bytes(source, config))
+    folder = source.checkpoint.path
+    copied = sum((folder / file).stat().st_size for file in companions(folder)[0])
+    check_destination(dst, estimate_bytes(source, config) + copied)
     windows, notes = torch.empty(0, 0, dtype=torch.long), list[str]()
+    # Without text too: what loads the result opens both.
+    generation_config(folder)
+    if text or has_tokenizer(folder):
+        tokenizer = open_tokenizer(folder, source.model.config, trust)
     if text:
         c = config.calibration
         check_window(source.model.config, c.window)
-        tokenizer = open_tokenizer(source.checkpoint.path, source.model.config, trust)
         texts = load_texts(c.text)
         windows, notes = sample_windows(tokenizer, texts, c.windows, c.window, c.seed)
         check_vocabulary(source.model.config, windows)
@@ -273,6 +281,7 @@ def _check_divides(name: str, in_features: int, scheme: Scheme) -> None:
 def estimate_bytes(source: Source, config: QuantConfig) -> int:
     """Bytes the quantized weights will take on disk, within a percent."""
     total = source.checkpoint.nbytes()
+    total -= sum(map(source.checkpoint.tensor_bytes, source.weights.ignored))
     for layer in source.structure.layers:
         for name, scheme in schemes_of(source, layer, config).items():
             for target, shape in _shapes(source.model, name):

@@ -15,8 +15,8 @@ from torch import nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from qmoe.checkpoint import read_json
 from qmoe.errors import CheckpointError, UnsupportedModelError
+from qmoe.folders import read_json
 
 HEAD = "AutoModelForCausalLM"
 
@@ -71,8 +71,8 @@ def own_class(config: Any) -> Any:
 def code_digest(path: Path) -> str:
     """SHA-256 of the code in a folder."""
     sha = hashlib.sha256()
-    for file in sorted(path.glob("*.py")):
-        sha.update(f"{file.name} {file.stat().st_size}".encode())
+    for file in sorted(path.rglob("*.py")):
+        sha.update(f"{file.relative_to(path)} {file.stat().st_size}".encode())
         sha.update(file.read_bytes())
     return sha.hexdigest()
 

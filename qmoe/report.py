@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from qmoe.audit import Audit
-from qmoe.checkpoint import read_json
 from qmoe.config import QuantConfig
 from qmoe.errors import CheckpointError
+from qmoe.folders import read_json
 from qmoe.plan import Source
+from qmoe.tokenizer import has_tokenizer
 
 REPORT = "qmoe_report.json"
 SHOWN = 8  # experts named in a line
@@ -28,7 +29,9 @@ def build_report(
         "symmetric": config.symmetric,
         "rotated": config.rotated,
         "fallbacks": [line for record in records for line in fallbacks(record)]
-        + _dropped(source.weights.ignored),
+        + _dropped(source.weights.ignored)
+        + _unnamed(source)
+        + _no_tokenizer(source),
         "bytes": audit.bytes,
         "source_bytes": source.checkpoint.nbytes(),
         "layers": records,
@@ -87,11 +90,33 @@ def _damaged(folder: Path, what: str) -> CheckpointError:
     )
 
 
-def _dropped(names: list[str]) -> list[str]:
+def _dropped(ignored: dict[str, str]) -> list[str]:
+    lines = []
+    for reason in dict.fromkeys(ignored.values()):
+        first, *others = [name for name, why in ignored.items() if why == reason]
+        more = f" and {len(others)} more" if others else ""
+        lines.append(f"not written, {reason}: {first}{more}")
+    return lines
+
+
+def _no_tokenizer(source: Source) -> list[str]:
+    if has_tokenizer(source.checkpoint.path):
+        return []
+    return ["no tokenizer: the source has none, so qmoe.load gives None in its place"]
+
+
+def _unnamed(source: Source) -> list[str]:
+    named, used = source.checkpoint.config.get("architectures"), type(source.model).__name__
+    if named and used == named[0]:
+        return []
+    return [f"config.json names no class of this family (architectures: {named}); {used} was taken"]
+
+
+def left_behind(names: list[str]) -> list[str]:
+    """In words, files and folders of the source that are not part of the model it is."""
     if not names:
         return []
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return [f"not written, transformers does not use them in this family: {names[0]}{more}"]
+    return [f"not copied, weights in another form or of another model: {_list(names)}"]
 
 
 def fallbacks(record: dict[str, Any]) -> list[str]:

@@ -29,7 +29,7 @@ from qmoe.output import OutputFolder
 from qmoe.placing import CPU, place
 from qmoe.plan import Source, schemes_of
 from qmoe.progress import Track
-from qmoe.report import build_report
+from qmoe.report import build_report, left_behind
 from qmoe.scratch import Scratch
 from qmoe.shard import (
     load_layer,
@@ -136,10 +136,11 @@ class Run:
         """Write what goes beside the shards, audit the folder, and return its report."""
         out, source, c = self.out, self.source, self.config.calibration
         out.write_index()
-        out.copy_companions(source.checkpoint.path)
+        left = out.copy_companions(source.checkpoint.path)
         out.write_json("config.json", self.new_config())
         audit = audit_folder(out.path, self.digests, track=track, trust=trust)
         report = build_report(self.config, source, self.records, audit, __version__)
+        report["fallbacks"] += [*left_behind(left), *out.unlocked()]
         report |= {"source_sha256": self.about["model"], "digests": self.digests}
         report |= {"kept_sha256": audit.kept, "calibration": self.calibration(windows)}
         if self.config.feedback and self.config.method == "gptq" and (self.given or self.saved):
@@ -276,6 +277,7 @@ class Run:
     def new_config(self) -> dict[str, Any]:
         """The source's config.json with `quantization_config` added."""
         config = deepcopy(self.source.checkpoint.config)
+        config.pop("transformers_weights", None)  # names what was read, not what is written
         c = self.config
         kept = self.source.kept_linears(c)
         if self.source.residual is not None and self.source.residual.head is not None:

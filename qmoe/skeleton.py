@@ -5,15 +5,12 @@ and naming.py touch it (tested with the range pinned in pyproject.toml). It buys
 renames and merges, in both directions, without code per model.
 """
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -29,26 +26,11 @@ from qmoe.bounds import check_buffers, parameters_for
 from qmoe.checkpoint import Checkpoint
 from qmoe.errors import CheckpointError, UnsupportedModelError
 from qmoe.format import SUFFIXES
-from qmoe.model_config import CONFIG_ERRORS, first_line
+from qmoe.leftovers import left_out
+from qmoe.model_config import CONFIG_ERRORS, first_line, model_class
 from qmoe.naming import matrix_names, original_names, packed_names
 from qmoe.precision import keep_in_float32
-from qmoe.remote_code import own_class, parameters_on_meta
-
-
-def model_class(config: Any) -> Any:
-    """The class of the whole model by what config.json says, so that a multimodal or an
-    encoder-decoder model is complete; AutoModelForCausalLM's choice if it says nothing."""
-    if (own := own_class(config)) is not None:
-        return own
-    named = getattr(transformers, (config.architectures or [""])[0], None)
-    if named is not None and issubclass(named, PreTrainedModel):
-        return named
-    chosen = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config))
-    if chosen is None:
-        raise UnsupportedModelError(
-            f"{config.model_type}: transformers has no causal language model of this type"
-        )
-    return chosen
+from qmoe.remote_code import parameters_on_meta
 
 
 def inputs_of(model: Any, ids: torch.Tensor) -> dict[str, Any]:
@@ -116,18 +98,20 @@ class WeightMap:
                 self.packed |= {f"{name}{s}": (f"{target}{s}", i) for s in SUFFIXES}
         expected = model.state_dict()
         self.targets: dict[str, list[str]] = {}
-        self.unexpected: list[str] = []
-        # What the family's own class says to ignore, such as DeepSeek-V3's prediction layers.
-        self.ignored: list[str] = []
-        patterns = list(model._keys_to_ignore_on_load_unexpected or [])
+        unknown: dict[str, str] = {}
         for name in checkpoint.names():
             target = self._target(name, expected)
             if target in expected:
                 self.targets.setdefault(target, []).append(name)
-            elif any(re.search(pattern, name) for pattern in patterns):
-                self.ignored.append(name)
             else:
-                self.unexpected.append(name)
+                unknown[name] = target
+        # What is not part of the model, with the reason, such as DeepSeek-V3's prediction layers.
+        self.ignored = left_out(model, checkpoint.config, self.names(), unknown)
+        self.unexpected = [name for name in unknown if name not in self.ignored]
+
+    def names(self) -> list[str]:
+        """The checkpoint tensors that feed the model."""
+        return [name for names in self.targets.values() for name in names]
 
     def _target(self, name: str, expected: dict[str, torch.Tensor]) -> str:
         if name in expected:
@@ -148,14 +132,28 @@ class WeightMap:
                 found |= {target, source}
         expected = self.model.state_dict()
         missing = sorted(set(expected) - found)
-        for target, names in self.targets.items():
-            if target in self.split_targets():
-                continue
-            # A stack of experts is stored whole or expert by expert, never in part.
-            parts = len(self._named(target, expected[target]))
-            if len(names) not in (1, parts):
+        # A stack of experts is stored whole or expert by expert, never in part.
+        for target, names, parts in self._stored():
+            if 1 < len(names) < parts:
                 missing.append(f"{target}: has {len(names)} of {parts} tensors")
         return missing
+
+    def doubled(self) -> list[str]:
+        """In words, parameters for which the checkpoint has more than is needed: under two names,
+        or whole and in parts."""
+        return [
+            f"{target} is stored more than once: {names[0]!r} and {names[-1]!r}"
+            for target, names, parts in self._stored()
+            if len(names) > parts
+        ]
+
+    def _stored(self) -> Iterator[tuple[str, list[str], int]]:
+        """Of every parameter with tensors of its own: those, and how many there are where it is
+        stored in parts."""
+        expected, split = self.model.state_dict(), self.split_targets()
+        for target, names in self.targets.items():
+            if target not in split:
+                yield target, names, len(self._named(target, expected[target]))
 
     def split_targets(self) -> set[str]:
         """Parameters fed by a part of a checkpoint tensor; `targets` has the first of them only."""

@@ -7,14 +7,21 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from qmoe.checkpoint import read_json
 from qmoe.errors import CheckpointError
+from qmoe.folders import read_json
 from qmoe.model_config import CONFIG_ERRORS, first_line
 
 # What a tokenizer is usually made from.
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.model", "*.tiktoken",
          "tekken.json")  # fmt: skip
+# What says that there should be one.
+SIGNS = (*FILES, "tokenizer_config.json", "tokenization_*.py", "vocab.*", "*.spm")
 PROBE = "text " + "".join(map(chr, range(32, 127))) + " \n\té中\U0001f600"
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether a model folder has a tokenizer, whole or not."""
+    return any(next(path.glob(name), None) for name in SIGNS)
 
 
 def open_tokenizer(path: Path, config: Any, trust: bool = False) -> Any:

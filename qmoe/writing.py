@@ -117,7 +117,7 @@ def _write(
     else:
         tokenizer = open_tokenizer(folder, source.model.config, trust)
         whole = open_source(folder, dtype, trust)
-        whole.weights.load(whole.checkpoint.names(), dtype)
+        whole.weights.load(whole.weights.names(), dtype)
         whole.weights.tie()
         model = whole.model
         place(model, device)

@@ -16,10 +16,10 @@ from tokenizers import Tokenizer
 
 import qmoe
 from qmoe import QuantConfig
-from qmoe.checkpoint import resolve
 from qmoe.cli import main
 from qmoe.errors import CheckpointError
 from qmoe.families import families, save_tiny
+from qmoe.folders import resolve
 
 
 @pytest.fixture

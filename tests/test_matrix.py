@@ -22,8 +22,8 @@ from qmoe.checkpoint import Checkpoint
 from qmoe.errors import CheckpointError, UnsupportedModelError
 from qmoe.families import families, layout, save_tiny
 from qmoe.family_check import CONFIG, check
-from qmoe.model_config import read_config
-from qmoe.skeleton import inputs_of, model_class
+from qmoe.model_config import model_class, read_config
+from qmoe.skeleton import inputs_of
 
 # Why the others are refused; anything not here must pass.
 REFUSED = {

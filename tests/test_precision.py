@@ -24,10 +24,11 @@ from qmoe.evaluate import resident, streamed
 from qmoe.families import families, save_tiny
 from qmoe.family_check import check, check_in_bfloat16, dequantize_into, run
 from qmoe.loading import Loading
+from qmoe.model_config import model_class
 from qmoe.packed_skeleton import open_packed
 from qmoe.plan import open_source
 from qmoe.progress import silent
-from qmoe.skeleton import inputs_of, model_class
+from qmoe.skeleton import inputs_of
 
 FAMILIES = {family.model_type: family for family in families()}
 ROUNDED = QuantConfig("rtn", Scheme(8, CHANNEL), Scheme(8, CHANNEL))

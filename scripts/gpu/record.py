@@ -27,7 +27,7 @@ class Record:
         self._write()
 
     def has(self, **values: Any) -> bool:
-        """Whether a row with these values is there, from this run or the one that it goes on from."""
+        """Whether there is a row with these values, of this run or the one it goes on from."""
         return any(values.items() <= row.items() for row in self.rows)
 
     def problem(self, text: str) -> None:

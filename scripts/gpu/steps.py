@@ -1,4 +1,4 @@
-"""The steps of scripts/gpu_check.py by name, at real sizes on a GPU and at toy sizes without one."""
+"""The steps of scripts/gpu_check.py by name: at real sizes on a GPU, at toy sizes without one."""
 
 import importlib.util
 import os
@@ -97,8 +97,8 @@ def tests(name: str, record: Record, dry: bool) -> None:
     workers = []
     if importlib.util.find_spec("xdist") is not None and not before and not dry:
         workers = ["-n", str(max(1, (os.cpu_count() or 2) - 2))]
-    command = [*before, sys.executable, "-P", "-m", "pytest", "-q", "-o", "addopts=", "-W", "default",
-               "--import-mode=importlib", "-p", "no:cacheprovider", "--maxfail=30", "--tb=line",
+    command = [*before, sys.executable, "-P", "-m", "pytest", "-q", "-o", "addopts=",
+               "-W", "default", "--import-mode=importlib", "-p", "no:cacheprovider", "--maxfail=30", "--tb=line",
                "--durations=5", *workers, *which]  # fmt: skip
     environment = os.environ | ({} if dry else {"QMOE_TEST_DEVICE": "cuda"})
     done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)

@@ -202,10 +202,11 @@ def crossovers(table: Table, device: torch.device, record: Record) -> Table:
     layers = layers_on(device)
     some = [layer for layer in layers if layer.name in ("Qwen3-30B-A3B", "Mixtral-8x7B", "toy")]
     trials: list[tuple[Layer, str, int, dict[Any, Table]]] = []
+    starts = (False, True) if can_start_early(table) else ()
     for layer in some:
         for tokens in (1, 2, 8):
             trials.append((layer, "early", tokens, {
-                e: replace(table, early=e) for e in ((False, True) if can_start_early(table) else ())
+                e: replace(table, early=e) for e in starts
             }))  # fmt: skip
             trials.append((layer, "waves", tokens, {
                 w: replace(table, waves=w) for w in (1, 2, 4)
