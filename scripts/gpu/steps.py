@@ -37,16 +37,16 @@ def run(name: str, record: Record, out: Path, dry: bool) -> None:
 
     if name == "decode":
         tokens = bench.DECODE if not dry else (1, 2)
-        return bench.bench(record, device, bench.first_cells(device), tokens, 11)
+        return bench.bench(record, device, bench.first_cells(device), tokens, 1 if dry else 11)
     if name == "small":
         tokens = bench.SMALL if not dry else (4,)
-        return bench.bench(record, device, bench.first_cells(device), tokens, 9)
+        return bench.bench(record, device, bench.first_cells(device), tokens, 1 if dry else 9)
     if name == "prefill":
         tokens = bench.PREFILL if not dry else (40,)
-        return bench.bench(record, device, bench.first_cells(device), tokens, 7)
+        return bench.bench(record, device, bench.first_cells(device), tokens, 1 if dry else 7)
     if name == "widths":
         tokens = (1, 8, 64, 4096) if not dry else (2,)
-        return bench.bench(record, device, bench.other_cells(device), tokens, 7)
+        return bench.bench(record, device, bench.other_cells(device), tokens, 1 if dry else 7)
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         if name == "models":
@@ -97,14 +97,20 @@ def tests(name: str, record: Record, dry: bool) -> None:
     workers = []
     if importlib.util.find_spec("xdist") is not None and not before and not dry:
         workers = ["-n", str(max(1, (os.cpu_count() or 2) - 2))]
-    command = [*before, sys.executable, "-P", "-m", "pytest", "-q", "-o", "addopts=",
-               "-W", "default", "--import-mode=importlib", "-p", "no:cacheprovider", "--maxfail=30", "--tb=line",
-               "--durations=5", *workers, *which]  # fmt: skip
+    command = [
+        *before, sys.executable, "-P", "-m", "pytest", "-v", "-o", "addopts=", "-W", "default",
+        "--import-mode=importlib", "-p", "no:cacheprovider", "--maxfail=30", "--tb=short",
+        "--durations=10", *workers, *which,
+    ]  # fmt: skip
     environment = os.environ | ({} if dry else {"QMOE_TEST_DEVICE": "cuda"})
-    done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line and "Warning" not in line]
-    for line in lines[-45:]:
-        print("   ", line[:300])
-    record.row(what=" ".join(which[-1:]), result=lines[-1] if lines else done.stderr[-500:])
+    # A file, so that a run that is cut short says which tests it was in.
+    log = record.path.with_suffix(".log")
+    with log.open("w") as file:
+        done = subprocess.run(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
+        )
+    lines = [line for line in log.read_text().splitlines() if line]
+    record.row(what=Path(which[-1]).name, result=lines[-1] if lines else "")
     if done.returncode:
-        record.problem("\n".join(lines[-25:])[:4000] + done.stderr[-500:])
+        failures = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))]
+        record.problem(f"see {log}: " + "\n".join(failures[:40])[:4000])

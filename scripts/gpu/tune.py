@@ -113,7 +113,7 @@ def candidates(table: Table, device: torch.device) -> Iterator[tuple[str, int, T
     layers = {layer.name: layer for layer in layers_on(device)}
     if device.type == "cpu":
         toy = layers["toy"]
-        for stages, tokens in product((1, 2), (1, 4)):
+        for stages, tokens in product((1, 2), (1, 3)):
             yield "fine", 8, Tile(8, 128, 4, stages), Cell(toy, 4, tokens)
         return
     qwen, mixtral, oss = (layers[n] for n in ("Qwen3-30B-A3B", "Mixtral-8x7B", "gpt-oss-20b"))
@@ -177,7 +177,8 @@ def compare(
                 ready[key] = _with(table, device, lambda: run(*given))
             else:
                 ready[key] = captured(lambda: run(*given), device)
-    return {k: 1e6 * s for k, s in in_turn(ready, ROUNDS, device, given).items()}
+    rounds = ROUNDS if device.type == "cuda" else 1
+    return {k: 1e6 * s for k, s in in_turn(ready, rounds, device, given).items()}
 
 
 def _with(table: Table, device: torch.device, run: Any) -> Any:
@@ -204,18 +205,18 @@ def crossovers(table: Table, device: torch.device, record: Record) -> Table:
     trials: list[tuple[Layer, str, int, dict[Any, Table]]] = []
     starts = (False, True) if can_start_early(table) else ()
     for layer in some:
-        for tokens in (1, 2, 8):
+        for tokens in (1, 2, 8) if device.type == "cuda" else (1,):
             trials.append((layer, "early", tokens, {
                 e: replace(table, early=e) for e in starts
             }))  # fmt: skip
             trials.append((layer, "waves", tokens, {
                 w: replace(table, waves=w) for w in (1, 2, 4)
             }))  # fmt: skip
-        for rows in (16, 64, 256):
+        for rows in (16, 64, 256) if device.type == "cuda" else (4,):
             trials.append((layer, "inline_rows", max(2, rows // layer.A), {
                 r: replace(table, inline_rows=r) for r in (0, 256)
             }))  # fmt: skip
-        for rows in (128, 256, 512, 1024) if device.type == "cuda" else (8,):
+        for rows in (128, 256, 512, 1024) if device.type == "cuda" else (4,):
             trials.append((layer, "dense_rows", rows * layer.E // layer.A, {
                 d: replace(table, dense_rows=d) for d in (0, NEVER)
             }))  # fmt: skip
