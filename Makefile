@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint types kernels families check clean
+.PHONY: quickstart test lint types kernels gpu-dry-run families check clean
 
 quickstart: .venv/ready
 	$(BIN)/python scripts/quickstart.py
@@ -25,11 +25,16 @@ types: .venv/ready
 kernels: .venv/ready
 	$(BIN)/python -P scripts/kernel_report.py
 
+# All steps of the kit for GPUs on a CPU, in Triton's interpreter, at toy sizes.
+gpu-dry-run: .venv/ready
+	rm -rf build/gpu
+	$(BIN)/python -P scripts/gpu_check.py --out build/gpu --dry-run --minutes 6
+
 # Every MoE family of the installed transformers: a tiny random model, there and back.
 families: .venv/ready
 	$(BIN)/qmoe families --check
 
-check: lint types kernels test families
+check: lint types kernels gpu-dry-run test families
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

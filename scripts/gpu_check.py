@@ -27,7 +27,7 @@ STEPS = {
     "tune": 115,
     "decode": 50,
     "prefill": 50,
-    "small": 35,
+    "small": 40,
     "models": 50,
     "layers4": 55,
     "layers12": 90,
