@@ -71,7 +71,7 @@ def routed_experts(
     table, multiprocessors = device_table(x.device)
     if launch.use_dense(table, T * A, arena.experts) and _grouped_takes(arena):
         return _by_expanding(x, ids, gates, arena, activation, first_bias, second_bias)
-    tiles = _tiles(table, arena, T * A)
+    tiles = _tiles(arena, T * A)
     plan = schedule(ids, arena.experts, tiles[0].BM, table.inline_rows)
     mid = _first(x, plan, arena, tiles[0], activation, first_bias)
     return _second(mid, plan, gates, arena, tiles[1], second_bias)
@@ -104,13 +104,21 @@ def second_product(
 
 def _plan(ids: Tensor, arena: Arena) -> tuple[Schedule, list[Tile]]:
     table, _ = device_table(ids.device)
-    tiles = _tiles(table, arena, ids.numel())
+    tiles = _tiles(arena, ids.numel())
     return schedule(ids, arena.experts, tiles[0].BM, table.inline_rows), tiles
 
 
-def _tiles(table: Table, arena: Arena, assignments: int) -> list[Tile]:
+def _tiles(arena: Arena, assignments: int) -> list[Tile]:
+    """The tile of each product; narrow ones if the first product, which is not split along K, would
+    leave multiprocessors idle."""
+    table, multiprocessors = device_table(arena.buffer.device)
     matrices = [(m.bits, m.group) for m in arena.matrices]
-    return launch.choose_tiles(table, matrices, assignments, arena.experts)
+    tiles = launch.choose_tiles(table, matrices, assignments, arena.experts)
+    wanted = multiprocessors * table.waves
+    if launch.few_programs(tiles[0], assignments, arena.experts, arena.matrices[0].n, wanted):
+        classes = [launch.tile_class(*m) for m in matrices]
+        return [table.narrow.get(c, tile) for c, tile in zip(classes, tiles, strict=True)]
+    return tiles
 
 
 def _first(

@@ -1,13 +1,13 @@
 """Which tile to launch: a pure function of shapes, with a table per GPU or architecture.
 
 A table is a JSON file in configs/: one named after the device if somebody tuned it there
-(scripts/tune_kernels.py), else the architecture's. Every tile of every shipped table is compiled
-and checked by scripts/kernel_report.py. Nothing is ever tuned in a user's process.
+(scripts/tune_kernels.py), else the architecture's. Every tile of the architectures' tables is
+compiled and checked by scripts/kernel_report.py. Nothing is ever tuned in a user's process.
 """
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,8 @@ class Table:
     inline_rows: assignments up to which programs find their rows in the ids themselves
     (device/gemm.py), at most 256. waves: programs per multiprocessor that K is split for. early:
     kernels are started before the one in front of them is done (CUDA's programmatic dependent
-    launch, from sm90 on).
+    launch, from sm90 on). narrow: by `tile_class`, what layers take instead of the tile of 8 rows
+    where that one would give a multiprocessor fewer than `waves` programs.
     """
 
     arch: str
@@ -61,6 +62,7 @@ class Table:
     inline_rows: int = 256
     waves: int = 2
     early: bool = False
+    narrow: dict[str, Tile] = field(default_factory=dict)
 
 
 def table_for(device: str, arch: str) -> Table:
@@ -97,7 +99,8 @@ def read_table(path: Path) -> Table:
         weight: {int(bm): Tile(int(bm), **fields) for bm, fields in by_bm.items()}
         for weight, by_bm in raw.pop("tiles").items()
     }
-    return Table(**raw, tiles=tiles)
+    narrow = {weight: Tile(8, **fields) for weight, fields in raw.pop("narrow", {}).items()}
+    return Table(**raw, tiles=tiles, narrow=narrow)
 
 
 def tile_class(bits: int, group: int) -> str:
@@ -130,6 +133,11 @@ def choose_tiles(
     rows = mean_rows(assignments, experts)
     BM = next((bm for bm in shared if bm >= rows), shared[-1])
     return [tiles[BM] for tiles in classes]
+
+
+def few_programs(tile: Tile, assignments: int, experts: int, n: int, programs_wanted: int) -> bool:
+    """Whether a product [*, n] in tiles of 8 rows has fewer programs than wanted."""
+    return tile.BM == 8 and min(assignments, experts) * -(-n // tile.BN) < programs_wanted
 
 
 def choose_split(

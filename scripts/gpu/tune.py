@@ -35,7 +35,7 @@ from gpu.clock import captured, in_turn
 from gpu.record import Record, write_json
 from gpu.rivals import SILU
 from qmoe.kernels.experts import device_table
-from qmoe.kernels.launch import CONFIGS, Table, Tile
+from qmoe.kernels.launch import CONFIGS, Table, Tile, few_programs
 from qmoe.kernels.offline.roofline import Layer
 from qmoe.kernels.reference import layer_reference
 
@@ -59,8 +59,8 @@ class Cell:
 
 def tune(record: Record, device: torch.device, configs: Path = CONFIGS) -> Path:
     """Write configs/<device>.json and return its path; every candidate's time is a row."""
-    table, _ = device_table(device)
-    table = replace(table, dense_rows=NEVER)
+    table, multiprocessors = device_table(device)
+    table = replace(table, dense_rows=NEVER, narrow={})
     jobs = {
         (name, bm, tile, cell): Job(cell.layer, cell.bits, cell.tokens, only(table, tile))
         for name, bm, tile, cell in candidates(table, device)
@@ -70,6 +70,7 @@ def tune(record: Record, device: torch.device, configs: Path = CONFIGS) -> Path:
     layers = {(c.layer, c.bits): [] for *_, c in jobs}
     for key in jobs:
         layers[key[3].layer, key[3].bits].append(key)
+    few = {str(c) for _, bm, _, c in jobs if bm == 8 and _few(table, multiprocessors, c)}
     timed: Times = {}
     for (layer, bits), keys in layers.items():
         packed = pack_layer(layer, bits, device)
@@ -83,16 +84,37 @@ def tune(record: Record, device: torch.device, configs: Path = CONFIGS) -> Path:
                 timed.setdefault((name, bm), {}).setdefault(tile, {})[str(cell)] = us
                 record.row(what="tile", name=name, BM=bm, tile=_short(tile), cell=str(cell), us=us)
         # After every layer: a run that is cut short leaves what it found.
-        write_table(with_best(table, timed), timed, device, configs)
-    return write_table(crossovers(with_best(table, timed), device, record), timed, device, configs)
+        write_table(with_best(table, timed, few), timed, device, configs)
+    table = crossovers(with_best(table, timed, few), device, record)
+    return write_table(table, timed, device, configs)
 
 
-def with_best(table: Table, timed: Times) -> Table:
-    """The table with the best tile of every class and BM that was timed."""
+def with_best(table: Table, timed: Times, few: set[str]) -> Table:
+    """The table with the best tile of every class and BM that was timed; cells of few programs
+    choose the narrow ones."""
     tiles = {name: dict(by_bm) for name, by_bm in table.tiles.items()}
+    narrow = dict(table.narrow)
     for (name, bm), seen in timed.items():
-        tiles[name][bm] = best(seen)
-    return replace(table, tiles={n: dict(sorted(by_bm.items())) for n, by_bm in tiles.items()})
+        parts = [
+            {tile: cells for tile, at in seen.items() if (cells := _only(at, few, inside))}
+            for inside in (True, False)
+        ]
+        if parts[0]:
+            narrow[name] = best(parts[0])
+        if parts[1]:
+            tiles[name][bm] = best(parts[1])
+    tiles = {n: dict(sorted(by_bm.items())) for n, by_bm in tiles.items()}
+    return replace(table, tiles=tiles, narrow=narrow)
+
+
+def _few(table: Table, multiprocessors: int, cell: Cell) -> bool:
+    layer, wide = cell.layer, Tile(8, 128, 4, 3)
+    wanted = multiprocessors * table.waves
+    return few_programs(wide, cell.tokens * layer.A, layer.E, 2 * layer.I, wanted)
+
+
+def _only(at: dict[str, float], few: set[str], inside: bool) -> dict[str, float]:
+    return {cell: us for cell, us in at.items() if (cell in few) == inside}
 
 
 def write_table(table: Table, timed: Times, device: torch.device, configs: Path) -> Path:
@@ -155,7 +177,7 @@ def tokens_for(bm: int, layer: Layer) -> tuple[int, ...]:
 
 def only(table: Table, tile: Tile) -> Table:
     """The table with one tile for everything."""
-    return replace(table, tiles={name: {tile.BM: tile} for name in table.tiles})
+    return replace(table, tiles={name: {tile.BM: tile} for name in table.tiles}, narrow={})
 
 
 def compare(
@@ -264,6 +286,7 @@ def as_json(table: Table) -> dict[str, Any]:
         name: {str(bm): {k: v for k, v in tile.items() if k != "BM"} for bm, tile in by_bm.items()}
         for name, by_bm in raw["tiles"].items()
     }
+    raw["narrow"] = {n: {k: v for k, v in t.items() if k != "BM"} for n, t in raw["narrow"].items()}
     return raw
 
 

@@ -85,6 +85,16 @@ def test_k_is_split_only_to_fill_the_device():
         assert split <= launch.LARGEST_SPLIT and (split == 1 or k // 256 // split >= 2)
 
 
+def test_few_programs_take_narrow_tiles():
+    wide = Tile(8, 128, 4, 3)
+    assert launch.few_programs(wide, 8, 128, 1536, 264)  # 96 programs
+    assert not launch.few_programs(wide, 64, 128, 1536, 264)
+    assert not launch.few_programs(Tile(16, 128, 4, 3), 8, 128, 1536, 264)
+    timed = launch.table_for("NVIDIA H100 80GB HBM3", "sm90")
+    assert timed.early and timed.narrow["light"].BN < timed.tiles["light"][8].BN
+    assert all(tile.BM == 8 for tile in timed.narrow.values())
+
+
 def test_inline_search_covers_small_batches_only():
     for n in range(1, 257):
         assert launch.inline_width(n, 2, 256) >= n
