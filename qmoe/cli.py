@@ -228,22 +228,12 @@ def config_from(args: argparse.Namespace) -> QuantConfig:
     """The QuantConfig that `quantize`'s options describe."""
     given = {"searched": args.search, "feedback": args.feedback, "tune": args.tune}
     given |= _text_options(args)
-    dense = (
-        Scheme(args.dense_bits, args.dense_group_size, not args.dense_asymmetric)
-        if (args.dense_bits != 16)
-        else None
-    )
-    head = (
-        Scheme(args.lm_head_bits, args.dense_group_size, not args.dense_asymmetric)
-        if args.lm_head_bits != 16
-        else None
-    )
     return QuantConfig.preset(
         args.preset if args.method.endswith("gptq") else "fast",
         method=args.method,
         experts=Scheme(args.bits, args.group_size, not args.asymmetric),
-        dense=dense,
-        lm_head=head,
+        dense=_outside_experts(args, args.dense_bits),
+        lm_head=_outside_experts(args, args.lm_head_bits),
         act_order=not args.no_act_order,
         rotate=args.rotate,
         damp=args.damp,
@@ -251,6 +241,11 @@ def config_from(args: argparse.Namespace) -> QuantConfig:
         min_tokens=args.min_tokens,
         **{name: value for name, value in given.items() if value is not None},
     )
+
+
+def _outside_experts(args: argparse.Namespace, bits: int) -> Scheme | None:
+    group, symmetric = args.dense_group_size, not args.dense_asymmetric
+    return None if bits == 16 else Scheme(bits, group, symmetric)
 
 
 def _text_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -129,17 +129,8 @@ def evaluate(
     texts = load_texts(text)
     batches, notes = make_batches(tokenizer, texts, windows=windows, window=window, batch=batch)
     check_vocabulary(config, torch.cat([ids for _, ids in batches]))
-    models: dict[str, Any] = {}
-    disk = {"qmoe": _disk(folder)}
-    if "rtn" in baselines:
-        assert against is not None
-        with rtn_twin(folder, against, track, trust) as twin:
-            models["rtn"], disk["rtn"] = loading(twin, track), _disk(twin)
-    ours = loading(folder, track)
-    dtype = ours.config.dtype
-    if "nf4" in baselines:
-        models["nf4"] = nf4(str(against), dtype, loading.device, trust)
-    models["qmoe"] = ours
+    models, disk = _models(folder, against, baselines, loading, track)
+    dtype = models["qmoe"].config.dtype
     reference: Logits | None = None
     if against is not None:
         source = open_source(against, dtype, trust)
@@ -157,6 +148,26 @@ def evaluate(
             note for name in baselines for note in not_better(found["qmoe"], found[name], name)
         ],
     }
+
+
+def _models(
+    folder: Path,
+    against: str | Path | None,
+    baselines: Sequence[str],
+    loading: Loading,
+    track: Track,
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The quantized model and its baselines by name, and their bytes on disk."""
+    models: dict[str, Any] = {}
+    trust, disk = loading.trust_remote_code, {"qmoe": _disk(folder)}
+    if "rtn" in baselines:
+        assert against is not None
+        with rtn_twin(folder, against, track, trust) as twin:
+            models["rtn"], disk["rtn"] = loading(twin, track), _disk(twin)
+    ours = loading(folder, track)
+    if "nf4" in baselines:
+        models["nf4"] = nf4(str(against), ours.config.dtype, loading.device, trust)
+    return models | {"qmoe": ours}, disk
 
 
 def benchmark(

@@ -196,19 +196,12 @@ class Run:
         )
         blind = not calls and not self.given
         config = replace(self.config, method="rtn", tune=0) if blind else self.config
+        units = self.out.units if config.method == "gptq" else None
         job = Job(
-            source.model,
-            layer,
-            config,
-            schemes,
-            source.weight_dtype(),
-            self.tokens,
-            save if self.out.leads else None,
-            self.scratch,
-            self.out.units if config.method == "gptq" else None,
-            self._last(i),
+            source.model, layer, config, schemes, source.weight_dtype(), self.tokens,
+            save if self.out.leads else None, self.scratch, units, self._last(i),
             partial(stored_dtype, source),
-        )
+        )  # fmt: skip
         given = LayerStats() if blind else None
         if self.given:
             parts = [statistics.load(p / _stats_file(i), self.about) for p in self.given]
