@@ -130,6 +130,10 @@ def choose_tiles(
     """The same for the (bits, group) of several matrices that share a schedule, and so BM."""
     classes = [table.tiles[tile_class(bits, group)] for bits, group in matrices]
     shared = sorted(set.intersection(*map(set, classes)))
+    if any(bits in (0, 3) for bits, _ in matrices):
+        # Steps of 3 bits are whole K tiles (device/gemm.py): several of them with the tokens of a
+        # tile of 128 rows do not fit into shared memory.
+        shared = [bm for bm in shared if bm < 128]
     rows = mean_rows(assignments, experts)
     BM = next((bm for bm in shared if bm >= rows), shared[-1])
     return [tiles[BM] for tiles in classes]

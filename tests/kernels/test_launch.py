@@ -89,6 +89,13 @@ def test_k_is_split_only_to_fill_the_device():
         assert split <= launch.LARGEST_SPLIT and (split == 1 or k // 256 // split >= 2)
 
 
+@pytest.mark.parametrize("bits, most", [(2, 128), (4, 128), (8, 128), (3, 64), (0, 64)])
+def test_widths_with_whole_steps_take_no_tile_of_128_rows(bits, most):
+    timed = launch.table_for("NVIDIA H100 80GB HBM3", "sm90")
+    rows = launch.choose_tile(timed, bits, 128, 100_000, 8).BM
+    assert rows == most
+
+
 def test_few_programs_take_narrow_tiles():
     wide = Tile(8, 128, 4, 3)
     assert launch.few_programs(wide, 8, 128, 1536, 264)  # 96 programs
