@@ -148,7 +148,8 @@ def test_tables_where_rounding_lost_nothing(capsys):
     one = {"perplexity": math.inf, "loss": 800.0, "kl": 0.0, "agreement": 1.0}
     scores = {name: {"a": one} for name in ("original", "rtn", "qmoe")}
     means = {name: one for name in scores}
-    show_eval({"scores": scores, "overall": means, "bytes_on_disk": {}, "not_better": []})
+    nothing = {"bytes_on_disk": {}, "fallbacks": [], "not_better": []}
+    show_eval({"scores": scores, "overall": means, **nothing})
     assert "inf" in capsys.readouterr().out
 
 
