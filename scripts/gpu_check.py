@@ -53,6 +53,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.step:
         return one_step(args)
+    sys.path.insert(0, str(ROOT / "scripts"))  # with `python -P` it is not there
     from gpu.uninstalled import link_package
 
     os.environ["PYTHONPATH"] = os.pathsep.join([
