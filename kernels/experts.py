@@ -163,7 +163,7 @@ def linear(x: Float[Tensor, "M K"], arena: Arena, bias: Tensor | None = None) ->
     if M == 0:
         return y
     table, multiprocessors = device_table(x.device)
-    if launch.use_dense(table, M, 1):
+    if table.linear_rows <= M:
         weight = expanded(arena, 0, 0, 1)[0]
         return torch.nn.functional.linear(x, weight, bias)
     tile = launch.choose_tile(table, matrix.bits, matrix.group, M, 1)

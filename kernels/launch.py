@@ -44,6 +44,7 @@ class Table:
 
     tiles: by `tile_class` and BM.
     dense_rows: mean rows per expert from which expanding the weights and a dense product win.
+    linear_rows: the same for a linear, whose dense product is faster than a grouped one.
     order, ptx: the K order and the unpack its matrix unit wants.
     inline_rows: assignments up to which programs find their rows in the ids themselves
     (device/gemm.py), at most 256. waves: programs per multiprocessor that K is split for. early:
@@ -59,6 +60,7 @@ class Table:
     source: str
     dense_rows: int
     tiles: dict[str, dict[int, Tile]]
+    linear_rows: int = 256
     inline_rows: int = 256
     waves: int = 2
     early: bool = False

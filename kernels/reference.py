@@ -92,8 +92,9 @@ def worst_block(y: Float[Tensor, "T N"], wanted: Float[Tensor, "T N"]) -> float:
     return worst
 
 
-# What rounding alone leaves of a block: of the output, of contributions in large batches, of
-# expanded weights. bfloat16 has 8 significant bits, 2^-9 / sqrt(3) = 0.11 % each.
+# What rounding alone leaves of the worst block of 128 among tens of thousands: of the output, of
+# contributions in large batches, of expanded weights. On an H100 bfloat16 left 0.9 % at most; a
+# wrong tile leaves about 100 %.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 1.5e-2}
 
 

@@ -84,20 +84,24 @@ def check_fits(source: Source, config: QuantConfig, device: torch.device) -> Non
     """Raises ConfigError if a layer, its solver and a batch do not fit on a GPU."""
     if device.type != "cuda":
         return
-    widest = 4 if config.widened else torch.finfo(source.weight_dtype()).bits // 8
-    need = max(_layer_bytes(source, layer, widest) for layer in source.structure.layers)
-    if config.folds:
-        need += max(_hessian_bytes(source, layer) for layer in source.structure.layers)
-    if config.tune:
-        need += TUNING * max(map(_elements, source.stages()))
-    need += CONTEXT + _solver_bytes(source, config)
-    found = torch.cuda.mem_get_info(device)[0]
+    need, found = on_device(source, config), torch.cuda.mem_get_info(device)[0]
     if need > found:
         raise ConfigError(
             f"device: quantizing this model takes about {need / 1e9:.1f} GB on it, and "
             f"{found / 1e9:.1f} GB are free on {device}; use the CPU"
             f"{', or --tune 0' if config.tune else ''}"
         )
+
+
+def on_device(source: Source, config: QuantConfig) -> int:
+    """Bytes that quantizing takes on a GPU, with CUDA itself: a layer, its solver and a batch."""
+    widest = 4 if config.widened else torch.finfo(source.weight_dtype()).bits // 8
+    need = max(_layer_bytes(source, layer, widest) for layer in source.structure.layers)
+    if config.folds:
+        need += max(_hessian_bytes(source, layer) for layer in source.structure.layers)
+    if config.tune:
+        need += TUNING * max(map(_elements, source.stages()))
+    return need + CONTEXT + _solver_bytes(source, config)
 
 
 def free() -> int:

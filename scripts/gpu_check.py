@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Seconds a step is worth at most, of eight minutes.
 STEPS = {
     "environment": 30,
-    "kernels": 95,
+    "kernels": 150,
     "tune": 115,
     "decode": 50,
     "prefill": 50,

@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Triton decides when a kernel is defined whether its interpreter runs it: on CPUs it does, and
@@ -51,6 +52,17 @@ def quantized(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = qmoe.QuantConfig(searched=False, calibration=qmoe.CalibrationConfig(windows=8))
     qmoe.quantize(demo, path, config, progress=False)
     return path
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """transformers says errors only."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    yield
+    logging.set_verbosity(level)
 
 
 @pytest.fixture

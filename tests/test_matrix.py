@@ -11,7 +11,6 @@ import pytest
 import torch
 from helpers import ONE_DOMAIN
 from transformers import AutoTokenizer
-from transformers.utils import logging
 
 import qmoe.compare
 from qmoe import Scheme
@@ -54,12 +53,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    yield
-    logging.set_verbosity(level)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def test_there_are_as_many_as_there_were():

@@ -11,7 +11,6 @@ import pytest
 import torch
 from helpers import ONE_DOMAIN
 from safetensors.torch import load_file, save_file
-from transformers.utils import logging
 
 import qmoe
 from qmoe import QuantConfig, Scheme, precision
@@ -35,15 +34,7 @@ ROUNDED = QuantConfig("rtn", Scheme(8, CHANNEL), Scheme(8, CHANNEL))
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 IDS = torch.arange(1, 65).view(2, 32) * 3
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    yield
-    logging.set_verbosity(level)
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quiet")]
 
 
 def made(family, path, dtype=torch.bfloat16, config=ROUNDED):

@@ -38,7 +38,11 @@ def bench(
         for T in tokens
         if not record.has(layer=layer.name, bits=width(bits), tokens=T)
     ]
-    compile_all(waiting, device)
+    failed = dict(zip(waiting, compile_all(waiting, device), strict=True))
+    for job, why in failed.items():
+        if why:
+            record.problem(f"{job.layer.name}, {width(job.bits)} bits, {job.tokens} tokens: {why}")
+    waiting = [job for job in waiting if not failed[job]]
     peak = read_bandwidth(device)
     for layer, bits in cells:
         mine = [job.tokens for job in waiting if (job.layer, job.bits) == (layer, bits)]

@@ -12,6 +12,8 @@ from gpu.record import Record
 from gpu.uninstalled import ROOT
 from qmoe.baselines import original
 from qmoe.config import CalibrationConfig, QuantConfig
+from qmoe.memory import on_device
+from qmoe.plan import open_source
 
 DEMO = ROOT / "tests" / "data" / "demo-moe"
 HELDOUT = ROOT / "calibration" / "text" / "heldout" / "austen.txt"
@@ -30,7 +32,10 @@ def models(record: Record, device: torch.device, folder: Path, windows: int) -> 
         qmoe.quantize(DEMO, made[where.type], config, device=str(where), progress=False)
         if where.type == "cuda":
             peak = torch.cuda.max_memory_allocated(where)
-            record.row(what="peak while quantizing", GB=peak / 1e9)
+            promised = on_device(open_source(DEMO, torch.float32), config)
+            record.row(what="peak while quantizing", GB=peak / 1e9, promised_GB=promised / 1e9)
+            if peak > promised:
+                record.problem(f"quantizing took {peak} bytes of the GPU, promised {promised}")
     if device.type == "cuda":
         same_integers(record, made["cuda"], made["cpu"])
     same_logits(record, device, made["cpu"], made[device.type])

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -80,20 +81,24 @@ def environment(record: Record, device: torch.device) -> None:
 
 
 def tests(name: str, record: Record, dry: bool) -> None:
-    """pytest in a process of its own; its last lines are a row."""
-    which = [str(TESTS / "test_on_device.py")] if name != "every kernel test" else [str(TESTS)]
-    if name == "every kernel test" and dry:
-        which = [str(TESTS / "test_launch.py"), str(TESTS / "test_layout.py")]
-    if name == "every kernel test" and not dry:
-        which += ["--deselect", str(TESTS / "test_on_device.py")]
-    before: list[str] = []
-    if name == "sanitizer":
-        tool = shutil.which("compute-sanitizer")
-        if tool is None or dry:
-            record.row(what="left out: no compute-sanitizer here")
-            return
-        which = [str(TESTS / "test_experts.py"), "-k", "linears or one_token or halves or parts"]
-        before = [tool, "--tool", "memcheck", "--error-exitcode", "9"]
+    """The kernels' tests, compiled: layers of real sizes first, the rest in a step of its own."""
+    real = str(TESTS / "test_on_device.py")
+    if name == "kernels":
+        pytest(record, [real], dry)
+    elif name == "every kernel test":
+        # Without a GPU `make test` runs all of them.
+        pure = [str(TESTS / "test_launch.py"), str(TESTS / "test_layout.py")]
+        pytest(record, pure if dry else [str(TESTS), "--deselect", real], dry)
+    elif dry or (tool := shutil.which("compute-sanitizer")) is None:
+        record.leave_out("no compute-sanitizer here")
+    else:
+        small = [str(TESTS / "test_experts.py"), "-k", "linears or one_token or parts"]
+        for kind in ("memcheck", "racecheck"):
+            pytest(record, small, dry, [tool, "--tool", kind, "--error-exitcode", "9"])
+
+
+def pytest(record: Record, which: list[str], dry: bool, before: Sequence[str] = ()) -> None:
+    """pytest in a process of its own; its last line is a row."""
     workers = []
     if importlib.util.find_spec("xdist") is not None and not before and not dry:
         workers = ["-n", str(max(1, (os.cpu_count() or 2) - 2))]
@@ -104,13 +109,14 @@ def tests(name: str, record: Record, dry: bool) -> None:
     ]  # fmt: skip
     environment = os.environ | ({} if dry else {"QMOE_TEST_DEVICE": "cuda"})
     # A file, so that a run that is cut short says which tests it was in.
-    log = record.path.with_suffix(".log")
+    kind = f"-{before[2]}" if before else ""
+    log = record.path.with_name(f"{record.path.stem}{kind}.log")
     with log.open("w") as file:
         done = subprocess.run(
             command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
         )
     lines = [line for line in log.read_text().splitlines() if line]
-    record.row(what=Path(which[-1]).name, result=lines[-1] if lines else "")
+    record.row(what=log.stem, result=lines[-1] if lines else "")
     if done.returncode:
         failures = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))]
-        record.problem(f"see {log}: " + "\n".join(failures[:40])[:4000])
+        record.problem(f"see {log.name}: " + "\n".join(failures[:40])[:4000])

@@ -67,6 +67,11 @@ def tune(record: Record, device: torch.device, configs: Path = CONFIGS) -> Path:
     }
     print(f"    compiling {len(jobs)} candidates", flush=True)
     failed = dict(zip(jobs, compile_all(list(jobs.values()), device), strict=True))
+    for (name, bm, tile, cell), why in failed.items():
+        if why:
+            record.row(
+                what="left out", name=name, BM=bm, tile=_short(tile), cell=str(cell), why=why
+            )
     layers = {(c.layer, c.bits): [] for *_, c in jobs}
     for key in jobs:
         layers[key[3].layer, key[3].bits].append(key)

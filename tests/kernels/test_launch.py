@@ -127,6 +127,8 @@ def test_large_batches_expand():
     assert not launch.use_dense(TABLES["sm90"], 255 * 8, 8)
     assert launch.use_dense(TABLES["sm90"], 256 * 8, 8)
     assert launch.use_dense(INTERPRETER, 256, 1)
+    timed = launch.table_for("NVIDIA H100 80GB HBM3", "sm90")
+    assert not launch.use_dense(timed, 10_000 * 8, 8) and timed.linear_rows == 256
 
 
 TORCH = {
