@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qmoe import experts, ranks
 from qmoe.calibration.stats import ExpertStats
-from qmoe.scratch import Scratch
+from qmoe.model import experts
+from qmoe.system import distributed
+from qmoe.system.spill import Scratch
 
 ROWS = 8192  # tokens of an expert multiplied at once
 
@@ -42,14 +43,14 @@ class Captured:
     def called(self) -> bool:
         """Whether any token was assigned to an expert."""
         here = any(bool((ids < self.module.num_experts).any()) for _, ids, _ in self._calls)
-        return any(ranks.gather(here))
+        return any(distributed.all_gather_object(here))
 
     def finish(self) -> None:
         """All calls, of all ranks, are in: sort the assignments by expert."""
         width = max((ids.shape[1] for _, ids, _ in self._calls), default=1)
         assert all(ids.shape[1] == width for _, ids, _ in self._calls)
         x, ids, gates = (
-            ranks.together(torch.cat(parts)) for parts in zip(*self._calls, strict=True)
+            distributed.all_gather(torch.cat(parts)) for parts in zip(*self._calls, strict=True)
         )
         self._calls.clear()
         E = self.module.num_experts

@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from qmoe import experts
 from qmoe.calibration.stats import LayerStats, LinearStats
-from qmoe.placing import CPU
+from qmoe.model import experts
+from qmoe.system.devices import CPU
 
 NAME = "qmoe_collect"
 

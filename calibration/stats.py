@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qmoe.errors import CalibrationError
-from qmoe.storage import write_safetensors
+from qmoe.system.files import write_safetensors
 
 
 @dataclass

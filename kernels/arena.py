@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int32, UInt8
 from torch import Tensor, nn
 
+from qmoe.format.quantized import Quantized
 from qmoe.kernels.device.target import Order
 from qmoe.kernels.layout import (
     matrix_bytes,
@@ -21,7 +22,6 @@ from qmoe.kernels.layout import (
     tail_subtiles,
     unpack,
 )
-from qmoe.types import Quantized
 
 ALIGN = 128
 BITS, WEIGHTS, SCALES, ZEROS = range(4)

@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from qmoe.format.quantized import Quantized
 from qmoe.kernels import ops
 from qmoe.kernels.activation import Activation
 from qmoe.kernels.arena import BITS, Arena, build_arena
-from qmoe.kernels.experts import device_table
 from qmoe.kernels.grouped import expanded
+from qmoe.kernels.layer import device_table
 from qmoe.kernels.moe import Biases
-from qmoe.types import Quantized
 
 
 class ArenaStack(nn.Module):

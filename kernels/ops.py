@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qmoe.kernels import experts
+from qmoe.kernels import layer
 from qmoe.kernels.activation import Activation
 from qmoe.kernels.arena import Arena, Matrix
 from qmoe.kernels.layout import ORDERS
@@ -50,7 +50,7 @@ def routed_experts(
     """experts.routed_experts."""
     packed = _arena(buffer, table, arena, x.dtype)
     between = Activation(activation, alpha, limit)
-    return experts.routed_experts(x, ids, gates, packed, between, first_bias, second_bias)
+    return layer.routed_experts(x, ids, gates, packed, between, first_bias, second_bias)
 
 
 @routed_experts.register_fake
@@ -68,7 +68,7 @@ def first_product(
     bias: Tensor | None,
 ) -> Tensor:
     """experts.first_product without an activation: for those that are not fused."""
-    return experts.first_product(x, ids, _arena(buffer, table, arena, x.dtype), bias=bias)
+    return layer.first_product(x, ids, _arena(buffer, table, arena, x.dtype), bias=bias)
 
 
 @first_product.register_fake
@@ -87,7 +87,7 @@ def second_product(
     bias: Tensor | None,
 ) -> Tensor:
     """experts.second_product."""
-    return experts.second_product(mid, ids, gates, _arena(buffer, table, arena, mid.dtype), bias)
+    return layer.second_product(mid, ids, gates, _arena(buffer, table, arena, mid.dtype), bias)
 
 
 @second_product.register_fake
@@ -100,7 +100,7 @@ def linear(
     x: Tensor, buffer: Tensor, table: Tensor, arena: Sequence[int], bias: Tensor | None
 ) -> Tensor:
     """experts.linear."""
-    return experts.linear(x, _arena(buffer, table, arena, x.dtype), bias)
+    return layer.linear(x, _arena(buffer, table, arena, x.dtype), bias)
 
 
 @linear.register_fake

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qmoe.config import Scheme
-from qmoe.grid import dequantize, limits
-from qmoe.types import Quantized
+from qmoe.format.grid import dequantize, limits
+from qmoe.format.quantized import Quantized
 
 
 def moe_reference(

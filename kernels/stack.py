@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qmoe.format.packing import pack_rows
+from qmoe.format.quantized import Quantized
 from qmoe.kernels.unpack import unpack_bytes
-from qmoe.packing import pack_rows
-from qmoe.types import Quantized
 
 Form = Literal["int4", "int8", "plain"]
 INT4_GROUPS = (256, 128, 64, 32)

@@ -10,12 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qmoe._version import __version__ as __version__
-from qmoe.config import CalibrationConfig as CalibrationConfig
-from qmoe.config import QuantConfig as QuantConfig
-from qmoe.config import Scheme as Scheme
-from qmoe.config import expect
-from qmoe.errors import QmoeError as QmoeError
+from qmoe._version import __version__
+from qmoe.config import CalibrationConfig, QuantConfig, Scheme, expect
+from qmoe.errors import QmoeError
 
 if TYPE_CHECKING:
     import torch
@@ -64,8 +61,8 @@ def quantize(
     for folder in statistics_from:
         expect("statistics_from", folder, str, Path)
     # Imported here so that `import qmoe` does not wait for transformers.
-    from qmoe.pipeline import quantize as run
-    from qmoe.progress import on_terminal, silent
+    from qmoe.pipeline.quantize import quantize as run
+    from qmoe.system.progress import on_terminal, silent
 
     return run(
         src,
@@ -99,8 +96,8 @@ def load(
     not there, AuditError if an expert would not run packed.
     """
     expect("expert_memory", expert_memory, int, type(None))
-    from qmoe.loading import load as run
-    from qmoe.progress import on_terminal, silent
+    from qmoe.packed.load import load as run
+    from qmoe.system.progress import on_terminal, silent
 
     return run(
         path,

@@ -21,7 +21,7 @@ class Scheme:
     scale per output channel. symmetric: without zero points. Only symmetric weights can be loaded
     by plain transformers and by vLLM's Marlin kernels; asymmetric ones lose less and run in qmoe.
     rotation: 0, or the block of a Hadamard rotation that is in the stored weights and that inputs
-    go through at run time (qmoe/rotation.py); such weights run in qmoe only.
+    go through at run time (qmoe/format/hadamard.py); such weights run in qmoe only.
     """
 
     bits: int = 4
@@ -120,11 +120,11 @@ class QuantConfig:
     min-max grids leaves out (solvers/search.py). feedback: matrices behind quantized ones are
     fitted to what those give (solvers/feedback.py); with statistics from or for files there is
     none, since it takes text in between. tune: steps of tuning each layer against the original's
-    output, after it is solved (qmoe/tuning.py); 0 is none. rotate: a Hadamard rotation of what
+    output, after it is solved (qmoe/layer/tune.py); 0 is none. rotate: a Hadamard rotation of what
     quantized weights read: "online" of all of it, in the largest blocks that fit, which is work at
-    run time (qmoe/rotation.py); "fused" of the residual stream alone, which is none, as all weights
-    around it are rotated too and a tied head is untied; models for which that is not the same
-    function are refused (qmoe/find_residual.py). Neither goes with AWQ.
+    run time (qmoe/format/hadamard.py); "fused" of the residual stream alone, which is none, as all
+    weights around it are rotated too and a tied head is untied; models for which that is not the
+    same function are refused (qmoe/pipeline/find_rotation.py). Neither goes with AWQ.
     min_tokens: an expert with fewer calibration tokens borrows tokens of its layer (see
     calibration/coverage.py).
     """

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qmoe import tables
+from qmoe.cli import tables
 
 HERE = Path(__file__).resolve().parent
 ALLOWED = (2.5, 1.5e9)  # times the bytes of a layer, and bytes beside
@@ -98,15 +98,15 @@ def _measure(args: argparse.Namespace, layers: int, folder: Path) -> dict[str, A
 
 
 def _quantize(source: str, quantized: str, preset: str, windows: int) -> dict[str, Any]:
-    import qmoe.layer
-    import qmoe.pipeline
-    import qmoe.run
-    import qmoe.solving
+    import qmoe.layer.quantize
+    import qmoe.layer.solve
+    import qmoe.pipeline.quantize
+    import qmoe.pipeline.run
     from qmoe import QuantConfig, Scheme
     from qmoe.calibration.capture import Captured
-    from qmoe.checkpoint import Checkpoint
-    from qmoe.output import OutputFolder
-    from qmoe.units import Units
+    from qmoe.checkpoint.reader import Checkpoint
+    from qmoe.layer.solved_cache import Units
+    from qmoe.pipeline.output import OutputFolder
 
     spent: Counter[str] = Counter()
 
@@ -120,9 +120,9 @@ def _quantize(source: str, quantized: str, preset: str, windows: int) -> dict[st
 
         return run
 
-    qmoe.run.load_layer = timed("reading", qmoe.run.load_layer)
-    qmoe.layer.run_layer = timed("forward", qmoe.layer.run_layer)
-    qmoe.solving.solve = timed("solving", qmoe.solving.solve)
+    qmoe.pipeline.run.load_layer = timed("reading", qmoe.pipeline.run.load_layer)
+    qmoe.layer.quantize.run_layer = timed("forward", qmoe.layer.quantize.run_layer)
+    qmoe.layer.solve.solve = timed("solving", qmoe.layer.solve.solve)
     Captured.part = timed("Hessians", Captured.part)  # type: ignore[method-assign]
     OutputFolder.write_shard = timed("writing", OutputFolder.write_shard)  # type: ignore[method-assign]
     Units.save = timed("units", Units.save)  # type: ignore[method-assign]
@@ -131,7 +131,7 @@ def _quantize(source: str, quantized: str, preset: str, windows: int) -> dict[st
     text = {"windows": windows, "written": 0, "window": 256, "batch": 8}
     config = QuantConfig.preset(preset, experts=scheme, dense=scheme, **text)
     start = time.monotonic()
-    qmoe.pipeline.quantize(source, quantized, config)
+    qmoe.pipeline.quantize.quantize(source, quantized, config)
     seconds = time.monotonic() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": seconds, "peak": peak, "spent": dict(spent)}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
-from qmoe.families import families, save_tiny
+from qmoe.measure.families import families, save_tiny
 
 INDEX = "model.safetensors.index.json"
 SHARDS = 3

@@ -40,8 +40,8 @@ from fuzz_bases import make_bases
 from fuzz_mutations import QUANTIZED, SOURCE
 
 import qmoe
-import qmoe.commands  # now, not in the process of every case
-from qmoe.cli import main as qmoe_main
+import qmoe.cli.commands  # now, not in the process of every case
+from qmoe.cli.main import main as qmoe_main
 
 SECONDS, EXTRA = 30.0, 3 << 30  # of a case; bytes of address space beyond the parent's
 RESIDENT = 1 << 30  # more than this is a blow-up: the models are of a megabyte

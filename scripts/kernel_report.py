@@ -12,13 +12,13 @@ import time
 from multiprocessing import Pool
 
 import triton
+from offline import report
+from offline.cases import cases, check, tables
+from offline.others import compile_other, others
+from offline.roofline import GPUS
 
+from qmoe.cli.tables import show
 from qmoe.kernels.device.target import ARCHITECTURES
-from qmoe.kernels.offline import report
-from qmoe.kernels.offline.cases import cases, check, tables
-from qmoe.kernels.offline.others import compile_other, others
-from qmoe.kernels.offline.roofline import GPUS
-from qmoe.tables import show
 
 
 def main() -> int:

@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 
 import qmoe
-from qmoe.compare import benchmark, evaluate
-from qmoe.evaluate import overall
-from qmoe.progress import on_terminal
-from qmoe.tables import show, size
+from qmoe.cli.tables import show, size
+from qmoe.measure.compare import benchmark, evaluate
+from qmoe.measure.evaluate import overall
+from qmoe.system.progress import on_terminal
 
 DEMO = Path(__file__).resolve().parents[1] / "tests" / "data" / "demo-moe"
 SEEN, UNSEEN = "austen+factbook+state_of_the_union", "metamath+moby_dick"

@@ -157,7 +157,7 @@ def start(tmp_path: Path, model: Path, preamble: str = "", *options: str) -> Any
     # What nohup or a shell's `&` told the tests to ignore, this process is to heed.
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     heed += "signal.signal(signal.SIGHUP, signal.SIG_DFL)"
-    code = f"{heed}\n{preamble}\nimport sys; from qmoe.cli import main; sys.exit(main())"
+    code = f"{heed}\n{preamble}\nimport sys; from qmoe.cli.main import main; sys.exit(main())"
     arguments = ["quantize", str(model), str(tmp_path / "out"), *options]
     command = [sys.executable, "-P", "-W", "ignore", "-c", code, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

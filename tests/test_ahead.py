@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 import qmoe
-from qmoe import QuantConfig, Scheme, ahead
-from qmoe.checkpoint import Checkpoint
+from qmoe import QuantConfig, Scheme
+from qmoe.checkpoint import prefetch
+from qmoe.checkpoint.reader import Checkpoint
 
 
 def test_what_is_read_is_the_tensors(tmp_path, monkeypatch):
@@ -17,28 +18,28 @@ def test_what_is_read_is_the_tensors(tmp_path, monkeypatch):
     save_file(tensors, path)
     stored = path.read_bytes()
     for name, tensor in tensors.items():
-        [(begin, end)] = ahead._spans(path, {name})
+        [(begin, end)] = prefetch._spans(path, {name})
         assert stored[begin:end] == tensor.numpy().tobytes()
-    monkeypatch.setattr(ahead, "PIECE", 8)  # a tensor takes several
-    assert ahead._read({path: set(tensors)}) == sum(t.nbytes for t in tensors.values())
+    monkeypatch.setattr(prefetch, "PIECE", 8)  # a tensor takes several
+    assert prefetch._read({path: set(tensors)}) == sum(t.nbytes for t in tensors.values())
 
 
 def test_reading_stops_where_the_process_ends(tmp_path, monkeypatch):
     save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
-    thread = ahead.read_ahead({tmp_path / "model.safetensors": {"a"}})
+    thread = prefetch.read_ahead({tmp_path / "model.safetensors": {"a"}})
     assert not thread.daemon  # one that is cut off aborts the process
     thread.join()
     monkeypatch.setattr(threading.main_thread(), "is_alive", lambda: False)
-    assert ahead._read({tmp_path / "model.safetensors": {"a"}}) == 0
+    assert prefetch._read({tmp_path / "model.safetensors": {"a"}}) == 0
 
 
 def test_a_file_that_is_gone_is_left_to_who_needs_it(tmp_path):
-    assert ahead._read({tmp_path / "gone.safetensors": {"a"}}) == 0
+    assert prefetch._read({tmp_path / "gone.safetensors": {"a"}}) == 0
 
 
 def test_one_layer_ahead_is_read(tmp_path, demo, monkeypatch):
     asked = []
-    monkeypatch.setattr("qmoe.run.read_ahead", asked.append)
+    monkeypatch.setattr("qmoe.pipeline.run.read_ahead", asked.append)
     qmoe.quantize(demo, tmp_path / "out", QuantConfig(method="rtn", experts=Scheme(4, 32)))
     layers = json.loads((demo / "config.json").read_text())["num_hidden_layers"]
     checkpoint = Checkpoint(demo)

@@ -12,7 +12,8 @@ from helpers import start
 
 import qmoe
 from qmoe import QuantConfig
-from qmoe.cli import build_parser, config_from, main
+from qmoe.cli.main import main
+from qmoe.cli.options import build_parser, config_from
 from qmoe.errors import ConfigError
 
 WRONG = """

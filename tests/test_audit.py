@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qmoe
-from qmoe.audit import audit_folder, audit_model
-from qmoe.cli import main
+from qmoe.cli.main import main
 from qmoe.errors import AuditError, CheckpointError
+from qmoe.packed.audit import audit_folder, audit_model
 
 
 @pytest.fixture

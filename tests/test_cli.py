@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from qmoe.cli import build_parser, config_from, main
+from qmoe.cli.main import main
+from qmoe.cli.options import build_parser, config_from
 
 
 def test_options_become_the_config():

@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.errors import ConfigError
-from qmoe.placing import CPU, find_device, moved
-from qmoe.report import read_report
+from qmoe.packed.report import read_report
+from qmoe.system.devices import CPU, find_device, moved
 
 DEVICE = pretend_device.device()  # before any test's backward pass: autograd counts devices once
 LOW = Scheme(2, 32, False)
@@ -37,8 +37,10 @@ CONFIGS = {
 @pytest.fixture
 def there(monkeypatch):
     """The pretended device by the name of a GPU; attention computed alike on both."""
-    monkeypatch.setattr("qmoe.pipeline.find_device", lambda name: DEVICE if name == "cuda" else CPU)
-    monkeypatch.setattr("qmoe.pipeline.check_fits", lambda *arguments: None)
+    monkeypatch.setattr(
+        "qmoe.pipeline.quantize.find_device", lambda name: DEVICE if name == "cuda" else CPU
+    )
+    monkeypatch.setattr("qmoe.pipeline.quantize.check_fits", lambda *arguments: None)
     with sdpa_kernel(SDPBackend.MATH):
         yield DEVICE
 
@@ -122,9 +124,9 @@ def test_a_device_that_is_not_there(demo, tmp_path, monkeypatch):
 
 def test_every_rank_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr("qmoe.ranks.count", lambda: 3)
+    monkeypatch.setattr("qmoe.system.distributed.count", lambda: 3)
     for rank, index in ((0, 0), (1, 1), (2, 0)):
-        monkeypatch.setattr("qmoe.ranks.local", lambda rank=rank: rank)
+        monkeypatch.setattr("qmoe.system.distributed.local", lambda rank=rank: rank)
         assert find_device("cuda") == torch.device("cuda", index)
     assert find_device("cuda:1") == torch.device("cuda", 1)
 

@@ -11,7 +11,7 @@ from helpers import save_random, start
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qmoe.cli import main
+from qmoe.cli.main import main
 
 LITTLE = ("--preset", "fast", "--windows", "4")  # of work, for processes of their own
 

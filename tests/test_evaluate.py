@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 
 import qmoe
 from qmoe import QuantConfig, Scheme
-from qmoe.commands import show_eval
-from qmoe.compare import evaluate
+from qmoe.cli.commands import show_eval
 from qmoe.errors import CalibrationError
-from qmoe.evaluate import Score, not_better, overall, score, summaries
-from qmoe.loading import Loading
-from qmoe.progress import silent
+from qmoe.measure.compare import evaluate
+from qmoe.measure.evaluate import Score, not_better, overall, score, summaries
+from qmoe.packed.load import Loading
+from qmoe.system.progress import silent
 
 IDS = torch.tensor([[0, 1, 2, 1], [2, 2, 0, 1]])
 BATCHES = [("a", IDS[:1]), ("b", IDS[1:])]
@@ -129,7 +129,8 @@ def test_an_infinite_loss_is_not_within_noise():
 
 
 def test_json_has_no_nan_and_no_infinity(monkeypatch, capsys):
-    from qmoe import cli, commands
+    from qmoe.cli import commands
+    from qmoe.cli.main import main as cli
 
     told = {"scores": {"m": {"a": {"perplexity": math.inf, "loss": 2000.0}}}, "all": [math.inf, 1]}
     monkeypatch.setattr(commands, "eval", lambda args: told)

@@ -9,13 +9,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import qmoe
-from qmoe import CalibrationConfig, QuantConfig, Scheme, experts
+from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.calibration.capture import Captured
 from qmoe.calibration.coverage import average_weight
-from qmoe.calibration.feedback import keeping_inputs, second_moments
-from qmoe.feedback import steps
-from qmoe.scratch import Scratch
-from qmoe.solvers.feedback import refit
+from qmoe.calibration.moments import keeping_inputs, second_moments
+from qmoe.layer.refit import steps
+from qmoe.model import experts
+from qmoe.solvers.refit import refit
+from qmoe.system.spill import Scratch
 
 LOW = Scheme(2, 32, False)
 

@@ -18,10 +18,10 @@ from transformers import AutoTokenizer
 
 import qmoe
 from qmoe import QuantConfig
-from qmoe.checkpoint import Checkpoint
-from qmoe.cli import main
+from qmoe.checkpoint.folders import companions
+from qmoe.checkpoint.reader import Checkpoint
+from qmoe.cli.main import main
 from qmoe.errors import CheckpointError
-from qmoe.folders import companions
 
 RTN = QuantConfig("rtn")
 
@@ -278,7 +278,8 @@ def test_what_a_hub_name_downloads(tmp_path, model, shards):
         "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1",
         "HF_HUB_OFFLINE": "0",
     }  # fmt: skip
-    code = "from qmoe.folders import resolve; from qmoe.checkpoint import Checkpoint; "
+    code = "from qmoe.checkpoint.folders import resolve; "
+    code += "from qmoe.checkpoint.reader import Checkpoint; "
     code += "f = resolve('maker/model'); print(f, len(Checkpoint(f).names()))"
     printed = []
     try:

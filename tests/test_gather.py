@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 from qmoe import QuantConfig
 from qmoe.calibration.collect import collecting_linears
 from qmoe.calibration.stats import LayerStats
-from qmoe.gather import EVERY, run_some
-from qmoe.job import Job
-from qmoe.structure import Layer
-from qmoe.suspend import Call
+from qmoe.layer.job import Job
+from qmoe.layer.statistics import EVERY, run_some
+from qmoe.model.layerwise import Call
+from qmoe.model.structure import Layer
 
 
 class Block(nn.Module):

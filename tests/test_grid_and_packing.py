@@ -6,9 +6,9 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
 
 from qmoe.config import Scheme
-from qmoe.grid import dequantize, grid_of, limits
+from qmoe.format.grid import dequantize, grid_of, limits
+from qmoe.format.packing import pack_rows, pack_zeros, packed_words, unpack_rows, unpack_zeros
 from qmoe.kernels.unpack import unpack_bytes
-from qmoe.packing import pack_rows, pack_zeros, packed_words, unpack_rows, unpack_zeros
 from qmoe.solvers.rtn import rtn
 
 SCHEMES = [Scheme(b, g, s) for b in (2, 3, 4, 8) for g in (32, -1) for s in (True, False)]

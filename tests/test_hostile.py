@@ -16,10 +16,10 @@ from tokenizers import Tokenizer
 
 import qmoe
 from qmoe import QuantConfig
-from qmoe.cli import main
+from qmoe.checkpoint.folders import resolve
+from qmoe.cli.main import main
 from qmoe.errors import CheckpointError
-from qmoe.families import families, save_tiny
-from qmoe.folders import resolve
+from qmoe.measure.families import families, save_tiny
 
 
 @pytest.fixture

@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
-from qmoe.compare import evaluate
+from qmoe.checkpoint.model_config import model_class
 from qmoe.errors import CheckpointError
-from qmoe.families import families, tiny_config
-from qmoe.leftovers import left_out
-from qmoe.model_config import model_class
-from qmoe.plan import estimate_bytes, open_source
-from qmoe.skeleton import build
+from qmoe.measure.compare import evaluate
+from qmoe.measure.families import families, tiny_config
+from qmoe.model.leftovers import left_out
+from qmoe.model.skeleton import build
+from qmoe.model.source import open_source
+from qmoe.pipeline.checks import estimate_bytes
 
 RTN = QuantConfig("rtn", Scheme(4, 32))
 GPTQ = QuantConfig(

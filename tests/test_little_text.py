@@ -10,11 +10,12 @@ from helpers import first_layers
 from transformers import AutoConfig, AutoTokenizer
 
 import qmoe
-from qmoe import CalibrationConfig, QuantConfig, writing
+from qmoe import CalibrationConfig, QuantConfig
 from qmoe.calibration import stats
-from qmoe.cli import main
+from qmoe.cli.main import main
 from qmoe.errors import CalibrationError
-from qmoe.storage import write_safetensors
+from qmoe.pipeline import self_text
+from qmoe.system.files import write_safetensors
 
 
 def lines(n):
@@ -80,8 +81,8 @@ def test_an_evaluation_says_it_too(quantized, tmp_path, config, capsys):
 
 def test_text_that_stops_early_is_not_taken_for_a_window(demo, monkeypatch):
     """Some families have ways to end a text that generate's options do not overrule."""
-    monkeypatch.setattr(writing, "_continue", lambda model, rows, length: rows[:, :1])
+    monkeypatch.setattr(self_text, "_continue", lambda model, rows, length: rows[:, :1])
     model = SimpleNamespace(config=AutoConfig.from_pretrained(demo), device=torch.device("cpu"))
     tokenizer = AutoTokenizer.from_pretrained(demo)
     with pytest.raises(ValueError, match="texts end after 1 of 32 tokens"):
-        writing.write(model, tokenizer, CalibrationConfig(windows=1, written=2, window=64))
+        self_text.write(model, tokenizer, CalibrationConfig(windows=1, written=2, window=64))

@@ -6,7 +6,7 @@ import pytest
 
 import qmoe
 from qmoe import QuantConfig
-from qmoe.cli import main
+from qmoe.cli.main import main
 from qmoe.errors import CheckpointError
 
 RTN = QuantConfig("rtn")

@@ -16,14 +16,14 @@ from helpers import ONE_DOMAIN, start
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig
 from qmoe.errors import OutputError
-from qmoe.lock import NAME, Lock
-from qmoe.output import OutputFolder
+from qmoe.pipeline.output import OutputFolder
+from qmoe.system.lock import NAME, Lock
 
 RTN = QuantConfig("rtn")
 SLOW = ("--preset", "fast", "--windows", "24", "--batch", "1")
 # A process 1, as in a container, that rests after each shard.
 FIRST = """import os, time; os.getpid = lambda: 1
-from qmoe.output import OutputFolder
+from qmoe.pipeline.output import OutputFolder
 write = OutputFolder.write_shard
 OutputFolder.write_shard = lambda *args: (write(*args), time.sleep(60))"""
 

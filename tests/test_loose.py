@@ -6,9 +6,9 @@ from torch import nn
 
 from qmoe import QuantConfig
 from qmoe.calibration.collect import collecting_linears, sampling
-from qmoe.job import Job, Result
-from qmoe.loose import borrow, modules_of
-from qmoe.structure import Layer
+from qmoe.layer.job import Job, Result
+from qmoe.layer.unfused import borrow, modules_of
+from qmoe.model.structure import Layer
 
 
 def test_the_weight_and_inputs_of_what_is_borrowed():

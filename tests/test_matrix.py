@@ -12,17 +12,17 @@ import torch
 from helpers import ONE_DOMAIN
 from transformers import AutoTokenizer
 
-import qmoe.compare
+import qmoe.measure.compare
 from qmoe import Scheme
-from qmoe.audit import audit_model
 from qmoe.calibration.batches import sample_windows
 from qmoe.calibration.text import load_texts
-from qmoe.checkpoint import Checkpoint
+from qmoe.checkpoint.model_config import model_class, read_config
+from qmoe.checkpoint.reader import Checkpoint
 from qmoe.errors import CheckpointError, UnsupportedModelError
-from qmoe.families import families, layout, save_tiny
-from qmoe.family_check import CONFIG, check
-from qmoe.model_config import model_class, read_config
-from qmoe.skeleton import inputs_of
+from qmoe.measure.families import families, layout, save_tiny
+from qmoe.measure.family_check import CONFIG, check
+from qmoe.model.skeleton import inputs_of
+from qmoe.packed.audit import audit_model
 
 # Why the others are refused; anything not here must pass.
 REFUSED = {
@@ -86,7 +86,7 @@ def test_experts_in_another_form_with_awq_and_compared_with_the_original_streame
     save_tiny(FAMILIES[name], source)
     config = replace(FAST, method="awq", experts=Scheme(8, 32))
     qmoe.quantize(source, quantized, config, progress=False)
-    result = qmoe.compare.evaluate(quantized, against=source, windows=2, window=64)
+    result = qmoe.measure.compare.evaluate(quantized, against=source, windows=2, window=64)
     assert 0 < result["overall"]["qmoe"]["kl"] < 0.2
 
 

@@ -12,9 +12,9 @@ from test_resume import same_files
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.errors import ConfigError
-from qmoe.memory import needed, spills
-from qmoe.plan import open_source
-from qmoe.scratch import Scratch
+from qmoe.model.source import open_source
+from qmoe.pipeline.memory import needed, spills
+from qmoe.system.spill import Scratch
 
 TEXT = CalibrationConfig(ONE_DOMAIN, windows=6, window=128, batch=2)
 CONFIG = QuantConfig(experts=Scheme(4, 64), searched=False, calibration=TEXT)

@@ -17,7 +17,7 @@ os.environ |= {home}
 if "HOME" not in os.environ:
     def nobody(uid): raise KeyError(uid)
     pwd.getpwuid = nobody
-from qmoe.cli import main
+from qmoe.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 HOMES = [{"HOME": "/proc/1"}, {}]

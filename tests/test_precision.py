@@ -13,21 +13,22 @@ from helpers import ONE_DOMAIN
 from safetensors.torch import load_file, save_file
 
 import qmoe
-from qmoe import QuantConfig, Scheme, precision
-from qmoe.audit import audit_kept
-from qmoe.baselines import original
-from qmoe.compare import evaluate
+from qmoe import QuantConfig, Scheme
+from qmoe.checkpoint.model_config import model_class
 from qmoe.config import CHANNEL, CalibrationConfig
 from qmoe.errors import AuditError, ConfigError
-from qmoe.evaluate import resident, streamed
-from qmoe.families import families, save_tiny
-from qmoe.family_check import check, check_in_bfloat16, dequantize_into, run
-from qmoe.loading import Loading
-from qmoe.model_config import model_class
-from qmoe.packed_skeleton import open_packed
-from qmoe.plan import open_source
-from qmoe.progress import silent
-from qmoe.skeleton import inputs_of
+from qmoe.measure.baselines import original
+from qmoe.measure.compare import evaluate
+from qmoe.measure.evaluate import resident, streamed
+from qmoe.measure.families import families, save_tiny
+from qmoe.measure.family_check import check, check_in_bfloat16, dequantize_into, run
+from qmoe.model import precision
+from qmoe.model.skeleton import inputs_of
+from qmoe.model.source import open_source
+from qmoe.packed.audit import audit_kept
+from qmoe.packed.load import Loading
+from qmoe.packed.skeleton import open_packed
+from qmoe.system.progress import silent
 
 FAMILIES = {family.model_type: family for family in families()}
 ROUNDED = QuantConfig("rtn", Scheme(8, CHANNEL), Scheme(8, CHANNEL))
@@ -95,7 +96,7 @@ def test_a_rounded_bias_does_not_pass_the_audit(tmp_path, monkeypatch):
     model, _ = qmoe.load(quantized, progress=False)
     assert model.get_buffer(BIAS).dtype == torch.float32
     assert len(model.get_buffer(BIAS).unique()) == 6
-    monkeypatch.setattr("qmoe.skeleton.keep_in_float32", lambda model, dtype: None)
+    monkeypatch.setattr("qmoe.model.skeleton.keep_in_float32", lambda model, dtype: None)
     with pytest.raises(AuditError, match="is torch.bfloat16, its class keeps it in float32"):
         qmoe.load(quantized, progress=False)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-CODE = "import sys; from qmoe.cli import main; sys.exit(main())"
+CODE = "import sys; from qmoe.cli.main import main; sys.exit(main())"
 FULL = Path("/dev/full")
 
 

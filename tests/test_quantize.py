@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
-from qmoe.compare import evaluate
 from qmoe.errors import CalibrationError, ConfigError
-from qmoe.report import fallbacks
+from qmoe.measure.compare import evaluate
+from qmoe.packed.report import fallbacks
 
 SMALL = CalibrationConfig(windows=8)
 FAST = QuantConfig(searched=False, calibration=SMALL)

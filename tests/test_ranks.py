@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from qmoe import ranks
+from qmoe.system import distributed
 
 OPTIONS = ("--windows", "10", "--batch", "2", "--written", "6", "--no-search")
 
@@ -58,16 +58,16 @@ def test_a_refusal_reaches_every_process(tmp_path, demo):
 
 def test_shares_are_neighbours_and_cover_everything(monkeypatch):
     for count in (1, 2, 3, 7):
-        monkeypatch.setattr(ranks, "count", lambda n=count: n)
+        monkeypatch.setattr(distributed, "count", lambda n=count: n)
         parts = []
         for r in range(count):
-            monkeypatch.setattr(ranks, "rank", lambda n=r: n)
-            parts += ranks.share(range(10))
+            monkeypatch.setattr(distributed, "rank", lambda n=r: n)
+            parts += distributed.shard(range(10))
         assert parts == list(range(10))
 
 
 def test_alone_everything_is_ones_own():
     x = torch.arange(3)
-    ranks.add(x)
-    assert ranks.gather(5) == [5] and ranks.first("a") == "a"
-    assert ranks.together(x) is x and x.tolist() == [0, 1, 2]
+    distributed.all_reduce(x)
+    assert distributed.all_gather_object(5) == [5] and distributed.broadcast("a") == "a"
+    assert distributed.all_gather(x) is x and x.tolist() == [0, 1, 2]

@@ -21,9 +21,9 @@ from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.calibration.batches import sample_windows
 from qmoe.calibration.stats import load as load_statistics
 from qmoe.calibration.text import load_texts
-from qmoe.cli import main
+from qmoe.cli.main import main
 from qmoe.errors import UnsupportedModelError
-from qmoe.format import Schemes, unpacked_tensors
+from qmoe.format.compressed_tensors import Schemes, unpacked_tensors
 
 CODE = Path(__file__).parent / "data" / "remote-code"
 STYLES = ["grok", "deepseek", "expert_choice"]

@@ -10,14 +10,15 @@ from transformers import AutoModelForCausalLM
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
-from qmoe.compare import evaluate
 from qmoe.errors import CalibrationError, ConfigError, UnsupportedModelError
-from qmoe.families import families, save_tiny
-from qmoe.family_check import check
-from qmoe.find_residual import find_residual
-from qmoe.plan import estimate_bytes, open_source
-from qmoe.residual import turn
-from qmoe.rotation import rotate
+from qmoe.format.hadamard import rotate
+from qmoe.measure.compare import evaluate
+from qmoe.measure.families import families, save_tiny
+from qmoe.measure.family_check import check
+from qmoe.model.source import open_source
+from qmoe.pipeline.checks import estimate_bytes
+from qmoe.pipeline.find_rotation import find_residual
+from qmoe.pipeline.fused_rotation import turn
 
 LITTLE = CalibrationConfig(text=ONE_DOMAIN, windows=4, window=64, batch=2)
 CONFIG = QuantConfig(
@@ -126,7 +127,7 @@ def test_a_run_goes_on_to_the_same_bytes(name, changes, tmp_path, demo, monkeypa
     """Also where what is not packed is rounded to 16 bits: the layers behind it must see that."""
     source = save_random(name, tmp_path / "source", demo, torch.bfloat16)
     quantize(source, tmp_path / "whole", **changes)
-    write = qmoe.output.OutputFolder.write_shard
+    write = qmoe.pipeline.output.OutputFolder.write_shard
 
     def once(self, i, *args):
         if i == 1:
@@ -134,7 +135,7 @@ def test_a_run_goes_on_to_the_same_bytes(name, changes, tmp_path, demo, monkeypa
         write(self, i, *args)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(qmoe.output.OutputFolder, "write_shard", once)
+        patched.setattr(qmoe.pipeline.output.OutputFolder, "write_shard", once)
         quantize(source, tmp_path / "out", **changes)
     quantize(source, tmp_path / "out", **changes)
     for file in (tmp_path / "whole").iterdir():
@@ -205,7 +206,7 @@ def test_what_matters_to_no_token_at_hand_gets_more_of_them(tmp_path, monkeypatc
     with torch.no_grad():
         assert "lm_head" in find_residual(source).outside.norms["model.norm"].readers
         assert all(p.is_meta for p in source.model.parameters())
-        monkeypatch.setattr("qmoe.find_residual.LENGTHS", (32,))
+        monkeypatch.setattr("qmoe.pipeline.find_rotation.LENGTHS", (32,))
         with pytest.raises(UnsupportedModelError, match="indexer.*does not matter to 32 tokens"):
             find_residual(source)
 
@@ -232,6 +233,6 @@ def test_settings_that_exclude_it():
 def test_a_wrong_guess_is_noticed(tmp_path, demo, monkeypatch):
     """What is found is proved: with a writer left out, the layer is named."""
     source = open_source(save_random("mixtral", tmp_path / "s", demo, torch.float32), torch.float32)
-    monkeypatch.setattr("qmoe.find_residual.is_experts", lambda module: False)
+    monkeypatch.setattr("qmoe.pipeline.find_rotation.is_experts", lambda module: False)
     with torch.no_grad(), pytest.raises(UnsupportedModelError, match=r"layers\.0: .*differs"):
         find_residual(source)

@@ -11,7 +11,7 @@ from helpers import ONE_DOMAIN, first_layers, start
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig
-from qmoe.cli import main
+from qmoe.cli.main import main
 from qmoe.errors import OutputError
 
 SLOW = ("--preset", "fast", "--windows", "24", "--batch", "1")
@@ -67,7 +67,7 @@ def test_an_interrupted_run_says_so_and_goes_on(tmp_path, demo, whole, sign):
 
 def interrupt_after(monkeypatch, shards):
     """Make this process stop like Ctrl-C after that many shards."""
-    from qmoe.output import OutputFolder
+    from qmoe.pipeline.output import OutputFolder
 
     original = OutputFolder.write_shard
 

@@ -9,19 +9,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qmoe
-import qmoe.modules
+import qmoe.packed.modules
 from qmoe import CalibrationConfig, QuantConfig, Scheme
-from qmoe.audit import audit_folder
-from qmoe.compare import rtn_twin
 from qmoe.errors import CheckpointError, ConfigError
-from qmoe.families import families
-from qmoe.family_check import check
-from qmoe.format import Schemes, unpacked_tensors
-from qmoe.grid import dequantize
-from qmoe.progress import silent
-from qmoe.rotation import block_for, rotate, rotate_moments
+from qmoe.format.compressed_tensors import Schemes, unpacked_tensors
+from qmoe.format.grid import dequantize
+from qmoe.format.hadamard import block_for, rotate, rotate_moments
+from qmoe.measure.compare import rtn_twin
+from qmoe.measure.families import families
+from qmoe.measure.family_check import check
+from qmoe.packed.audit import audit_folder
 from qmoe.solvers.awq import output_error
 from qmoe.solvers.solve import solve
+from qmoe.system.progress import silent
 
 LITTLE = CalibrationConfig(text=ONE_DOMAIN, windows=8, window=64)
 
@@ -188,7 +188,7 @@ def test_the_kernels_give_what_torchs_form_gives(folder, monkeypatch):
     """The activation is not fused into a kernel, as a rotation follows it."""
     ids = torch.arange(60, 65)[None]
     plain, _ = qmoe.load(folder, torch.float32, progress=False)
-    monkeypatch.setattr(qmoe.modules, "uses_arena", lambda device: True)
+    monkeypatch.setattr(qmoe.packed.modules, "uses_arena", lambda device: True)
     packed, _ = qmoe.load(folder, torch.float32, progress=False)
     assert packed.model.layers[0].mlp.experts.qmoe_arena.activation is None
     with torch.no_grad():

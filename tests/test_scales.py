@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
-from qmoe.audit import audit_folder
 from qmoe.config import BITS, CHANNEL
 from qmoe.errors import ConfigError
-from qmoe.grid import covering_scale, dequantize, rows_at_bounds, stored_scale
-from qmoe.report import fallbacks
+from qmoe.format.grid import covering_scale, dequantize, rows_at_bounds, stored_scale
+from qmoe.packed.audit import audit_folder
+from qmoe.packed.report import fallbacks
 from qmoe.solvers.awq import Reader, awq_scales, output_error
 from qmoe.solvers.solve import join, solve
 

@@ -5,7 +5,7 @@ import torch
 from helpers import assert_close
 
 from qmoe.config import Scheme
-from qmoe.grid import dequantize, grid_of, round_to_grid
+from qmoe.format.grid import dequantize, grid_of, round_to_grid
 from qmoe.solvers.awq import Reader, awq_scales, output_error
 from qmoe.solvers.gptq import gptq
 from qmoe.solvers.rtn import rtn

@@ -10,10 +10,10 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import qmoe
 from qmoe import QuantConfig, Scheme
-from qmoe.checkpoint import Checkpoint
-from qmoe.decoding import fp8, mxfp4
+from qmoe.checkpoint.decoding import fp8, mxfp4
+from qmoe.checkpoint.reader import Checkpoint
 from qmoe.errors import CheckpointError
-from qmoe.families import families, save_tiny
+from qmoe.measure.families import families, save_tiny
 
 CONFIG = QuantConfig(method="rtn", experts=Scheme(4, 32))
 

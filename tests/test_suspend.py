@@ -5,10 +5,10 @@ import torch
 from helpers import FAMILIES, save_random
 from transformers import AutoModelForCausalLM
 
-from qmoe.evaluate import streamed
-from qmoe.plan import open_source
-from qmoe.progress import silent
-from qmoe.suspend import suspended
+from qmoe.measure.evaluate import streamed
+from qmoe.model.layerwise import suspended
+from qmoe.model.source import open_source
+from qmoe.system.progress import silent
 
 BATCHES = [torch.randint(0, 4096, (2, 24)), torch.randint(0, 4096, (3, 11))]
 

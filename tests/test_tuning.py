@@ -10,14 +10,14 @@ from helpers import FAMILIES, ONE_DOMAIN, first_layers, save_random
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.calibration.coverage import routes_kept
-from qmoe.compare import evaluate
 from qmoe.errors import CalibrationError, ConfigError
-from qmoe.grid import limits
-from qmoe.plan import open_source
-from qmoe.report import read_report
-from qmoe.routing import logits_error, relative_error
-from qmoe.tuning import OnGrid
-from qmoe.writing import _bytes
+from qmoe.format.grid import limits
+from qmoe.layer.routing import logits_error, relative_error
+from qmoe.layer.tune import OnGrid
+from qmoe.measure.compare import evaluate
+from qmoe.model.source import open_source
+from qmoe.packed.report import read_report
+from qmoe.pipeline.self_text import _bytes
 
 LOW = Scheme(2, 32, False)
 TEXT = CalibrationConfig(ONE_DOMAIN, windows=16, window=64)
@@ -91,7 +91,7 @@ def test_tuned_families_pass_the_audit_and_load(family, demo, tmp_path):
 
 
 def test_a_tuned_run_goes_on_to_the_same_bytes(demo, tmp_path, monkeypatch):
-    from qmoe.output import OutputFolder
+    from qmoe.pipeline.output import OutputFolder
 
     source = first_layers(demo, tmp_path / "source", 2)
     config = replace(TUNED, tune=3, calibration=replace(TEXT, written=4))
@@ -108,7 +108,7 @@ def test_a_tuned_run_goes_on_to_the_same_bytes(demo, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             qmoe.quantize(source, tmp_path / "out", config, progress=False)
     with monkeypatch.context() as patch:  # what the model wrote is kept, not written again
-        patch.setattr("qmoe.writing.write", None)
+        patch.setattr("qmoe.pipeline.self_text.write", None)
         qmoe.quantize(source, tmp_path / "out", config, progress=False)
     assert same_files(tmp_path / "whole", tmp_path / "out")
     report = read_report(tmp_path / "out")
@@ -117,7 +117,7 @@ def test_a_tuned_run_goes_on_to_the_same_bytes(demo, tmp_path, monkeypatch):
 
 
 def test_no_memory_to_write_text_is_reported(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr("qmoe.writing.free", lambda: 100_000)
+    monkeypatch.setattr("qmoe.pipeline.self_text.free", lambda: 100_000)
     config = QuantConfig(searched=False, calibration=replace(TEXT, written=4))
     report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
     assert report["fallbacks"][0].startswith(
@@ -129,7 +129,7 @@ def test_no_memory_to_write_text_is_reported(demo, tmp_path, monkeypatch):
 
 def test_without_memory_for_the_original_a_copy_writes(demo, tmp_path, monkeypatch):
     whole, copy = _bytes(open_source(demo, torch.bfloat16))
-    monkeypatch.setattr("qmoe.writing.free", lambda: int(1.3 * (whole + copy) / 2))
+    monkeypatch.setattr("qmoe.pipeline.self_text.free", lambda: int(1.3 * (whole + copy) / 2))
     config = QuantConfig(searched=False, calibration=replace(TEXT, written=4))
     report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
     first = report["fallbacks"][0]
@@ -149,7 +149,7 @@ def test_a_family_that_cannot_continue_text_is_reported(demo, tmp_path, monkeypa
     def fail(*args, **kwargs):
         raise ValueError("this cache has no length")
 
-    monkeypatch.setattr("qmoe.writing._continue", fail)
+    monkeypatch.setattr("qmoe.pipeline.self_text._continue", fail)
     config = QuantConfig(searched=False, calibration=replace(TEXT, written=4))
     report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
     assert "generating failed: ValueError: this cache has no length" in report["fallbacks"][0]

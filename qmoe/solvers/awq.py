@@ -2,9 +2,9 @@
 
 Inputs that are large on average get finer weights: column k is multiplied by s_k before rounding
 and the producer of the input divided by it. Here only s is found; folding it into whatever
-produces the input is the caller's business (qmoe/fold.py). Two changes to the paper: activation
-size is the RMS, and the loss is the full output error tr(D H D'), both read off the Hessian that
-GPTQ uses as well.
+produces the input is the caller's business (qmoe/layer/awq.py). Two changes to the paper:
+activation size is the RMS, and the loss is the full output error tr(D H D'), both read off the
+Hessian that GPTQ uses as well.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qmoe.config import Scheme
-from qmoe.grid import dequantize
+from qmoe.format.grid import dequantize
 from qmoe.solvers.rtn import rtn
 
 STEPS = 20

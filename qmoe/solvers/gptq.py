@@ -18,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qmoe.config import Scheme
-from qmoe.grid import dequantize, grid_of, make_quantized, round_to_grid
+from qmoe.format.grid import dequantize, grid_of, make_quantized, round_to_grid
+from qmoe.format.quantized import Quantized
 from qmoe.solvers.awq import output_error
 from qmoe.solvers.search import search
-from qmoe.types import Quantized
 
 LEAF = 16  # columns whose error goes on column by column; beyond them by matrix products
 WIDE = 256  # columns of U multiplied at once

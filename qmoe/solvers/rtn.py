@@ -5,8 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qmoe.config import Scheme
-from qmoe.grid import expand_groups, grid_of, make_quantized, round_to_grid
-from qmoe.types import Quantized
+from qmoe.format.grid import expand_groups, grid_of, make_quantized, round_to_grid
+from qmoe.format.quantized import Quantized
 
 
 def rtn(weight: Float[Tensor, "E N K"], scheme: Scheme, scale_dtype: torch.dtype) -> Quantized:

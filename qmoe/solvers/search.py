@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qmoe.config import Scheme
-from qmoe.grid import grid_between, group_range, limits, stored_scale
+from qmoe.format.grid import grid_between, group_range, limits, stored_scale
 
 RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the min-max range
 REFITS = 2

@@ -7,13 +7,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qmoe.config import Method, Scheme
-from qmoe.grid import dequantize, rows_at_bounds
-from qmoe.placing import CPU
-from qmoe.rotation import rotate, rotate_moments
+from qmoe.format.grid import dequantize, rows_at_bounds
+from qmoe.format.hadamard import rotate, rotate_moments
+from qmoe.format.quantized import Quantized
 from qmoe.solvers.awq import output_error
 from qmoe.solvers.gptq import gptq
 from qmoe.solvers.rtn import rtn
-from qmoe.types import Quantized
+from qmoe.system.devices import CPU
 
 CHUNK_BYTES = 1 << 27  # of Hessians solved at once; the solver's peak is about eight times that
 

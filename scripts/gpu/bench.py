@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from offline.roofline import Layer
 
 from gpu.cells import (
     MIXED,
@@ -17,7 +18,6 @@ from gpu.cells import (
 )
 from gpu.clock import read_bandwidth
 from gpu.record import Record
-from qmoe.kernels.offline.roofline import Layer
 
 DECODE = (1, 2, 4, 8, 16)
 SMALL = (64, 128, 256)

@@ -10,10 +10,10 @@ import qmoe
 from gpu.generate import generate
 from gpu.record import Record
 from gpu.uninstalled import ROOT
-from qmoe.baselines import original
 from qmoe.config import CalibrationConfig, QuantConfig
-from qmoe.memory import on_device
-from qmoe.plan import open_source
+from qmoe.measure.baselines import original
+from qmoe.model.source import open_source
+from qmoe.pipeline.memory import on_device
 
 DEMO = ROOT / "tests" / "data" / "demo-moe"
 HELDOUT = ROOT / "calibration" / "text" / "heldout" / "austen.txt"

@@ -12,7 +12,7 @@ from transformers import Qwen3MoeConfig
 
 from gpu.uninstalled import ROOT
 from qmoe.config import CHANNEL, Scheme
-from qmoe.format import quantization_config
+from qmoe.format.compressed_tensors import quantization_config
 
 DEMO = ROOT / "tests" / "data" / "demo-moe"
 GROUP = 128

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 
 import torch
+from offline.rivals import byte_per_nibble
+from offline.roofline import Layer
 from torch import Tensor
 
 from qmoe.kernels import launch
 from qmoe.kernels.activation import Activation
-from qmoe.kernels.experts import device_table
 from qmoe.kernels.grouped import place, sum_parts
-from qmoe.kernels.offline.rivals import byte_per_nibble
-from qmoe.kernels.offline.roofline import Layer
+from qmoe.kernels.layer import device_table
 
 SILU = Activation("silu")
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -56,8 +56,8 @@ def nf4(first: Tensor, second: Tensor) -> dict[str, Run]:
         import bitsandbytes  # noqa: F401
     except ImportError:
         return {}
-    from qmoe.baselines import Nf4Stack
     from qmoe.kernels.moe import moe_forward
+    from qmoe.measure.baselines import Nf4Stack
 
     packed = Nf4Stack(first), Nf4Stack(second)
     return {"nf4": lambda x, ids, gates: moe_forward(x, ids, gates, *packed, SILU)}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from offline.roofline import Layer
 
 from gpu.cells import (
     MIXED,
@@ -34,9 +35,8 @@ from gpu.cells import (
 from gpu.clock import captured, in_turn
 from gpu.record import Record, write_json
 from gpu.rivals import SILU
-from qmoe.kernels.experts import device_table
 from qmoe.kernels.launch import CONFIGS, Table, Tile, few_programs
-from qmoe.kernels.offline.roofline import Layer
+from qmoe.kernels.layer import device_table
 from qmoe.kernels.reference import layer_reference
 
 ROUNDS = 7

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from qmoe.baselines import original
 from qmoe.calibration.text import load_texts
-from qmoe.evaluate import Batches, make_batches
-from qmoe.loading import load
-from qmoe.structure import find
+from qmoe.measure.baselines import original
+from qmoe.measure.evaluate import Batches, make_batches
+from qmoe.model.structure import find
+from qmoe.packed.load import load
 
 WINDOWS, WINDOW, BATCH = 64, 256, 16  # windows of each domain, tokens in one, windows at once
 

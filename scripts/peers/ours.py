@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves i
 from common import cpu_seconds, note, source_tensors, to_quantize, versions
 from safetensors.torch import load_file
 
-import qmoe.commands
-from qmoe.cli import main
+import qmoe.cli.commands
+from qmoe.cli.main import main
 
 STORED = (".weight_packed", ".weight_scale", ".weight_zero_point")
 
@@ -53,11 +53,11 @@ def quantize(arguments: list[str]) -> int:
 def _code() -> str:
     """Which code this is: versions stand still between releases."""
     sha = hashlib.sha256()
-    for file in sorted(Path(qmoe.commands.__file__).parent.rglob("*.py")):
+    for file in sorted(Path(qmoe.cli.commands.__file__).parent.rglob("*.py")):
         sha.update(file.read_bytes())
     return sha.hexdigest()[:12]
 
 
 if __name__ == "__main__":
-    assert qmoe.commands  # imported before the clock starts
+    assert qmoe.cli.commands  # imported before the clock starts
     sys.exit(quantize(sys.argv[1:]))

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qmoe import tables
+from qmoe.cli import tables
 
 Row = dict[str, Any]
 FIRST = [

@@ -11,7 +11,7 @@ from qmoe.calibration.collect import collecting_experts, collecting_linears
 from qmoe.calibration.coverage import average_weight, borrow
 from qmoe.calibration.stats import ExpertStats, LayerStats, LinearStats
 from qmoe.errors import CalibrationError
-from qmoe.scratch import Scratch
+from qmoe.system.spill import Scratch
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import torch
 from helpers import DEVICE, assert_close
 
 from qmoe.config import Scheme
-from qmoe.grid import dequantize
-from qmoe.kernels import experts, grouped
+from qmoe.format.grid import dequantize
+from qmoe.kernels import grouped, layer
 from qmoe.kernels.activation import NONE, Activation
 from qmoe.kernels.arena import build_arena
 from qmoe.kernels.device.activation import FUSED
@@ -29,7 +29,7 @@ DTYPES = [(True, torch.float16, "sym fp16"), (False, torch.float32, "asym fp32")
 if DEVICE.type == "cuda":
     DTYPES += [(True, torch.bfloat16, "sym bf16"), (False, torch.bfloat16, "asym bf16")]
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
-TABLE = experts.device_table(DEVICE)[0]
+TABLE = layer.device_table(DEVICE)[0]
 MARGIN = 64
 
 
@@ -81,11 +81,11 @@ def check(arena, first, second, ids, dtype, activation=SILU):
     T, A = ids.shape
     x, gates = torch.randn(T, first.shape[2]).to(dtype), torch.rand(T, A)
     before = x.clone()
-    got = experts.routed_experts(x, ids, gates, arena, activation)
+    got = layer.routed_experts(x, ids, gates, arena, activation)
     wanted = moe_reference(x.float(), ids, gates, first, second, activation)
     assert_close(got.float(), wanted, *CLOSE[dtype])
     assert torch.equal(x, before)
-    again = experts.routed_experts(x, ids, gates, arena, activation)
+    again = layer.routed_experts(x, ids, gates, arena, activation)
     assert torch.equal(got, again), "not the same bits twice"
 
 
@@ -158,7 +158,7 @@ def test_edges_of_routing(name):
 
 def test_no_tokens():
     arena, _, _ = make(4, 64, 32, [Scheme(4, 32)], torch.float32)
-    y = experts.routed_experts(
+    y = layer.routed_experts(
         torch.zeros(0, 64), torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2), arena, SILU
     )
     assert y.shape == (0, 64)
@@ -178,7 +178,7 @@ def test_biases_and_gates(T):
     arena, first, second = make(E, H, I, [Scheme(4, -1, False)], torch.float32)
     x, ids, gates = torch.randn(T, H), torch.randint(E, (T, 2)), torch.rand(T, 2)
     b1, b2 = torch.randn(E, 2 * I), torch.randn(E, H)
-    got = experts.routed_experts(x, ids, gates, arena, SILU, b1, b2)
+    got = layer.routed_experts(x, ids, gates, arena, SILU, b1, b2)
     wanted = torch.zeros(T, H)
     for t in range(T):
         for a in range(2):
@@ -190,15 +190,15 @@ def test_biases_and_gates(T):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_batches_expand_in_chunks(dtype, monkeypatch):
-    monkeypatch.setattr(experts, "DENSE_CHUNK", 2 * 64 * 64 * dtype.itemsize)
+    monkeypatch.setattr(layer, "DENSE_CHUNK", 2 * 64 * 64 * dtype.itemsize)
     schemes = [Scheme(4, 32, False), Scheme(8, 32, False), Scheme(3, 32, False)]
     arena, first, second = make(5, 64, 32, schemes, dtype)
     ids = some_ids(9, 2, 5)
     x, gates = torch.randn(9, 64).to(dtype), torch.rand(9, 2)
     b1, b2 = torch.randn(5, 64).to(dtype), torch.randn(5, 64).to(dtype)
-    got = experts._by_expanding(x, ids, gates, arena, SILU, b1, b2)
+    got = layer._by_expanding(x, ids, gates, arena, SILU, b1, b2)
     if dtype == torch.float32:
-        assert_close(got, experts.routed_experts(x, ids, gates, arena, SILU, b1, b2))
+        assert_close(got, layer.routed_experts(x, ids, gates, arena, SILU, b1, b2))
     else:
         wanted = torch.zeros(9, 64)
         for t in range(9):
@@ -220,7 +220,7 @@ def test_shares_of_k_add_up(split, K):
     parts = torch.empty(split, 3, 50)
     tile = Tile(8, 128, 4, 1)
     product(x, every_row(x, 8), arena, 0, tile, TABLE, parts, Epilogue(bias=bias))
-    sum_parts(parts, None, y, 1, experts.INTERPRETER)
+    sum_parts(parts, None, y, 1, layer.INTERPRETER)
     assert_close(y, x @ dequantize(stored)[0].T + bias[0])
 
 
@@ -229,8 +229,8 @@ def test_linears(M):
     stored = rtn(torch.randn(1, 130, 96), Scheme(3, 32), torch.float32)
     arena = build_arena([[stored]], torch.float32, "mma", DEVICE, paired=False)
     x, bias = torch.randn(M, 96), torch.randn(130)
-    assert_close(experts.linear(x, arena, bias), x @ dequantize(stored)[0].T + bias)
-    assert experts.linear(x[:0], arena).shape == (0, 130)
+    assert_close(layer.linear(x, arena, bias), x @ dequantize(stored)[0].T + bias)
+    assert layer.linear(x[:0], arena).shape == (0, 130)
 
 
 @pytest.mark.parametrize("N", [200, 300])

@@ -10,8 +10,8 @@ from ptx_emulator import teach
 from torch.nn import functional as F
 
 from qmoe.config import Scheme
-from qmoe.grid import dequantize
-from qmoe.kernels import experts
+from qmoe.format.grid import dequantize
+from qmoe.kernels import layer
 from qmoe.kernels.activation import Activation
 from qmoe.kernels.arena import Arena, build_arena
 from qmoe.kernels.arena_stack import ArenaStack
@@ -119,14 +119,14 @@ def fence(monkeypatch):
 def test_with_the_ptx_of_gpus(monkeypatch, bits, symmetric, dtype, H, I, group, order):  # noqa: E741
     if DEVICE.type == "cpu":
         teach(monkeypatch)
-        table = replace(experts.INTERPRETER, ptx=True)
-        monkeypatch.setattr(experts, "device_table", lambda device: (table, 1))
+        table = replace(layer.INTERPRETER, ptx=True)
+        monkeypatch.setattr(layer, "device_table", lambda device: (table, 1))
     E = 4 if bits == MIXED else 2
     a, first = matrices(E, 2 * I, H, bits, group, symmetric, dtype)
     b, second = matrices(E, 40, I, bits, group, symmetric, dtype)
     x, gates = torch.randn(3, H).to(dtype), torch.rand(3, 2).to(dtype)
     ids = torch.tensor([[0, 1], [E, 1], [E - 1, 0]])
-    got = experts.routed_experts(x, ids, gates, build(a, b, dtype, order), SILU)
+    got = layer.routed_experts(x, ids, gates, build(a, b, dtype, order), SILU)
     assert_close(got.float(), reference(x, ids, gates, first, second, silu), *CLOSE[dtype])
 
 
@@ -171,10 +171,10 @@ def test_the_products_apart(T, dtype, paired, biased, fence):
     b1 = fence.around(torch.randn(E, N).to(dtype)) if biased else None
     b2 = fence.around(torch.randn(E, 41).to(dtype)) if biased else None
     arena = build(a, b, dtype, paired=paired)
-    mid = experts.first_product(x, ids, arena, b1)
+    mid = layer.first_product(x, ids, arena, b1)
     used = (ids < E).flatten()
     assert mid.isfinite().all(1).equal(used) and mid[~used].isnan().all()
-    got = experts.second_product(between(mid), ids, gates, arena, b2)
+    got = layer.second_product(between(mid), ids, gates, arena, b2)
     expected = reference(x, ids, gates, first, second, between, b1, b2)
     assert (got[3] == 0).all()
     assert_close(got.float(), expected, *CLOSE[dtype])
@@ -184,23 +184,23 @@ def test_the_products_apart(T, dtype, paired, biased, fence):
 @pytest.mark.parametrize("T, kept", [(3, 4096), (3, 0), (130, 4096)])
 def test_shares_of_k_under_gates_and_biases(monkeypatch, split, T, kept, fence):
     """kept: above that many assignments contributions are kept in the model's dtype."""
-    monkeypatch.setattr(experts.launch, "choose_split", lambda *shapes: split)
-    monkeypatch.setattr(experts, "FLOAT32_ASSIGNMENTS", kept)
+    monkeypatch.setattr(layer.launch, "choose_split", lambda *shapes: split)
+    monkeypatch.setattr(layer, "FLOAT32_ASSIGNMENTS", kept)
     E, H, I = 3, 40, 600 if T == 3 else 40  # noqa: E741
     a, first = matrices(E, 2 * I, H, 4)
     b, second = matrices(E, H, I, (2, 4, 8), symmetric=False)
     x, gates, ids = torch.randn(T, H), torch.rand(T, 2), torch.randint(E + 1, (T, 2))
     b1, b2 = torch.randn(E, 2 * I), torch.randn(E, H)
-    got = experts.routed_experts(x, ids, gates, build(a, b), SILU, b1, b2)
+    got = layer.routed_experts(x, ids, gates, build(a, b), SILU, b1, b2)
     assert_close(got, reference(x, ids, gates, first, second, silu, b1, b2))
 
 
 def test_contributions_in_the_models_dtype(monkeypatch):
-    monkeypatch.setattr(experts, "FLOAT32_ASSIGNMENTS", 0)
+    monkeypatch.setattr(layer, "FLOAT32_ASSIGNMENTS", 0)
     a, first = matrices(3, 64, 40, 4, dtype=torch.float16)
     b, second = matrices(3, 40, 32, 4, dtype=torch.float16)
     x, gates, ids = torch.randn(5, 40).half(), torch.rand(5, 2).half(), torch.randint(3, (5, 2))
-    got = experts.routed_experts(x, ids, gates, build(a, b, torch.float16), SILU)
+    got = layer.routed_experts(x, ids, gates, build(a, b, torch.float16), SILU)
     expected = reference(x, ids, gates, first, second, silu)
     assert_close(got.float(), expected, *CLOSE[torch.float16])
 
@@ -208,11 +208,11 @@ def test_contributions_in_the_models_dtype(monkeypatch):
 @pytest.mark.parametrize("split", [1, 4])
 @pytest.mark.parametrize("bits", MIXED)
 def test_linears_of_every_width(monkeypatch, split, bits, fence):
-    monkeypatch.setattr(experts.launch, "choose_split", lambda *shapes: split)
+    monkeypatch.setattr(layer.launch, "choose_split", lambda *shapes: split)
     stack, weight = matrices(1, 131, 288, bits, 32, False, torch.float16)
     arena = build_arena([stack], torch.float16, "wgmma", DEVICE, False)
     x = torch.randn(288, 3).half().T  # not contiguous
-    got = experts.linear(x, arena, torch.ones(131).half())
+    got = layer.linear(x, arena, torch.ones(131).half())
     assert_close(got.float(), x.float() @ weight[0].T + 1, *CLOSE[torch.float16])
 
 
@@ -228,7 +228,7 @@ def test_no_byte_outside_is_read_or_written(bits, fence):
         x, ids = fence.around(torch.randn(T, H)), fence.around(torch.randint(E + 2, (T, 2)))
         gates = fence.around(torch.rand(2, T)).T  # not contiguous
         b1, b2 = fence.around(torch.randn(E, 2 * I)), fence.around(torch.randn(E, 131))
-        got = experts.routed_experts(x, ids, gates, arena, SILU, b1, b2)
+        got = layer.routed_experts(x, ids, gates, arena, SILU, b1, b2)
         assert_close(got, reference(x, ids, gates, first, second, silu, b1, b2))
 
 
@@ -244,7 +244,7 @@ def test_every_tile(BM, BN, P, fence):
     ids = torch.where(torch.arange(P) % 23 == 7, 2, 1)
     out = torch.empty(1, P, I)
     plan, tile = schedule(ids[:, None], E, BM, 256), Tile(BM, BN, 4, 1)
-    product(x, plan, arena, 0, tile, experts.device_table(DEVICE)[0], out, Epilogue(SILU))
+    product(x, plan, arena, 0, tile, layer.device_table(DEVICE)[0], out, Epilogue(SILU))
     assert_close(out[0], silu((first[ids] @ x[..., None])[..., 0]))
 
 
@@ -257,7 +257,7 @@ def test_large_batches_of_odd_sizes(H, I, dtype):  # noqa: E741
     a, first = matrices(1, 2 * I, H, 4, dtype=dtype)
     b, second = matrices(1, H, I, 4, dtype=dtype)
     x, ids, gates = torch.randn(256, H).to(dtype), torch.zeros(256, 1).long(), torch.rand(256, 1)
-    got = experts.routed_experts(x, ids, gates, build(a, b, dtype), SILU)
+    got = layer.routed_experts(x, ids, gates, build(a, b, dtype), SILU)
     assert_close(got.float(), reference(x, ids, gates, first, second, silu), *CLOSE[dtype])
 
 

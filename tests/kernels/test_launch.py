@@ -11,8 +11,8 @@ from qmoe.kernels import launch
 from qmoe.kernels.activation import Activation, recognize
 from qmoe.kernels.device.activation import FUSED
 from qmoe.kernels.device.target import ARCHITECTURES
-from qmoe.kernels.experts import INTERPRETER
 from qmoe.kernels.launch import CONFIGS, Tile
+from qmoe.kernels.layer import INTERPRETER
 
 TABLES = {arch: launch.table_for("unknown device", arch) for arch in ARCHITECTURES}
 

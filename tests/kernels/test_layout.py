@@ -7,7 +7,8 @@ import torch
 from helpers import DEVICE
 
 from qmoe.config import Scheme
-from qmoe.grid import dequantize
+from qmoe.format.grid import dequantize
+from qmoe.format.quantized import Quantized
 from qmoe.kernels.arena import ALIGN, SCALES, WEIGHTS, ZEROS, build_arena, expand
 from qmoe.kernels.layout import (
     ORDERS,
@@ -19,7 +20,6 @@ from qmoe.kernels.layout import (
     unpack,
 )
 from qmoe.solvers.rtn import rtn
-from qmoe.types import Quantized
 
 SIZES = [(1, 1), (17, 77), (128, 256), (130, 300), (64, 2880), (257, 513), (3, 255)]
 # Written out by hand: the matrix is 0 but for some integers at (row, column); every byte of a plane

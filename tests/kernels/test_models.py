@@ -5,8 +5,8 @@ import torch
 from helpers import DEVICE, assert_close
 
 import qmoe
-import qmoe.loading
-import qmoe.modules
+import qmoe.packed.load
+import qmoe.packed.modules
 from qmoe.kernels.activation import Activation
 from qmoe.kernels.arena_stack import ArenaStack
 from qmoe.kernels.offload import SlotStack
@@ -21,7 +21,7 @@ def through_kernels(monkeypatch):
     def load(path, **options):
         with monkeypatch.context() as patch:
             if DEVICE.type == "cpu":
-                for module in (qmoe.loading, qmoe.modules):
+                for module in (qmoe.packed.load, qmoe.packed.modules):
                     patch.setattr(module, "uses_arena", lambda device: True)
             return qmoe.load(path, torch.float32, device=DEVICE, progress=False, **options)[0]
 

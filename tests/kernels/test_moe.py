@@ -5,7 +5,7 @@ import torch
 from helpers import assert_close, moe_inputs
 
 from qmoe.config import Scheme
-from qmoe.grid import dequantize
+from qmoe.format.grid import dequantize
 from qmoe.kernels.moe import _together, moe_forward
 from qmoe.kernels.reference import moe_reference
 from qmoe.kernels.stack import PackedStack, choose_form

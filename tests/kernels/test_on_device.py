@@ -4,17 +4,17 @@ blocks, experts in slots. On a CPU the same at toy sizes in the interpreter, whe
 import pytest
 import torch
 from helpers import DEVICE, assert_close
+from offline.roofline import LAYERS, Layer
 from torch import nn
 
-from qmoe.grid import dequantize
+from qmoe.format.grid import dequantize
+from qmoe.format.quantized import Quantized
 from qmoe.kernels.activation import Activation
 from qmoe.kernels.arena import build_arena
 from qmoe.kernels.arena_stack import ArenaStack
-from qmoe.kernels.experts import device_table, linear, routed_experts
-from qmoe.kernels.offline.roofline import LAYERS, Layer
+from qmoe.kernels.layer import device_table, linear, routed_experts
 from qmoe.kernels.offload import SlotStack
 from qmoe.kernels.reference import check_layer, layer_reference, random_matrices
-from qmoe.types import Quantized
 
 GPU = DEVICE.type == "cuda"
 on_gpus = pytest.mark.skipif(not GPU, reason="needs a GPU: QMOE_TEST_DEVICE=cuda")

@@ -1,8 +1,7 @@
 """Counting in disassembled kernels, on machine code written by hand."""
 
 import pytest
-
-from qmoe.kernels.offline.sass import Instruction, counts, main_loops, parse
+from offline.sass import Instruction, counts, main_loops, parse
 
 LOOP = """
 .L_x_1:

@@ -1,0 +1,1 @@
+"""The numbers of a quantized matrix: grids, packed words, rotations, the checkpoint format."""

@@ -1,0 +1,96 @@
+"""Solved experts, kept on disk until their layer is written: a killed run solves them once.
+
+One file for each few experts solved at once, whole or absent, with a checksum.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qmoe.config import Scheme
+from qmoe.errors import OutputError
+from qmoe.format.quantized import Quantized, checksum, digest
+from qmoe.solvers.solve import Solved
+from qmoe.system.files import write_safetensors
+
+PATTERN = ".qmoe-unit-{}-{}.safetensors"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Some neighbouring experts of a module: their first and second stacks, which of them borrowed
+    tokens, and the second stack's weights as they were fitted to the first's, if they are tuned."""
+
+    solved: list[Solved]
+    borrowed: list[int] = field(default_factory=list)
+    fitted: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units in a folder of unfinished work."""
+
+    folder: Path
+
+    def load(self, name: str, start: int, end: int, scheme: Scheme) -> Unit | None:
+        """Experts start to end of module `name`, if they were saved."""
+        path = self._path(name, start, end)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                note = json.loads(file.metadata()["unit"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise _damaged(path, str(error)) from error
+        solved = [_solved(tensors, i, entry, scheme) for i, entry in enumerate(note["solved"])]
+        if [digest(s.quantized) for s in solved] != note["digests"]:
+            raise _damaged(path, "its checksum does not fit")
+        fitted = tensors.get("fitted")
+        if fitted is not None and checksum(fitted) != note["fitted"]:
+            raise _damaged(path, "its checksum does not fit")
+        return Unit(solved, note["borrowed"], fitted)
+
+    def save(self, name: str, start: int, end: int, unit: Unit) -> None:
+        tensors: dict[str, Tensor] = {}
+        for i, solved in enumerate(unit.solved):
+            parts = vars(solved.quantized).items()
+            tensors |= {f"{i}.{key}": part for key, part in parts if isinstance(part, Tensor)}
+        if unit.fitted is not None:
+            tensors["fitted"] = unit.fitted
+        note = {
+            "solved": [{"error": s.error, "damped": s.damped, "rounded": s.rounded,
+                        "bounded": s.bounded} for s in unit.solved],
+            "digests": [digest(s.quantized) for s in unit.solved],
+            "borrowed": unit.borrowed,
+            "fitted": None if unit.fitted is None else checksum(unit.fitted),
+        }  # fmt: skip
+        write_safetensors(self._path(name, start, end), tensors, {"unit": json.dumps(note)})
+
+    def any(self) -> bool:
+        return next(self.folder.glob(PATTERN.format("*", "*")), None) is not None
+
+    def clear(self) -> None:
+        """Their layer is written, or the work is over."""
+        for path in self.folder.glob(PATTERN.format("*", "*")):
+            path.unlink()
+
+    def _path(self, name: str, start: int, end: int) -> Path:
+        return self.folder / PATTERN.format(name, f"{start}-{end}")
+
+
+def _solved(tensors: dict[str, Tensor], i: int, entry: dict[str, Any], scheme: Scheme) -> Solved:
+    q, scale, zero = (tensors.get(f"{i}.{part}") for part in ("q", "scale", "zero"))
+    assert q is not None and scale is not None
+    damped = {int(e): amount for e, amount in entry["damped"].items()}
+    bounded = {int(e): rows for e, rows in entry["bounded"].items()}
+    made = Quantized(q, scale, zero, scheme)
+    return Solved(made, entry["error"], damped, entry["rounded"], bounded)
+
+
+def _damaged(path: Path, why: str) -> OutputError:
+    return OutputError(f"{path.parent}: unfinished work is damaged ({path.name}: {why}); remove it")

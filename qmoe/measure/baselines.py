@@ -1,0 +1,113 @@
+"""What qmoe is compared with: the original in 16 bits, and bitsandbytes NF4.
+
+Round-to-nearest is not here: it is `quantize` with method "rtn". bitsandbytes itself does not
+quantize fused experts; here it is applied to each expert's matrices, so that the comparison is
+with NF4 and not with 16-bit experts.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.utils import logging
+
+from qmoe.checkpoint.folders import resolve
+from qmoe.checkpoint.remote_code import needs_code
+from qmoe.errors import UnsupportedModelError
+from qmoe.kernels.moe import moe_forward
+from qmoe.model import experts
+from qmoe.model.adapters import adapt
+from qmoe.model.structure import find
+
+NAME = "qmoe_nf4"
+
+
+def original(path: str | Path, dtype: torch.dtype | None = None, trust: bool = False) -> Any:
+    """The unquantized model as transformers loads it. trust: see remote_code.py."""
+    folder = resolve(path)
+    own = needs_code(folder, trust)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", trust_remote_code=own
+        )
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    return model.eval().requires_grad_(False)
+
+
+class Nf4Stack(nn.Module):
+    """Matrices [E, N, K] in bitsandbytes NF4 with blocks of 64, one quantization state each."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        from bitsandbytes import functional  # here, because importing it prints warnings on CPUs
+
+        self.shape = tuple(weight.shape)
+        made = [functional.quantize_4bit(w, blocksize=64, quant_type="nf4") for w in weight]
+        self.packed = [packed for packed, _ in made]
+        self.states = [state for _, state in made]
+
+    def matmul(self, x: Tensor, e: int) -> Tensor:
+        from bitsandbytes import matmul_4bit
+
+        y: Tensor = matmul_4bit(x, self.packed[e].t(), quant_state=self.states[e])
+        return y
+
+    def nbytes(self) -> int:
+        return sum(
+            p.nbytes + s.absmax.nbytes for p, s in zip(self.packed, self.states, strict=True)
+        )
+
+
+def _forward(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    def activation(product: Tensor) -> Tensor:
+        return experts.stack_activation(self, product)
+
+    names = experts.expert_weights(self)
+    biases = (experts.bias_stack(self, names[0]), experts.bias_stack(self, names[1]))
+    first, second = self.nf4_first, self.nf4_second
+    ids, gates = top_k_index, top_k_weights
+    return moe_forward(hidden_states, ids, gates, first, second, activation, biases)
+
+
+class Nf4Linear(nn.Module):
+    """A dense linear in NF4."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.stack, self.bias = Nf4Stack(linear.weight[None]), linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stack.matmul(x.reshape(-1, x.shape[-1]), 0).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def nf4(
+    path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", trust: bool = False
+) -> Any:
+    """The original with experts and the dense linears that qmoe quantizes in NF4."""
+    model = original(path, dtype, trust).to(device)
+    adapt(model)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
+    for layer in find(model).layers:
+        for name in layer.experts:
+            module = model.get_submodule(name)
+            if module.has_post_expert_norm:
+                raise UnsupportedModelError(f"{name}: no NF4 baseline for normed expert outputs")
+            first, second = experts.expert_weights(module)
+            module.nf4_first = Nf4Stack(experts.stack(module, first).contiguous())
+            module.nf4_second = Nf4Stack(experts.stack(module, second).contiguous())
+            delattr(module, first)
+            delattr(module, second)
+            module.config._experts_implementation = NAME
+        for name in [*layer.dense, *layer.loose_linears()]:
+            model.set_submodule(name, Nf4Linear(model.get_submodule(name)))
+    return model

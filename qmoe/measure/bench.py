@@ -1,0 +1,154 @@
+"""Speed and memory of models here: prefill, first token, decode, resident and peak bytes.
+
+Models take turns inside every repeat and medians are reported, because clocks drift. Memory is
+measured in a process of its own per model, against the same process before the model was loaded.
+"""
+
+import gc
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+
+from qmoe.checkpoint.model_config import read_config
+from qmoe.checkpoint.reader import Checkpoint
+from qmoe.errors import QmoeError
+from qmoe.measure.baselines import nf4, original
+from qmoe.model.experts import is_experts
+from qmoe.model.skeleton import build
+from qmoe.packed.load import load
+from qmoe.packed.modules import packed_stacks
+from qmoe.system.progress import Track
+
+KINDS: dict[str, Callable[..., Any]] = {
+    "qmoe": lambda path, trust: load(path, trust_remote_code=trust)[0],
+    "original": original,
+    "nf4": nf4,
+}
+
+
+def speed(
+    models: dict[str, Any], *, prompt: int, tokens: int, repeats: int, track: Track
+) -> dict[str, dict[str, float]]:
+    """Median prefill and decode tokens/s, first-token latency in ms and bytes read per token.
+
+    prompt: tokens of the (random) prompt; tokens: tokens decoded after it, greedily, one sequence.
+    """
+    timings: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    for i in track(range(repeats + 1), "timing"):
+        for name, model in models.items():
+            measured = _run(model, prompt, tokens)
+            if i:  # the first round warms up
+                timings[name].append(measured)
+    return {
+        name: {
+            "prefill_tokens_per_s": prompt / median(first for first, _ in runs),
+            "first_token_ms": 1e3 * median(first for first, _ in runs),
+            "decode_tokens_per_s": tokens / median(rest for _, rest in runs),
+            "bytes_per_token": bytes_per_token(models[name]),
+        }
+        for name, runs in timings.items()
+    }
+
+
+@torch.no_grad()
+def _run(model: Any, prompt: int, tokens: int) -> tuple[float, float]:
+    """Seconds until the first token, and for `tokens` more."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(vocabulary, (1, prompt), generator=generator).to(model.device)
+    synchronize(model.device)
+    start = time.perf_counter()
+    out = model(input_ids=ids, use_cache=True)
+    ids = out.logits[:, -1:].argmax(-1)
+    synchronize(model.device)
+    first = time.perf_counter()
+    for _ in range(tokens):
+        out = model(input_ids=ids, past_key_values=out.past_key_values, use_cache=True)
+        ids = out.logits[:, -1:].argmax(-1)
+    synchronize(model.device)
+    return first - start, time.perf_counter() - first
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was told, so that a clock means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def bytes_per_token(model: Any) -> int:
+    """Weight bytes one decoded token reads: its experts' share of each stack, all else whole but
+    the input embedding (one row) unless it is tied to the output."""
+    active: dict[str, int] = {}
+    handles = [
+        m.register_forward_pre_hook(lambda m, args, n=name: active.update({n: args[1].shape[-1]}))
+        for name, m in model.named_modules()
+        if is_experts(m)
+    ]
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    table = model.get_input_embeddings().weight
+    tied = (
+        model.get_output_embeddings() is not None and model.get_output_embeddings().weight is table
+    )
+    stacks = dict(packed_stacks(model))
+    total = 0.0
+    for name, module in model.named_modules():
+        share = 1.0
+        owner = name.rpartition(".")[0]
+        if name in active or owner in active:
+            experts = model.get_submodule(name if name in active else owner)
+            share = active[name if name in active else owner] / experts.num_experts
+        if name in stacks:
+            total += share * stacks[name].nbytes()
+        for parameter in module.parameters(recurse=False):
+            if parameter is not table or (tied and module is model.get_output_embeddings()):
+                total += share * parameter.nbytes
+    return int(total)
+
+
+def memory(kind: str, path: Path, trust: bool = False) -> dict[str, int]:
+    """Resident bytes of a fresh process before and after loading a model, and its peak while the
+    model answers a prompt of 128 tokens. Raises QmoeError if the process fails."""
+    call = f"report_memory({kind!r}, {str(path)!r}, {trust})"
+    code = f"from qmoe.measure.bench import report_memory; {call}"
+    command = [sys.executable, "-P", "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise QmoeError(f"measuring the memory of {path} failed:\n{done.stderr.strip()[-2000:]}")
+    result: dict[str, int] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def report_memory(kind: str, path: str, trust: bool) -> None:
+    """Runs in the process that `memory` starts; prints JSON."""
+    process = psutil.Process()
+    # Thread pools, the model's code and its skeleton without data are part of a process without a
+    # model: have them before the first reading.
+    torch.ones(64, 64).bfloat16() @ torch.ones(64, 64).bfloat16()
+    build(read_config(Checkpoint(Path(path)), trust), torch.bfloat16)
+    gc.collect()
+    before = process.memory_info().rss
+    model = KINDS[kind](Path(path), trust=trust)
+    gc.collect()
+    loaded = process.memory_info().rss
+    _run(model, 128, 1)
+    peak = _peak()
+    print(json.dumps({"without_model": before, "loaded": loaded, "peak": peak}))
+
+
+def _peak() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return int(psutil.Process().memory_info().rss)

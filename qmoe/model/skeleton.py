@@ -1,0 +1,280 @@
+"""A model on the meta device whose weights come and go one part at a time.
+
+Everything here leans on transformers' weight conversion, which is not a stable API: only this file
+and naming.py touch it (tested with the range pinned in pyproject.toml). It buys us every family's
+renames and merges, in both directions, without code per model.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from qmoe.checkpoint.limits import check_buffers, parameters_for
+from qmoe.checkpoint.model_config import CONFIG_ERRORS, first_line, model_class
+from qmoe.checkpoint.reader import Checkpoint
+from qmoe.checkpoint.remote_code import parameters_on_meta
+from qmoe.errors import CheckpointError, UnsupportedModelError
+from qmoe.format.compressed_tensors import SUFFIXES
+from qmoe.model.adapters import adapt
+from qmoe.model.leftovers import left_out
+from qmoe.model.precision import keep_in_float32
+from qmoe.model.tensor_names import matrix_names, original_names, packed_names
+
+
+def inputs_of(model: Any, ids: torch.Tensor) -> dict[str, Any]:
+    """Arguments of a forward pass over token ids [B, L]; a decoder that has an encoder reads the
+    same text."""
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    return inputs
+
+
+def build(config: Any, dtype: torch.dtype, checkpoint: Checkpoint | None = None) -> Any:
+    """The model with every parameter on the meta device and its computed buffers (rotary
+    frequencies and the like) real. checkpoint: what it is for, which bounds its size."""
+    bounded: AbstractContextManager[None] = nullcontext()
+    if checkpoint is not None:
+        bounded = parameters_for(len(checkpoint.names()), str(checkpoint.path))
+    try:
+        kind = model_class(config)
+        own = kind.is_custom_code()
+        with parameters_on_meta() if own else torch.device("meta"), bounded:
+            model: Any = kind._from_config(config, dtype=dtype)
+    except CONFIG_ERRORS as error:
+        raise UnsupportedModelError(
+            f"{config.model_type}: transformers cannot build a language model from this "
+            f"config: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if checkpoint is not None:
+        check_buffers(model, checkpoint.nbytes(), str(checkpoint.path))
+    keep_in_float32(model, dtype)
+    if not own:
+        _compute_buffers(model)
+    adapt(model)
+    return model.eval().requires_grad_(False)
+
+
+def _compute_buffers(model: Any) -> None:
+    """As from_pretrained does after loading: buffers that no checkpoint holds are computed by the
+    model's own initialization, which leaves alone whatever is marked as initialized."""
+    model._move_missing_keys_from_meta_to_device(set(), None, None, None)
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True
+    model.initialize_weights()
+
+
+Stacked = tuple[str, int | None, int]
+
+
+class WeightMap:
+    """Which checkpoint tensors make up which parameters of a model.
+
+    stacks: what is packed: the weight's parameter, its experts (None for a linear), and of how many
+    matrices its rows (per expert) are made.
+    """
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, stacks: Iterable[Stacked] = ()):
+        self.model = model
+        self.checkpoint = checkpoint
+        self.rules = get_model_conversion_mapping(model)
+        # Packed tensors, which transformers' rules do not know: their parameter, and the place of
+        # each among the matrices stacked there.
+        self.packed: dict[str, tuple[str, int]] = {}
+        for target, experts_count, count in stacks:
+            for i, name in enumerate(matrix_names(model, target, experts_count, count)):
+                self.packed |= {f"{name}{s}": (f"{target}{s}", i) for s in SUFFIXES}
+        expected = model.state_dict()
+        self.targets: dict[str, list[str]] = {}
+        unknown: dict[str, str] = {}
+        for name in checkpoint.names():
+            target = self._target(name, expected)
+            if target in expected:
+                self.targets.setdefault(target, []).append(name)
+            else:
+                unknown[name] = target
+        # What is not part of the model, with the reason, such as DeepSeek-V3's prediction layers.
+        self.ignored = left_out(model, checkpoint.config, self.names(), unknown)
+        self.unexpected = [name for name in unknown if name not in self.ignored]
+
+    def names(self) -> list[str]:
+        """The checkpoint tensors that feed the model."""
+        return [name for names in self.targets.values() for name in names]
+
+    def _target(self, name: str, expected: dict[str, torch.Tensor]) -> str:
+        if name in expected:
+            return name
+        if name in self.packed:
+            return self.packed[name][0]
+        renamings = [r for r in self.rules if isinstance(r, WeightRenaming)]
+        converters = [r for r in self.rules if isinstance(r, WeightConverter)]
+        prefix = self.model.base_model_prefix
+        target: str = rename_source_key(name, renamings, converters, prefix, expected)[0]
+        return target
+
+    def missing(self) -> list[str]:
+        """Parameters that lack checkpoint tensors; tied ones count as fed by their partner."""
+        found = set(self.targets) | self.split_targets()
+        for target, source in self.model.all_tied_weights_keys.items():
+            if target in found or source in found:
+                found |= {target, source}
+        expected = self.model.state_dict()
+        missing = sorted(set(expected) - found)
+        # A stack of experts is stored whole or expert by expert, never in part.
+        for target, names, parts in self._stored():
+            if 1 < len(names) < parts:
+                missing.append(f"{target}: has {len(names)} of {parts} tensors")
+        return missing
+
+    def doubled(self) -> list[str]:
+        """In words, parameters for which the checkpoint has more than is needed: under two names,
+        or whole and in parts."""
+        return [
+            f"{target} is stored more than once: {names[0]!r} and {names[-1]!r}"
+            for target, names, parts in self._stored()
+            if len(names) > parts
+        ]
+
+    def _stored(self) -> Iterator[tuple[str, list[str], int]]:
+        """Of every parameter with tensors of its own: those, and how many there are where it is
+        stored in parts."""
+        expected, split = self.model.state_dict(), self.split_targets()
+        for target, names in self.targets.items():
+            if target not in split:
+                yield target, names, len(self._named(target, expected[target]))
+
+    def split_targets(self) -> set[str]:
+        """Parameters fed by a part of a checkpoint tensor; `targets` has the first of them only."""
+        out = set()
+        for rule in self.rules:
+            first, *others = rule.target_patterns
+            if others and isinstance(rule, WeightConverter):
+                fed = [target for target in self.targets if first in target]
+                out |= {t.replace(first, other) for t in fed for other in (first, *others)}
+        return out
+
+    def misshapen(self) -> list[str]:
+        """Checkpoint tensors whose shape, or kind of number, is not what the model needs.
+
+        Read from headers. Of tensors in another layout than the family's published one the number
+        of elements is compared; the conversion checks them when they are loaded.
+        """
+        found, split = [], self.split_targets()
+        for target, parameter in self.model.state_dict().items():
+            if target in split:
+                continue
+            stored = self.targets.get(target, [])
+            named = self._named(target, parameter)
+            wanted = {name: tuple(part.shape) for name, part in named.items()}
+            if set(stored) != set(wanted):
+                if not any(target.endswith(s) for s in SUFFIXES):
+                    found += self._otherwise(target, parameter, stored)
+                continue
+            for name in stored:
+                shape = tuple(self.checkpoint.lazy(name).get_shape())
+                dtype = self.checkpoint.dtype(name)
+                packed = name in self.packed and not parameter.is_floating_point()
+                if shape != wanted[name]:
+                    found.append(f"{name}: has shape {shape}, the model needs {wanted[name]}")
+                elif dtype.is_floating_point != parameter.is_floating_point() or (
+                    packed and dtype != parameter.dtype
+                ):
+                    found.append(f"{name}: is stored as {dtype}, the model needs {parameter.dtype}")
+        return found
+
+    def _otherwise(self, target: str, parameter: torch.Tensor, stored: list[str]) -> list[str]:
+        """`misshapen` of a parameter that is not stored in the published layout."""
+        shapes = {name: tuple(self.checkpoint.lazy(name).get_shape()) for name in stored}
+        if stored == [target] and shapes[target] != tuple(parameter.shape):
+            wanted = tuple(parameter.shape)
+            return [f"{target}: has shape {shapes[target]}, the model needs {wanted}"]
+        elements = sum(torch.Size(shape).numel() for shape in shapes.values())
+        if not stored or elements == parameter.numel():
+            return []
+        first = f"{stored[0]} {shapes[stored[0]]}"
+        return [
+            f"{target}: {len(stored)} tensors, first {first}, hold {elements} numbers, the model "
+            f"needs {parameter.numel()} for {tuple(parameter.shape)}"
+        ]
+
+    def _named(self, target: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A parameter split and named as it is stored."""
+        suffix = next((s for s in SUFFIXES if target.endswith(s)), "")
+        if not suffix or not self.packed:
+            return original_names(self.model, target, tensor)
+        named = packed_names(self.model, target.removesuffix(suffix), tensor)
+        return {name + suffix: part for name, part in named.items()}
+
+    def sources(self, prefix: str) -> list[str]:
+        """Checkpoint tensors that feed the parameters below `prefix` (or that parameter)."""
+        below = prefix + "."
+        hits = (n for t, n in self.targets.items() if t == prefix or t.startswith(below))
+        return [name for names in hits for name in names]
+
+    def load(
+        self, names: list[str], dtype: torch.dtype | None, given: dict[str, Any] | None = None
+    ) -> None:
+        """Fill the parameters that the checkpoint tensors `names` feed, each in the dtype that it
+        has in the model (`dtype` where it has none of its own); scales of packed weights as they
+        are stored. given: tensors to use in place of the checkpoint's. Raises CheckpointError on a
+        shape or conversion problem."""
+        given = given or {}
+        self._load_packed([name for name in names if name in self.packed])
+        names = [name for name in names if name not in self.packed]
+        tensors = {n: given[n] if n in given else self.checkpoint.lazy(n) for n in names}
+        config = LoadStateDictConfig(weight_mapping=self.rules, dtype=dtype)
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
+        finally:
+            if shown:
+                logging.enable_progress_bar()
+            # It notes which rules this checkpoint used; what things are called (naming.py) must
+            # not depend on that, nor on when it is asked.
+            vars(self.model).pop("_weight_conversions", None)
+        problems = [
+            f"{key}: has shape {tuple(found)}, the model needs {tuple(wanted)}"
+            for key, found, wanted in info.mismatched_keys
+        ]
+        problems += [*info.conversion_errors.values()]
+        problems += [f"unexpected {key}" for key in sorted(info.unexpected_keys)]
+        if problems:
+            raise CheckpointError(f"{self.checkpoint.path}: {problems[0]}")
+
+    def _load_packed(self, names: list[str]) -> None:
+        stored: dict[str, list[str]] = {}
+        for name in sorted(names, key=lambda n: self.packed[n][1]):
+            stored.setdefault(self.packed[name][0], []).append(name)
+        for target, matrices in stored.items():
+            owner, _, parameter = target.rpartition(".")
+            module = self.model.get_submodule(owner)
+            like = getattr(module, parameter)
+            whole = torch.cat([self.checkpoint.tensor(name) for name in matrices]).view(like.shape)
+            module._parameters[parameter] = nn.Parameter(whole, requires_grad=False)
+
+    def tie(self) -> None:
+        self.model.tie_weights(missing_keys=set(self.missing_keys()), recompute_mapping=False)
+
+    def missing_keys(self) -> list[str]:
+        return sorted(set(self.model.state_dict()) - set(self.targets))
+
+
+def free(module: nn.Module) -> None:
+    """Put every parameter of `module` back on the meta device. Buffers stay: they are computed."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            empty = torch.empty_like(parameter, device="meta")
+            part._parameters[name] = nn.Parameter(empty, requires_grad=False)

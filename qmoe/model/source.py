@@ -1,0 +1,143 @@
+"""An unquantized model: its checkpoint, a skeleton without weights, and where its parts are."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qmoe.checkpoint.folders import resolve
+from qmoe.checkpoint.model_config import read_config
+from qmoe.checkpoint.reader import Checkpoint
+from qmoe.config import QuantConfig, Scheme
+from qmoe.errors import CheckpointError, UnsupportedModelError
+from qmoe.model.leftovers import complaint, wrapped
+from qmoe.model.skeleton import WeightMap, build
+from qmoe.model.structure import Layer, Structure, find
+from qmoe.model.tensor_names import original_names, stored_fused
+
+
+@dataclass
+class Source:
+    """An unquantized model: its checkpoint, a skeleton of it on the meta device, and the map."""
+
+    checkpoint: Checkpoint
+    model: Any
+    weights: WeightMap
+    structure: Structure
+
+    def stages(self) -> list[nn.Module]:
+        """The modules whose weights are loaded one at a time, in running order."""
+        return [self.model.get_submodule(layer.name) for layer in self.structure.layers]
+
+    def weight_dtype(self) -> torch.dtype:
+        """Of the routed experts as stored; scales are stored in it too, as engines expect."""
+        layers = self.structure.layers
+        experts = [e for layer in layers for e in [*layer.experts, *layer.loose]]
+        kept = [name for layer in layers for name in layer.kept]
+        return self.checkpoint.dtype(self.weights.sources([*experts, *kept][0])[0])
+
+    def kept_linears(self, config: QuantConfig) -> list[str]:
+        """Everything with a linear's weight that is not quantized, by model and checkpoint name:
+        routers and other linears, so that no engine takes them for packed ones."""
+        quantized = {n for layer in self.structure.layers for n in schemes_of(self, layer, config)}
+        if config.lm_head is not None:
+            quantized.add(str(self.structure.lm_head))
+        kept: set[str] = set()
+        for name, module in self.model.named_modules():
+            weight = getattr(module, "weight", None)
+            if name in quantized or isinstance(module, nn.Embedding) or weight is None:
+                continue
+            if weight.dim() == 2:
+                stored = original_names(self.model, f"{name}.weight", weight)
+                kept |= {name, *(n.removesuffix(".weight") for n in stored)}
+        return sorted(kept)
+
+    def embedding(self) -> str:
+        """The module that turns token ids into the first hidden states."""
+        modules: dict[str, nn.Module] = dict(self.model.named_modules())
+        embedding = self.model.get_input_embeddings()
+        return next(name for name, module in modules.items() if module is embedding)
+
+    def adds_head(self, config: QuantConfig) -> bool:
+        """Whether an output projection is stored that the checkpoint does not have: a rotation
+        unties it from the embedding."""
+        head = self.structure.lm_head
+        stored = self.weights.targets
+        return config.rotate == "fused" and head is not None and f"{head}.weight" not in stored
+
+    def resident(self) -> list[str]:
+        """Checkpoint tensors outside the decoder layers."""
+        layered = {n for layer in self.structure.layers for n in self.weights.sources(layer.name)}
+        return [n for names in self.weights.targets.values() for n in names if n not in layered]
+
+
+def open_source(path: str | Path, dtype: torch.dtype, trust: bool = False) -> Source:
+    """Open an unquantized MoE model folder (or hub name) and find its parts; loads no weights.
+    trust: see remote_code.py."""
+    checkpoint = Checkpoint(resolve(path))
+    checkpoint.decode()
+    config = read_config(checkpoint, trust)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the tensors are shown decoded
+    model = build(config, dtype, checkpoint)
+    # Router logits kept for a training loss cost memory, and no layer reports them while suspended.
+    model.config.output_router_logits = False
+    checkpoint.show(model._qmoe_made)
+    structure = find(model)
+    weights = WeightMap(model, checkpoint)
+    check_complete(weights)
+    for name in checkpoint.names():
+        checkpoint.dtype(name)
+    stored_fused(model)  # refuses families whose experts cannot be told apart on disk
+    check_routing(model, structure)
+    return Source(checkpoint, model, weights, structure)
+
+
+def check_complete(weights: WeightMap) -> None:
+    """Raises CheckpointError unless checkpoint and model have the same parameters and shapes."""
+    where = weights.checkpoint.path
+    if said := wrapped(weights.unexpected):  # of which all else follows
+        raise CheckpointError(f"{where}: {said}")
+    if doubled := weights.doubled():
+        raise CheckpointError(f"{where}: {doubled[0]}; take out the one that is not the model's")
+    if missing := weights.missing():
+        raise CheckpointError(f"{where}: {len(missing)} tensors are missing, first {missing[0]!r}")
+    if weights.unexpected:
+        raise CheckpointError(f"{where}: {complaint(weights.names(), weights.unexpected)}")
+    if misshapen := weights.misshapen():
+        raise CheckpointError(f"{where}: {misshapen[0]} (by config.json)")
+
+
+def check_routing(model: Any, structure: Structure) -> None:
+    """Raises UnsupportedModelError if a token would go to more experts, or groups of them, than
+    there are."""
+    config = model.config.get_text_config()
+    top_k, groups, chosen = (
+        value if isinstance(value := getattr(config, name, None), int) else None
+        for name in ("num_experts_per_tok", "n_group", "topk_group")
+    )
+    for layer in structure.layers:
+        for name in layer.experts:
+            E = model.get_submodule(name).num_experts
+            if top_k is not None and not 1 <= top_k <= E:
+                raise UnsupportedModelError(
+                    f"{name}: config.json sends a token to {top_k} of {E} experts"
+                )
+            if groups and E % groups:
+                raise UnsupportedModelError(
+                    f"{name}: config.json divides {E} experts into {groups} groups (n_group)"
+                )
+            if groups and chosen is not None and not 1 <= chosen <= groups:
+                raise UnsupportedModelError(
+                    f"{name}: config.json chooses {chosen} of {groups} groups (topk_group)"
+                )
+
+
+def schemes_of(source: Source, layer: Layer, config: QuantConfig) -> dict[str, Scheme]:
+    """Scheme of every weight to quantize in a layer: experts modules and dense linears by name."""
+    found = dict.fromkeys([*layer.experts, *layer.loose_linears()], config.experts)
+    if config.dense is not None:
+        found |= dict.fromkeys(layer.dense, config.dense)
+    return found

@@ -1,0 +1,128 @@
+"""Where the quantizable parts of a model are, found without code per model."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qmoe.errors import UnsupportedModelError
+from qmoe.model.adapters import each_expert, linears_of, loose_experts
+from qmoe.model.experts import is_experts
+from qmoe.model.precision import ever_in_float32
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer. Names are relative to the model.
+
+    experts: fused experts modules. loose: lists of experts that are modules of their own, and the
+    linears of each. dense: linears to quantize with the dense scheme, in module order. in_block:
+    those of `dense` inside the block that holds the experts (shared experts). kept: modules that
+    stay as they are, with the reason.
+    """
+
+    name: str
+    experts: list[str]
+    loose: dict[str, list[list[str]]]
+    dense: list[str]
+    in_block: list[str]
+    kept: dict[str, str]
+
+    def loose_linears(self) -> list[str]:
+        return [n for experts in self.loose.values() for linears in experts for n in linears]
+
+
+@dataclass(frozen=True)
+class Structure:
+    layers: list[Layer]
+    lm_head: str | None
+
+
+def find(model: nn.Module) -> Structure:
+    """The decoder layers of a model and what is in them.
+
+    Raises UnsupportedModelError for a dense model and for experts in a form that is not known.
+    """
+    modules = dict(model.named_modules())
+    experts = [n for n, m in modules.items() if _holds_experts(n, m) or hasattr(m, "qmoe_kept")]
+    if not experts:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: found no routed experts; it is a dense model, or an MoE "
+            "whose experts neither use transformers' interface nor are lists of linears"
+        )
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for name in experts:
+        if any(key.startswith(f"{name}.") for key in tied):
+            raise UnsupportedModelError(
+                f"{name} ({type(modules[name]).__name__}): its weights are tied to another part of "
+                "the model; such models are not supported"
+            )
+    lists = {_outermost_list(name, modules) for name in experts}
+    fixed = {name.rpartition(".")[0] for name in ever_in_float32(model)}
+    layers = []
+    for holder in modules:  # module order, so encoder before decoder
+        if holder in lists:
+            names = [f"{holder}.{i}" for i in range(len(modules[holder]))]
+            layers += [_layer(name, modules, fixed) for name in names]
+    head = next(
+        (n for n, m in modules.items() if n == "lm_head" and isinstance(m, nn.Linear)), None
+    )
+    return Structure(layers, head)
+
+
+def _holds_experts(name: str, module: nn.Module) -> bool:
+    return is_experts(module) or (name.endswith("experts") and loose_experts(module))
+
+
+def _outermost_list(name: str, modules: dict[str, nn.Module]) -> str:
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        if isinstance(modules[".".join(parts[:i])], nn.ModuleList):
+            return ".".join(parts[:i])
+    raise UnsupportedModelError(f"{name}: expected experts inside a list of decoder layers")
+
+
+def _layer(name: str, modules: dict[str, nn.Module], fixed: set[str]) -> Layer:
+    """fixed: modules that the model's class keeps in float32, in some dtype at least."""
+    inside = {n: m for n, m in modules.items() if n.startswith(name + ".")}
+    holders = {n: m for n, m in inside.items() if _holds_experts(n, m)}
+    experts = [n for n, m in holders.items() if is_experts(m)]
+    loose = {n: list(_each_expert(n, m)) for n, m in holders.items() if n not in experts}
+    taken = {n for experts in loose.values() for linears in experts for n in linears}
+    blocks = {n.rpartition(".")[0]: m for n, m in holders.items()}
+    # What an adapter says of experts that are no matrices, and of their router.
+    named = {n: getattr(m, "qmoe_kept", {}).items() for n, m in inside.items()}
+    kept = {f"{n}.{part}": reason for n, parts in named.items() for part, reason in parts}
+    dense, in_block = [], []
+    for linear, module in inside.items():
+        if not isinstance(module, nn.Linear) or linear in taken or linear in kept:
+            continue
+        block = next((b for b in blocks if linear.startswith(b + ".")), None)
+        if block is not None and module.out_features in _choices(blocks[block]):
+            kept[linear] = "router"
+            continue
+        if linear in fixed:
+            kept[linear] = "its class keeps it in float32"
+            continue
+        if type(module).forward is not nn.Linear.forward:
+            kept[linear] = f"{type(module).__name__} multiplies in its own way"
+            continue
+        dense.append(linear)
+        if block is not None:
+            in_block.append(linear)
+    return Layer(name, experts, loose, dense, in_block, kept)
+
+
+def _each_expert(name: str, container: nn.Module) -> Iterator[list[str]]:
+    for child in each_expert(container):
+        inside = linears_of(container.get_submodule(child))
+        yield [f"{name}.{child}.{linear}" for linear in inside]
+
+
+def _choices(experts: Any) -> set[int]:
+    """Output sizes of routers. A linear beside the experts with one output per expert (and per
+    identity expert) is their router; one with a single output is the gate of a shared expert. Both
+    decide where tokens go, for a handful of bytes."""
+    count = experts.num_experts if is_experts(experts) else len(each_expert(experts))
+    return {1, count, getattr(experts, "router_outputs", count)}

@@ -1,0 +1,1 @@
+"""A finished folder: loaded to run packed, offloaded, audited, reported on."""

@@ -1,0 +1,153 @@
+"""`load`: a quantized folder as a transformers model that runs packed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qmoe.checkpoint.folders import resolve
+from qmoe.checkpoint.model_config import generation_config
+from qmoe.checkpoint.tokenizer import has_tokenizer, open_tokenizer
+from qmoe.errors import ConfigError, OutputError
+from qmoe.kernels import uses_arena
+from qmoe.model.source import check_complete
+from qmoe.packed.audit import audit_kept, audit_model
+from qmoe.packed.modules import PackedLinear, finish_experts
+from qmoe.packed.offload import offload_experts
+from qmoe.packed.skeleton import PackedSource, open_packed
+from qmoe.system.devices import find_device
+from qmoe.system.host_memory import return_freed
+from qmoe.system.progress import Track, silent
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a quantized model is loaded: the options of `load`, for what loads several."""
+
+    dtype: torch.dtype | None = None
+    device: str = "cpu"
+    expert_memory: int | None = None
+    trust_remote_code: bool = False
+
+    def __call__(self, path: str | Path, track: Track = silent) -> Any:
+        """The model alone."""
+        options: dict[str, Any] = {**vars(self)}
+        return load(path, options.pop("dtype"), track=track, **options)[0]
+
+
+@torch.no_grad()
+def load(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    expert_memory: int | None = None,
+    track: Track = silent,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Load a quantized model (folder or hub name) and its tokenizer, None if the folder has none.
+
+    dtype: of activations and unquantized weights; None is the checkpoint's own. bfloat16 is the
+    fast one on CPUs (kernels/stack.py). device: "cpu", or a GPU ("cuda", "cuda:1"), where packed
+    weights run through the Triton kernels. expert_memory: bytes of the GPU for routed experts; if
+    they need more they stay in pinned host memory, and those in use are copied to slots of that
+    size in all (qmoe/packed/offload.py). trust_remote_code: code that lies beside the weights may
+    run, where transformers has no class for the model. Layers are loaded and repacked one at a
+    time, so memory stays near the checkpoint's size. Raises CheckpointError for a folder that is not a
+    complete quantized model, ConfigError for a device that is not there, and AuditError if anything
+    is left unpacked or without data.
+    """
+    if not isinstance(dtype, torch.dtype | None):
+        raise ConfigError(f"dtype: expected a torch.dtype or None, got {dtype!r}")
+    place = usable_device(device)
+    home = None if expert_memory is None else torch.device("cpu")
+    if expert_memory is not None and not uses_arena(place):
+        raise ConfigError(f"expert_memory: of use with a GPU only, the device is {device}")
+    folder = resolve(path)
+    source = open_packed(folder, dtype, trust_remote_code)
+    check_complete(source.weights)
+    tokenizer = None
+    if has_tokenizer(folder):
+        tokenizer = open_tokenizer(folder, source.model.config, trust_remote_code)
+    generation = generation_config(folder)
+    in_layers: set[str] = set()
+    for layer in track(source.structure.layers, "loading layers"):
+        names = source.weights.sources(layer.name)
+        in_layers.update(names)
+        source.weights.load(names, dtype)
+        _finish(source, layer.name, place, home)
+    source.weights.load([n for n in source.weights.names() if n not in in_layers], dtype)
+    source.weights.tie()
+    _finish(source, "", place, home)
+    if expert_memory is not None:
+        offload_experts(source.model, source.structure, place, expert_memory, folder)
+    source.model.to(place).requires_grad_(False)
+    if generation is not None:
+        source.model.generation_config = generation
+    audit_kept(source, str(path))
+    audit_model(source.model, str(path))
+    return_freed()
+    source.model.save_pretrained = _refuse_to_save
+    _keep_dtypes(source.model)
+    return source.model, tokenizer
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    raise OutputError(
+        "save_pretrained: a loaded qmoe model holds its weights in the runtime's own layout; copy "
+        "the folder it was loaded from instead"
+    )
+
+
+def _keep_dtypes(model: Any) -> None:
+    """Refuse to change the dtype of a loaded model: packed weights run in the one they were loaded
+    for, and what its class keeps in float32 would be rounded."""
+    move = model.to
+
+    def to(*args: Any, **kwargs: Any) -> Any:
+        device, dtype, blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None and dtype != model.config.dtype:
+            raise ConfigError(
+                "dtype: a loaded qmoe model stays in the one it was loaded in; load it again with "
+                f"dtype={dtype}"
+            )
+        return model if device is None else move(device, non_blocking=blocking)
+
+    def refuse(dtype: torch.dtype) -> Callable[[], Any]:
+        return lambda: to(dtype)
+
+    model.to = to
+    for name in ("float", "double", "half", "bfloat16"):
+        setattr(model, name, refuse(getattr(torch, name)))
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device by its name; ConfigError if it is none, is not there, or has no kernels."""
+    place = find_device(device)
+    if place.type == "cuda":
+        from qmoe.kernels.layer import device_table
+
+        try:
+            device_table(place)
+        except ValueError as error:
+            raise ConfigError(f"device: {error}") from error
+    return place
+
+
+def _finish(
+    source: PackedSource, prefix: str, device: torch.device, home: torch.device | None
+) -> None:
+    experts = {n for layer in source.structure.layers for n in layer.experts}
+    for name, module in source.model.named_modules():
+        if prefix and not name.startswith(prefix + "."):
+            continue
+        if name in experts and hasattr(module, "down_proj_packed"):
+            finish_experts(module, name, device, home)
+        elif isinstance(module, PackedLinear) and hasattr(module, "weight_packed"):
+            module.finish(name, device)
+        for parameter in module.parameters(recurse=False):
+            if parameter.device.type != "meta":
+                # What safetensors gives may be a view into the mapped file and keep all of it.
+                parameter.data = parameter.data.clone()

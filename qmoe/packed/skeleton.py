@@ -1,0 +1,87 @@
+"""A quantized folder as a model skeleton with places for its packed tensors."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qmoe.checkpoint.model_config import read_config
+from qmoe.checkpoint.reader import Checkpoint
+from qmoe.config import Scheme
+from qmoe.errors import CheckpointError
+from qmoe.format.compressed_tensors import Schemes
+from qmoe.model.experts import expert_weights, stack
+from qmoe.model.skeleton import WeightMap, build
+from qmoe.model.source import check_routing
+from qmoe.model.structure import Structure, find
+from qmoe.model.tensor_names import packed_names
+from qmoe.packed.modules import PackedLinear, declare_experts, stored_stacks
+
+
+@dataclass
+class PackedSource:
+    """A quantized checkpoint, its skeleton on the meta device, and which tensor goes where."""
+
+    checkpoint: Checkpoint
+    model: Any
+    weights: WeightMap
+    structure: Structure
+
+
+def open_packed(path: Path, dtype: torch.dtype | None = None, trust: bool = False) -> PackedSource:
+    """Open a quantized folder; loads no weights. dtype None is the checkpoint's own. trust: see
+    remote_code.py.
+
+    Raises CheckpointError if it is not pack-quantized, or in a scheme qmoe cannot run.
+    """
+    checkpoint = Checkpoint(path)
+    schemes = Schemes(checkpoint.config, str(path))
+    config = read_config(checkpoint, trust)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the skeleton is built plain; qmoe puts the packed parts in
+    model: Any = build(config, dtype or config.dtype or _scales_dtype(checkpoint), checkpoint)
+    structure = find(model)
+    check_routing(model, structure)
+    for layer in structure.layers:
+        for name in layer.experts:
+            scheme = _stack_scheme(model, name, schemes, str(path))
+            declare_experts(model.get_submodule(name), scheme)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            stored = _module_names(model, f"{name}.weight", module.weight)
+            linear_scheme = schemes.of(stored[0])
+            if linear_scheme is not None:
+                model.set_submodule(name, PackedLinear(module, linear_scheme, len(stored)))
+    weights = WeightMap(model, checkpoint, stored_stacks(model))
+    return PackedSource(checkpoint, model, weights, structure)
+
+
+def _scales_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """That of the weights the checkpoint was made from."""
+    scales = (name for name in checkpoint.names() if name.endswith("weight_scale"))
+    name = next(scales, None)
+    return torch.bfloat16 if name is None else checkpoint.dtype(name)
+
+
+def _module_names(model: nn.Module, target: str, weight: torch.Tensor) -> list[str]:
+    return [n.removesuffix(".weight") for n in packed_names(model, target, weight)]
+
+
+def _stack_scheme(model: Any, experts: str, schemes: Schemes, where: str) -> Scheme:
+    """The one scheme of all matrices of an experts module."""
+    module = model.get_submodule(experts)
+    found = {
+        schemes.of(name)
+        for weight in expert_weights(module)
+        for name in _module_names(model, f"{experts}.{weight}", stack(module, weight))
+    }
+    if None in found:
+        raise CheckpointError(f"{where}: the experts of {experts} are not quantized")
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{where}: the experts of {experts} use several schemes, qmoe runs one per layer: "
+            + ", ".join(map(str, found))
+        )
+    return found.pop()  # type: ignore[return-value]

@@ -1,0 +1,162 @@
+"""Everything that can go wrong before the long work, checked before it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qmoe.calibration.batches import sample_windows
+from qmoe.calibration.text import load_texts
+from qmoe.checkpoint.folders import companions
+from qmoe.checkpoint.model_config import generation_config
+from qmoe.checkpoint.tokenizer import check_vocabulary, has_tokenizer, open_tokenizer
+from qmoe.config import CHANNEL, GROUPS, QuantConfig, Scheme
+from qmoe.errors import ConfigError
+from qmoe.format.hadamard import block_for
+from qmoe.model.experts import expert_weights, stack
+from qmoe.model.precision import ever_in_float32
+from qmoe.model.source import Source, open_source, schemes_of
+from qmoe.pipeline.output import check_destination
+from qmoe.system import distributed
+from qmoe.system.progress import Track
+
+
+def prepare(
+    src: str | Path,
+    dst: Path,
+    config: QuantConfig,
+    *,
+    text: bool,
+    track: Track,
+    trust: bool = False,
+) -> tuple[Source, Tensor, list[str], str]:
+    """Check source, settings, text and destination; returns the source, the calibration windows, in
+    words what of the text was not as asked for, and the SHA-256 of the source.
+
+    Raises a QmoeError that names the problem. Nothing is written.
+    """
+    source = open_source(src, torch.float32, trust)
+    check_schemes(source, rotated(source, config))
+    folder = source.checkpoint.path
+    copied = sum((folder / file).stat().st_size for file in companions(folder)[0])
+    check_destination(dst, estimate_bytes(source, config) + copied)
+    windows, notes = torch.empty(0, 0, dtype=torch.long), list[str]()
+    # Without text too: what loads the result opens both.
+    generation_config(folder)
+    if text or has_tokenizer(folder):
+        tokenizer = open_tokenizer(folder, source.model.config, trust)
+    if text:
+        c = config.calibration
+        check_window(source.model.config, c.window)
+        texts = load_texts(c.text)
+        windows, notes = sample_windows(tokenizer, texts, c.windows, c.window, c.seed)
+        check_vocabulary(source.model.config, windows)
+        if (batches := -(-len(windows) // c.batch)) < distributed.count():
+            raise ConfigError(
+                f"calibration: {distributed.count()} processes cannot share {batches} batches of "
+                f"{c.batch} windows; give more windows or a smaller batch"
+            )
+    return source, windows, notes, source.checkpoint.check_finite(track)
+
+
+def check_combination(
+    config: QuantConfig, given: list[Path], saved: str | Path | None, dst: Path
+) -> None:
+    """Refuse sources of statistics that the method cannot use."""
+    if config.method == "rtn" and (given or saved is not None):
+        raise ConfigError("rtn uses no statistics; leave them out or choose gptq")
+    if config.folds and (given or saved is not None):
+        raise ConfigError("awq rescales statistics as it goes; save and reuse them with gptq only")
+    if len({p.resolve() for p in given}) < len(given):
+        raise ConfigError("statistics: the same folder is given twice")
+    if given and config.tune:
+        raise ConfigError("tune: runs text through each layer; leave out the saved statistics")
+    if config.tune and distributed.count() > 1:
+        raise ConfigError(f"tune: runs in one process, this is one of {distributed.count()}")
+    if given and config.lm_head is not None:
+        raise ConfigError("saved statistics do not cover lm_head; leave it out or use text")
+    if saved is not None and Path(saved).resolve() == dst.resolve():
+        raise ConfigError(f"{dst}: the model and its statistics need different folders")
+
+
+def check_window(config: Any, window: int) -> None:
+    """A window must fit the positions the model knows (and attention is quadratic in it)."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and window > positions:
+        raise ConfigError(
+            f"window: {window} tokens are more than the {positions} positions of this model"
+        )
+
+
+def rotated(source: Source, config: QuantConfig) -> QuantConfig:
+    """The settings with the block that a rotation has in this model."""
+    if config.rotate != "online":
+        return config
+    names = [n for layer in source.structure.layers for n in schemes_of(source, layer, config)]
+    if config.lm_head is not None and source.structure.lm_head is not None:
+        names.append(source.structure.lm_head)
+    sizes = {shape[-1] for name in names for _, shape in _shapes(source.model, name)}
+    block = block_for(sorted(sizes))
+    if block == 1:
+        raise ConfigError(f"rotate: no power of two divides all input dimensions: {sorted(sizes)}")
+    return config.rotated_by(block)
+
+
+def check_schemes(source: Source, config: QuantConfig) -> None:
+    """Every group size divides every input dimension it is used on; lm_head can be quantized."""
+    model = source.model
+    for layer in source.structure.layers:
+        for name, scheme in schemes_of(source, layer, config).items():
+            for weight, shape in _shapes(model, name):
+                _check_divides(weight, shape[-1], scheme)
+    if config.lm_head is not None:
+        head = source.structure.lm_head
+        if head is None:
+            raise ConfigError("lm_head: this model has no output projection of that name")
+        if f"{head}.weight" in model.all_tied_weights_keys:
+            raise ConfigError(
+                "lm_head: it is tied to the input embedding in this model and cannot be quantized "
+                "alone; leave lm_head out"
+            )
+        if f"{head}.weight" in ever_in_float32(model):
+            raise ConfigError("lm_head: this model's class keeps it in float32; leave lm_head out")
+        _check_divides(f"{head}.weight", model.get_submodule(head).in_features, config.lm_head)
+
+
+def _shapes(model: nn.Module, name: str) -> list[tuple[str, tuple[int, ...]]]:
+    module = model.get_submodule(name)
+    if isinstance(module, nn.Linear):
+        return [(f"{name}.weight", tuple(module.weight.shape))]
+    return [(f"{name}.{w}", tuple(stack(module, w).shape)) for w in expert_weights(module)]
+
+
+def _check_divides(name: str, in_features: int, scheme: Scheme) -> None:
+    group = scheme.group_size
+    if scheme.rotation and in_features % scheme.rotation:
+        raise ConfigError(
+            f"{name}: blocks of {scheme.rotation} do not divide its {in_features} input features"
+        )
+    if group == CHANNEL or in_features % group == 0:
+        return
+    others = [str(g) for g in GROUPS if in_features % g == 0] + [f"{CHANNEL} (channel)"]
+    raise ConfigError(
+        f"{name}: group size {group} does not divide its {in_features} input features; "
+        f"{' or '.join(others)} would"
+    )
+
+
+def estimate_bytes(source: Source, config: QuantConfig) -> int:
+    """Bytes the quantized weights will take on disk, within a percent."""
+    total = source.checkpoint.nbytes()
+    total -= sum(map(source.checkpoint.tensor_bytes, source.weights.ignored))
+    for layer in source.structure.layers:
+        for name, scheme in schemes_of(source, layer, config).items():
+            for target, shape in _shapes(source.model, name):
+                size = sum(map(source.checkpoint.tensor_bytes, source.weights.targets[target]))
+                numel = torch.Size(shape).numel()
+                total += int(numel * scheme.bits_per_weight(shape[-1]) / 8) - size
+    if source.adds_head(config):
+        embedding = source.weights.sources(source.embedding())
+        total += sum(map(source.checkpoint.tensor_bytes, embedding))
+    return max(total, 0)

@@ -1,0 +1,260 @@
+"""Writing a model folder so that it is either whole or absent, and unfinished work can go on."""
+
+import errno
+import json
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qmoe.checkpoint.folders import INDEX, SINGLE, companions
+from qmoe.errors import CheckpointError, OutputError, QmoeError
+from qmoe.layer.solved_cache import Units
+from qmoe.system import distributed
+from qmoe.system.files import sha256, write_safetensors
+from qmoe.system.lock import NAME, Lock
+
+MARKER = ".qmoe-partial"  # what is being written
+NOTE = ".qmoe-shard-{}.json"  # what was done for a finished shard
+WRITTEN = ".qmoe-written.safetensors"  # text that the model wrote
+WRITER = ".qmoe-writer"  # a small copy of the model while it writes
+
+
+def check_destination(dst: Path, needed: int) -> None:
+    """Refuse a destination that exists, cannot be made, or has less than `needed` bytes free."""
+    if "\0" in str(dst):
+        raise OutputError(f"destination: {str(dst)!r} cannot be a folder's name")
+    if os.path.lexists(dst):
+        raise OutputError(f"{dst}: already exists; remove it or choose another destination")
+    parent = dst.parent
+    if not parent.is_dir():
+        raise OutputError(f"{dst}: its parent folder {parent} does not exist")
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"{dst}: no permission to write in {parent}")
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OutputError(
+            f"{dst}: needs about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on this disk"
+        )
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for statistics; it may be there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot keep statistics there: {error}") from error
+
+
+class OutputFolder:
+    """A folder under a temporary name beside `dst`, renamed to it when the `with` block ends well.
+
+    Each finished shard is there whole, with a note of what was done for it, and units of the one
+    being worked on. If the block is interrupted, the disk fills or the source cannot be read, the
+    folder stays, and a later run with the same fingerprint (source, settings, text, versions) goes
+    on from there. After any other error, or with nothing finished, it is removed. It is locked all
+    the while (lock.py), and so is the folder `saved` of statistics. Of several processes rank 0
+    writes; the others see the same folder.
+    """
+
+    def __init__(
+        self, dst: Path, shards: int, fingerprint: dict[str, str], saved: Path | None = None
+    ):
+        self.dst, self.shards, self.fingerprint = dst, shards, fingerprint
+        self.path = dst.with_name(dst.name + ".partial")
+        self.units = Units(self.path)
+        self.locks = [Lock(folder) for folder in (self.path, saved) if folder is not None]
+        self.leads = distributed.rank() == 0  # of several processes, one writes
+        self.done: list[int] = []  # shards that an earlier run finished
+        self._weight_map: dict[str, str] = {}
+        self._bytes = 0
+
+    def __enter__(self) -> "OutputFolder":
+        refused: OutputError | None = None
+        if self.leads:
+            try:
+                self._begin()
+            except OutputError as error:
+                refused = error
+                self._release()
+                with suppress(OSError):  # it may be more than an empty folder
+                    self.path.rmdir()
+        if (said := distributed.broadcast(refused)) is not None:
+            raise said
+        self.done = distributed.broadcast(
+            [i for i in range(self.shards) if self._note(i) is not None]
+        )
+        return self
+
+    def _begin(self) -> None:
+        try:
+            if os.path.lexists(self.path):
+                self._leftover()
+            self.path.mkdir(exist_ok=True)
+            for lock in self.locks:
+                lock.take()
+            if os.path.lexists(self.dst):
+                raise OutputError(f"{self.dst}: another run has just made it")
+            self._go_on_with(self._leftover())
+            self._replace(MARKER, json.dumps({"fingerprint": self.fingerprint}))
+        except OSError as error:
+            raise OutputError(f"{self.dst}: cannot write beside it: {error}") from error
+
+    def _leftover(self) -> dict[str, str]:
+        """The fingerprint of what is there, which must be our own unfinished work or nothing."""
+        try:
+            if set(os.listdir(self.path)) <= {NAME, f"{MARKER}.tmp"}:
+                return {}
+            return dict(json.loads((self.path / MARKER).read_text())["fingerprint"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OutputError(
+                f"{self.path}: is in the way and not unfinished work of qmoe; move it"
+            ) from error
+
+    def _go_on_with(self, before: dict[str, str]) -> None:
+        """Unfinished work must be on the same thing; with nothing finished it does not matter."""
+        differing = [k for k, v in self.fingerprint.items() if before.get(k) != v]
+        if differing and not self.begun():
+            self._empty()
+        elif differing:
+            now = self.fingerprint
+            changes = "; ".join(f"{k} was {before.get(k)}, is {now[k]}" for k in differing)
+            raise OutputError(
+                f"{self.path}: holds unfinished work that differs ({changes}); repeat that to go "
+                "on with it, or remove the folder"
+            )
+
+    def _empty(self) -> None:
+        """Remove all but the lock, which is held."""
+        for entry in self.path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != NAME:
+                entry.unlink()
+
+    def _release(self) -> None:
+        for lock in self.locks:
+            lock.release()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        if self.leads:
+            try:
+                self._end(kind, error)
+            finally:
+                self._release()
+
+    def _end(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
+        if kind is None:
+            self.units.clear()
+            (self.path / WRITTEN).unlink(missing_ok=True)
+            for copy in self.path.glob(WRITER + "*"):
+                shutil.rmtree(copy)
+            for note in self.path.glob(NOTE.format("*")):
+                note.unlink()
+            # In this order: a kill between the two leaves a whole model with one file too many, and
+            # not a folder that nothing goes on with.
+            self.path.rename(self.dst)
+            (self.dst / MARKER).unlink()
+            self.locks[0].release(self.dst)
+            return
+        begun = self.begun()
+        # What cannot be read now may be readable later; other refusals would come again.
+        resumable = begun and (
+            not isinstance(error, QmoeError) or isinstance(error, CheckpointError)
+        )
+        if not resumable:
+            shutil.rmtree(self.path, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            left = "run the same command again to go on" if resumable else "nothing was left behind"
+            raise OutputError(f"{self.dst}: the disk is full; {left}") from error
+        if isinstance(error, OSError):
+            raise OutputError(f"{self.dst}: {error}") from error
+
+    def begun(self) -> bool:
+        """Whether any shard or unit is finished, by this run or one that it goes on with."""
+        return self.units.any() or any(self._note(i) is not None for i in range(self.shards))
+
+    def unlocked(self) -> list[str]:
+        """In words, the folders that nothing keeps a second run out of."""
+        return [
+            f"{lock.path.parent}: written without a lock, its file system has none"
+            for lock in self.locks
+            if not lock.works
+        ]
+
+    def finished(self, i: int) -> dict[str, Any] | None:
+        """The note of shard i if an earlier run finished it."""
+        return self._note(i) if i in self.done else None
+
+    def _note(self, i: int) -> dict[str, Any] | None:
+        try:
+            note: dict[str, Any] = json.loads((self.path / NOTE.format(i)).read_text())
+        except FileNotFoundError:
+            return None
+        return note
+
+    def read_shard(self, i: int) -> dict[str, Tensor]:
+        """The tensors of a finished shard; they count as written."""
+        path = self.path / self._file(i)
+        try:
+            if sha256(path) != (self._note(i) or {}).get("sha256"):
+                raise OSError("its checksum does not fit")
+            tensors: dict[str, Tensor] = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"{self.path}: unfinished work is damaged ({path.name}: {error}); remove it"
+            ) from error
+        self._count(i, tensors)
+        return tensors
+
+    def write_shard(self, i: int, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
+        """Write shard i (0-based) of the model, then its note; either is whole or absent. The units
+        it was made of are not needed any more."""
+        file = self._file(i)
+        whole = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+        write_safetensors(self.path / file, whole, {"format": "pt"})
+        self._replace(NOTE.format(i), json.dumps(note | {"sha256": sha256(self.path / file)}))
+        self.units.clear()
+        self._count(i, whole)
+
+    def _file(self, i: int) -> str:
+        return f"model-{i + 1:05d}-of-{self.shards:05d}.safetensors" if self.shards > 1 else SINGLE
+
+    def _count(self, i: int, tensors: dict[str, Tensor]) -> None:
+        self._weight_map |= dict.fromkeys(tensors, self._file(i))
+        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
+
+    def _replace(self, name: str, text: str) -> None:
+        temporary = self.path / f"{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.rename(self.path / name)
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        (self.path / name).write_text(text, encoding="utf-8")
+
+    def write_index(self) -> None:
+        if self.shards > 1:
+            size = {"total_size": self._bytes}
+            self.write_json(
+                INDEX, {"metadata": size, "weight_map": dict(sorted(self._weight_map.items()))}
+            )
+
+    def copy_companions(self, source: Path) -> list[str]:
+        """Copy every file without weights (folders.py); returns what is left behind by name."""
+        files, left = companions(source)
+        for file in files:
+            (self.path / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file, self.path / file)
+        return left

@@ -1,0 +1,171 @@
+"""Calibration text that the model writes itself.
+
+Text at hand is rarely all that a model is used for, and experts for other languages and domains see
+none of it: calibrated on English essays alone, a model loses up to half more on German, French and
+code. What a model samples from itself covers what it knows (MoEQuant's self-sampling, Hu et al.,
+2025, arXiv 2505.03804, without its search; LLM-QAT, Liu et al., 2023, arXiv 2305.17888).
+
+A whole model has to be in memory for it. Where the original does not fit, a copy with experts
+rounded to 4 bits writes; where that does not either, or the family does not continue text, there is
+no such text. The report says so.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from safetensors import safe_open
+from torch import Tensor
+
+from qmoe.checkpoint.model_config import CONFIG_ERRORS, first_line
+from qmoe.checkpoint.tokenizer import open_tokenizer
+from qmoe.config import CHANNEL, CalibrationConfig, QuantConfig, Scheme
+from qmoe.model.experts import expert_weights, rows
+from qmoe.model.source import Source, open_source
+from qmoe.packed.load import load
+from qmoe.pipeline.output import WRITER, WRITTEN, OutputFolder
+from qmoe.system import distributed
+from qmoe.system.devices import CPU, place
+from qmoe.system.files import write_safetensors
+from qmoe.system.host_memory import free
+
+TEXTS = 2  # in a window; longer ones take more steps and bring no more
+ROWS = 128  # texts written at once
+ROOM = 1.3  # times the model's bytes: its weights, caches of attention, activations
+COPY = 0.6  # bytes per weight of experts in the copy, zero points and scales included
+
+Way = Literal["original", "copy", "none"]
+Quantize = Callable[[Path, Path, QuantConfig], Any]
+
+
+def written_windows(
+    source: Source,
+    config: QuantConfig,
+    out: OutputFolder,
+    device: torch.device,
+    allowed: int | None,
+    trust: bool,
+    quantize: Quantize,
+) -> tuple[Int[Tensor, "n L"], str]:
+    """What the model writes, and why not the original wrote it ("" if it did); no windows if
+    nothing could. Kept with the unfinished work, so that a run that goes on has the same, whatever
+    memory it finds. Of several processes one writes. quantize: makes a quantized copy of a model
+    folder in another."""
+    path = out.path / WRITTEN
+    if not distributed.broadcast(path.exists()):
+        way, why = distributed.broadcast(find_way(source, device, allowed))
+        if way == "copy":
+            _make_copy(source.checkpoint.path, out.path / WRITER, config, quantize)
+        if out.leads:
+            own = torch.empty(0, config.calibration.window, dtype=torch.long)
+            if way != "none":
+                try:
+                    own = _write(source, config, out.path / WRITER, way, device, trust)
+                except CONFIG_ERRORS as error:  # transformers cannot continue text in this family
+                    why = f"generating failed: {type(error).__name__}: {first_line(error)}"
+            write_safetensors(path, {"windows": own}, {"why": why})
+            shutil.rmtree(out.path / WRITER, ignore_errors=True)
+        distributed.all_gather_object(0)  # the others wait until it is there
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("windows"), file.metadata()["why"]
+
+
+def find_way(source: Source, device: torch.device, allowed: int | None) -> tuple[Way, str]:
+    """Who writes text here, and why not the original ("" if it does). allowed: bytes of the
+    machine's memory, None for what is free. A model on its way to a GPU is in that memory first."""
+    if source.model.config.is_encoder_decoder or not source.model.can_generate():
+        return "none", "the model does not continue text"
+    limit = free() if allowed is None else allowed
+    if device.type == "cuda":
+        limit = min(limit, torch.cuda.mem_get_info(device)[0])
+    whole, copy = (int(ROOM * n) for n in _bytes(source))
+    found = f"{limit / 1e9:.1f} GB can be had"
+    if whole <= limit:
+        return "original", ""
+    if copy <= limit:
+        return "copy", f"the original takes {whole / 1e9:.1f} GB of memory, {found}"
+    return "none", f"that takes {copy / 1e9:.1f} GB of memory even with 4-bit experts, {found}"
+
+
+def _bytes(source: Source) -> tuple[int, int]:
+    """Of the model as it is stored, and of the copy at most."""
+    each = torch.finfo(source.weight_dtype()).bits // 8
+    every = sum(parameter.numel() for parameter in source.model.parameters())
+    modules = [source.model.get_submodule(n) for x in source.structure.layers for n in x.experts]
+    routed = sum(rows(m, weight).numel() for m in modules for weight in expert_weights(m))
+    return every * each, int(routed * COPY) + (every - routed) * each
+
+
+def _make_copy(original: Path, folder: Path, config: QuantConfig, quantize: Quantize) -> None:
+    """Round to nearest into `folder`: no text is needed, and one layer at a time in memory."""
+    if distributed.rank() == 0 and folder.exists():  # a run was killed while this copy wrote
+        shutil.rmtree(folder)
+    distributed.all_gather_object(0)
+    experts = Scheme(4, config.experts.group_size, symmetric=False)
+    quantize(original, folder, QuantConfig("rtn", experts, config.dense and Scheme(8, CHANNEL)))
+
+
+def _write(
+    source: Source, config: QuantConfig, copy: Path, way: Way, device: torch.device, trust: bool
+) -> Int[Tensor, "n L"]:
+    folder, dtype = source.checkpoint.path, source.weight_dtype()
+    if way == "copy":
+        model, tokenizer = load(copy, dtype, device=device, trust_remote_code=trust)
+    else:
+        tokenizer = open_tokenizer(folder, source.model.config, trust)
+        whole = open_source(folder, dtype, trust)
+        whole.weights.load(whole.weights.names(), dtype)
+        whole.weights.tie()
+        model = whole.model
+        place(model, device)
+    return write(model, tokenizer, config.calibration)
+
+
+def write(model: Any, tokenizer: Any, config: CalibrationConfig) -> Int[Tensor, "n L"]:
+    """`config.written` windows of `config.window` tokens, each of a few texts sampled at
+    temperature 1.
+
+    A text begins with BOS, if the tokenizer starts texts with it, and a token drawn evenly from the
+    vocabulary, which sets languages and domains apart. Same seed, same tokens on the same machine.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    count, length = config.written * TEXTS, -(-config.window // TEXTS)
+    firsts = _first_tokens(tokenizer, model.config, count, generator)
+    devices = [] if model.device.type == "cpu" else [model.device]
+    with torch.random.fork_rng(devices=devices, device_type=model.device.type):
+        torch.manual_seed(config.seed)
+        parts = [part.to(model.device) for part in firsts.split(ROWS)]
+        texts = torch.cat([_continue(model, part, length).to(CPU) for part in parts])
+    if texts.shape[1] < length:
+        raise ValueError(f"texts end after {texts.shape[1]} of {length} tokens")
+    return texts.reshape(config.written, -1)[:, : config.window]
+
+
+def _first_tokens(tokenizer: Any, config: Any, count: int, generator: torch.Generator) -> Tensor:
+    known = min(len(tokenizer), config.get_text_config().vocab_size)
+    special = set(tokenizer.all_special_ids)
+    usual = torch.tensor([i for i in range(known) if i not in special])
+    drawn = usual[torch.randint(len(usual), (count, 1), generator=generator)]
+    start = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
+    return torch.cat([torch.tensor(start, dtype=torch.long).expand(count, -1), drawn], dim=1)
+
+
+def _continue(model: Any, rows: Tensor, window: int) -> Tensor:
+    more = window - rows.shape[1]
+    if more < 1:
+        return rows[:, :window]
+    ids: Tensor = model.generate(
+        rows,
+        attention_mask=torch.ones_like(rows),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_new_tokens=more,
+        max_new_tokens=more,
+        pad_token_id=0,
+    )
+    return ids

@@ -1,0 +1,107 @@
+"""What a part of the model is stored as once it is quantized, and the way back."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qmoe.format.compressed_tensors import packed_tensors
+from qmoe.format.quantized import Quantized
+from qmoe.model import experts
+from qmoe.model.source import Source
+from qmoe.model.structure import Layer
+from qmoe.model.tensor_names import matrix_names, original_names, packed_names
+from qmoe.system.devices import CPU
+
+
+def shard_tensors(
+    source: Source, names: list[str], quantized: dict[str, Quantized], changed: set[str]
+) -> dict[str, Tensor]:
+    """The tensors that replace the checkpoint tensors `names`: packed weights (by parameter) in the
+    family's names, changed parameters in the dtype they had, all else byte for byte."""
+    weights = source.weights
+    replaced = {n for target in quantized for n in weights.targets[target]}
+    out = {n: weights.checkpoint.tensor(n) for n in names if n not in replaced}
+    for target in sorted(changed):
+        parameter = source.model.get_parameter(target)
+        dtype = stored_dtype(source, target)
+        for name, tensor in original_names(source.model, target, parameter).items():
+            out[name] = tensor.to(CPU, dtype)
+    for target, stack in quantized.items():
+        out |= _packed(source, target, stack)
+    return out
+
+
+def stored_dtype(source: Source, target: str) -> torch.dtype:
+    """Of a parameter in the checkpoint; of a head that was tied, the embedding's. It is not one for
+    all: a router may be in float32 beside matrices in bfloat16."""
+    checkpoint = source.weights.checkpoint
+    named = original_names(source.model, target, source.model.get_parameter(target))
+    stored = [name for name in named if name in checkpoint.names()]
+    return checkpoint.dtype((stored or source.weights.sources(source.embedding()))[0])
+
+
+def _packed(source: Source, target: str, quantized: Quantized) -> dict[str, Tensor]:
+    single = target.endswith(".weight")  # a linear's parameter is 2-D, an experts stack 3-D
+
+    def named(tensor: Tensor) -> dict[str, Tensor]:
+        return packed_names(source.model, target, tensor[0] if single else tensor)
+
+    scales = named(quantized.scale)
+    zeros = named(quantized.zero) if quantized.zero is not None else {}
+    out: dict[str, Tensor] = {}
+    for name, q in named(quantized.q).items():
+        out |= packed_tensors(name, q, scales[name], zeros.get(name), quantized.scheme.bits)
+    return out
+
+
+def load_layer(source: Source, layer: Layer, experts_dtype: torch.dtype) -> None:
+    """Load a layer: routed experts, most of its bytes, in `experts_dtype`, the rest in float32."""
+    stacks = {n for target in _stacks(source, layer) for n in source.weights.targets[target]}
+    names = source.weights.sources(layer.name)
+    for target in _stacks(source, layer):
+        _place(source, target, experts_dtype, "meta")  # transformers keeps to the parameter's dtype
+        source.weights.load(source.weights.targets[target], experts_dtype)
+        source.checkpoint.release()
+    source.weights.load([n for n in names if n not in stacks], torch.float32)
+    source.checkpoint.release()
+
+
+def rounded(source: Source, changed: set[str], packed: set[str]) -> set[str]:
+    """Of the parameters that a rotation changed, those that are not to be packed, by name, rounded
+    in place to what will be stored of them: all that comes after sees what will run."""
+    for target in changed - packed:
+        parameter = source.model.get_parameter(target)
+        parameter.data.copy_(parameter.to(stored_dtype(source, target)))
+    return changed - packed
+
+
+def restore(
+    source: Source, layer: Layer, tensors: dict[str, Tensor], experts_dtype: torch.dtype
+) -> None:
+    """Load a layer as it was after it was quantized. tensors: of its shard, unpacked."""
+    stacks = _stacks(source, layer)
+    replaced = {n for target in stacks for n in source.weights.targets[target]}
+    names = [n for n in source.weights.sources(layer.name) if n not in replaced]
+    source.weights.load(names, torch.float32, tensors)
+    for target in stacks:
+        module, weight = _place(source, target, experts_dtype, "cpu")
+        E, count = module.num_experts, len(experts.parts(module, weight))
+        matrices = matrix_names(source.model, target, E, count)
+        rows = torch.cat([tensors[stored] for stored in matrices])
+        experts.put(module, weight, rows.unflatten(0, (E, -1)))
+
+
+def _place(source: Source, target: str, dtype: torch.dtype, device: str) -> tuple[Any, str]:
+    """Put an empty parameter where a stack of experts is; returns its module and name there."""
+    owner, _, weight = target.rpartition(".")
+    module: Any = source.model.get_submodule(owner)
+    empty = torch.zeros_like(getattr(module, weight), dtype=dtype, device=device)
+    module._parameters[weight] = nn.Parameter(empty, requires_grad=False)
+    return module, weight
+
+
+def _stacks(source: Source, layer: Layer) -> list[str]:
+    """Parameters that hold the layer's routed experts."""
+    modules = [(name, source.model.get_submodule(name)) for name in layer.experts]
+    return [f"{name}.{weight}" for name, m in modules for weight in experts.expert_weights(m)]
