@@ -17,14 +17,14 @@ CHARACTERS = 8  # taken for a token when text is chosen; more is read where that
 MARGIN = 4  # times as much, then
 
 
-def tokenize(tokenizer: Any, text: str, window: int) -> Int[Tensor, "n L"]:
-    """All whole windows of a text. Each starts with BOS if the tokenizer starts texts with it."""
-    return _windows(tokenizer, _ids(tokenizer, text), window)
+def tokenize(tokenizer: Any, text: str, seqlen: int) -> Int[Tensor, "n L"]:
+    """All whole samples of a text. Each starts with BOS if the tokenizer starts texts with it."""
+    return _samples(tokenizer, _ids(tokenizer, text), seqlen)
 
 
-def _windows(tokenizer: Any, ids: Int[Tensor, " m"], window: int) -> Int[Tensor, "n L"]:
+def _samples(tokenizer: Any, ids: Int[Tensor, " m"], seqlen: int) -> Int[Tensor, "n L"]:
     start = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
-    body = window - len(start)
+    body = seqlen - len(start)
     rows = ids[: len(ids) // body * body].view(-1, body)
     return torch.cat([torch.tensor(start, dtype=torch.long).expand(len(rows), -1), rows], dim=1)
 
@@ -40,33 +40,33 @@ def _ids(tokenizer: Any, text: str) -> Int[Tensor, " n"]:
     return torch.tensor(ids, dtype=torch.long)
 
 
-def windows_of(
-    tokenizer: Any, domain: str, parts: list[Part], window: int, count: int, seed: int | None
+def samples_of(
+    tokenizer: Any, domain: str, parts: list[Part], seqlen: int, count: int, seed: int | None
 ) -> tuple[Int[Tensor, "n L"], list[str]]:
     """Windows of a domain to take `count` from, or all that there are if those are fewer; and in
     words, what of its text was of no use. Of long text pieces drawn by the seed are tokenized, or
     without one its beginning."""
-    budget = max(SLICE, CHARACTERS * count * window)
+    budget = max(SLICE, CHARACTERS * count * seqlen)
     while True:
-        reading = Reading(seed, max(PIECE, MARGIN * CHARACTERS * window))
+        reading = Reading(seed, max(PIECE, MARGIN * CHARACTERS * seqlen))
         chosen, whole = choose(parts, budget, reading)
         texts = slices(chosen, partial(render, tokenizer, reading=reading))
         ids = [_ids(tokenizer, text) for text in texts]
-        rows = _windows(tokenizer, torch.cat([torch.empty(0, dtype=torch.long), *ids]), window)
+        rows = _samples(tokenizer, torch.cat([torch.empty(0, dtype=torch.long), *ids]), seqlen)
         # The last tokens of a text that was cut off may be others than they are in the whole.
         if whole or len(rows) > count:
             return rows, reading.notes(domain)
         budget *= MARGIN
 
 
-def sample_windows(
-    tokenizer: Any, texts: Texts, count: int, window: int, seed: int
+def choose_samples(
+    tokenizer: Any, texts: Texts, count: int, seqlen: int, seed: int
 ) -> tuple[Int[Tensor, "n L"], list[str]]:
-    """`count` windows, spread evenly over the domains and drawn at random inside each; and in
+    """`count` samples, spread evenly over the domains and drawn at random inside each; and in
     words, what of the text was of no use.
 
-    A domain too short for its share gives what it has (fewer windows come back then, as the words
-    say). Raises CalibrationError if no domain holds even one window.
+    A domain too short for its share gives what it has (fewer samples come back then, as the words
+    say). Raises CalibrationError if no domain holds even one sample.
     """
     generator = torch.Generator().manual_seed(seed)
     notes = list(texts.notes)
@@ -79,41 +79,41 @@ def sample_windows(
         share = each + (i in favoured)
         if not share:
             continue
-        rows, unused = windows_of(tokenizer, domain, parts, window, share, seed)
+        rows, unused = samples_of(tokenizer, domain, parts, seqlen, share, seed)
         picked = torch.randperm(len(rows), generator=generator)[:share]
         chosen.append(rows[picked.sort().values])
         found[domain] = (len(picked), share)
         notes += unused
-    windows = torch.cat(chosen)
-    if not len(windows):
-        raise too_short(list(found), window, notes)
+    samples = torch.cat(chosen)
+    if not len(samples):
+        raise too_short(list(found), seqlen, notes)
     if left := len(texts.domains) - len(found):
-        notes.append(f"text: {count} windows for {len(texts.domains)} domains, {left} gave none")
-    return windows, notes + shortage(found, window)
+        notes.append(f"text: {count} samples for {len(texts.domains)} domains, {left} gave none")
+    return samples, notes + shortage(found, seqlen)
 
 
-def too_short(domains: list[str], window: int, notes: list[str]) -> CalibrationError:
-    """No domain holds a window."""
+def too_short(domains: list[str], seqlen: int, notes: list[str]) -> CalibrationError:
+    """No domain holds a sample."""
     more = "".join(f"; {note}" for note in notes)
     return CalibrationError(
-        f"the text is empty or shorter than one window of {window} tokens (domains: "
-        f"{', '.join(domains)}); give more text or a smaller window{more}"
+        f"the text is empty or shorter than one sample of {seqlen} tokens (domains: "
+        f"{', '.join(domains)}); give more text or a smaller sample{more}"
     )
 
 
-def shortage(found: dict[str, tuple[int, int]], window: int) -> list[str]:
-    """In words, which domains gave fewer windows than they were to give. found: both numbers."""
+def shortage(found: dict[str, tuple[int, int]], seqlen: int) -> list[str]:
+    """In words, which domains gave fewer samples than they were to give. found: both numbers."""
     short = [f"{d} {n} of {share}" for d, (n, share) in found.items() if n < share]
     if not short:
         return []
     total, asked = (sum(numbers) for numbers in zip(*found.values(), strict=True))
     more = f" and {len(short) - 8} more" if len(short) > 8 else ""
     return [
-        f"text: {asked} windows of {window} tokens were asked for, {total} found: "
-        f"{', '.join(short[:8])}{more}; give more text, or ask for fewer or shorter windows"
+        f"text: {asked} samples of {seqlen} tokens were asked for, {total} found: "
+        f"{', '.join(short[:8])}{more}; give more text, or ask for fewer or shorter samples"
     ]
 
 
-def fingerprint(windows: Int[Tensor, "n L"]) -> str:
+def fingerprint(samples: Int[Tensor, "n L"]) -> str:
     """SHA-256 of the token ids, to say which text a result was calibrated on."""
-    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(samples.numpy().tobytes()).hexdigest()

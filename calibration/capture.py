@@ -24,11 +24,11 @@ class Captured:
     """What one experts module was called with. `part` gives the statistics of some experts."""
 
     def __init__(
-        self, module: Any, gate_weighted: bool, stride: int, scratch: Scratch, last: bool = False
+        self, module: Any, routing_weighted: bool, stride: int, scratch: Scratch, last: bool = False
     ):
         """stride: every stride-th token goes into the sample for rare experts. scratch: where
         tokens wait. last: nothing comes of its output, so it need not be computed."""
-        self.module, self.gate_weighted, self.stride = module, gate_weighted, stride
+        self.module, self.routing_weighted, self.stride = module, routing_weighted, stride
         self.scratch, self.last = scratch, last
         self._calls: list[tuple[Tensor, Tensor, Tensor]] = []
         first, second = experts.expert_weights(module)
@@ -65,7 +65,7 @@ class Captured:
         self.weight = torch.stack([weight[piece].sum() for piece in pieces])
 
     def _weight(self, gate: Tensor) -> Tensor:
-        return gate.square() if self.gate_weighted else torch.ones_like(gate)
+        return gate.square() if self.routing_weighted else torch.ones_like(gate)
 
     def received(self) -> tuple[Float[Tensor, "T H"], Float[Tensor, " M"]]:
         """All tokens, and the gates of all assignments."""

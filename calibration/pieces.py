@@ -1,7 +1,7 @@
 """Pieces of text, and a choice of them: text that is much longer than what is used of it is neither
 held in memory nor tokenized whole.
 
-Left out: where pieces come from (text.py, tables.py), what windows are made of them (batches.py).
+Left out: where pieces come from (text.py, tables.py), what samples are made of them (batches.py).
 """
 
 import heapq

@@ -62,9 +62,9 @@ class Scheme:
 # What quality may cost. fast: GPTQ on min-max grids. balanced: better grids and integers, and half
 # of the text written by the model itself. best: more of both kinds of text, and each layer tuned.
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"searched": False, "feedback": False, "tune": 0, "windows": 128, "written": 0},
-    "balanced": {"searched": True, "feedback": True, "tune": 0, "windows": 64, "written": 64},
-    "best": {"searched": True, "feedback": True, "tune": 200, "windows": 128, "written": 128},
+    "fast": {"search_grid": False, "refit": False, "tune": 0, "samples": 128, "self_samples": 0},
+    "balanced": {"search_grid": True, "refit": True, "tune": 0, "samples": 64, "self_samples": 64},
+    "best": {"search_grid": True, "refit": True, "tune": 200, "samples": 128, "self_samples": 128},
 }
 
 
@@ -74,18 +74,18 @@ class CalibrationConfig:
 
     text: "bundled" (all domains that ship with qmoe), "bundled:austen+factbook", a local file,
     table or folder, or "hf:NAME[/CONFIG][:SPLIT[:COLUMN]]" for any `datasets` name
-    (calibration/text.py); several in one string with commas between them, or in a list.
-    windows x window tokens are used, spread evenly over the domains. batch: windows per forward
-    pass. written: windows more that the model writes itself (writing.py), in the languages and
-    domains it knows, whatever the text is.
+    (calibration/text.py); several in one string with commas between them, or in a list. samples x
+    seqlen tokens are used, spread evenly over the domains. batch: samples per forward pass.
+    self_samples: samples more that the model writes itself (pipeline/self_text.py), in the
+    languages and domains it knows, whatever the text is.
     """
 
     text: str | Sequence[str] = "bundled"
-    windows: int = 128
-    window: int = 256
+    samples: int = 128
+    seqlen: int = 256
     batch: int = 8
     seed: int = 0
-    written: int = 0
+    self_samples: int = 0
 
     def __post_init__(self) -> None:
         expect("calibration text", self.text, str, list, tuple)
@@ -96,7 +96,7 @@ class CalibrationConfig:
         if not self.text:
             raise ConfigError("calibration text: expected at least one, got none")
         expect("calibration seed", self.seed, int)
-        for name, least in (("windows", 1), ("written", 0), ("window", 2), ("batch", 1)):
+        for name, least in (("samples", 1), ("self_samples", 0), ("seqlen", 2), ("batch", 1)):
             expect(f"calibration {name}", getattr(self, name), int)
             if getattr(self, name) < least:
                 raise ConfigError(
@@ -111,22 +111,28 @@ class QuantConfig:
     """Everything `qmoe.quantize` can be told.
 
     method: how experts and dense linears are rounded; awq-gptq folds AWQ's scales and then solves
-    by GPTQ. experts: the routed experts' scheme.
-    dense: attention, shared experts and dense MLPs (None leaves them in 16 bits). lm_head: the
-    output projection (None leaves it). act_order: GPTQ visits columns by falling Hessian diagonal,
-    with group scales fixed from the original weights, so nothing extra is stored. damp: share of
-    the mean Hessian diagonal added to it. gate_weighted: weigh each routed token's contribution to
-    its expert's Hessian by the squared gate. searched: grids and integers that GPTQ's one pass on
-    min-max grids leaves out (solvers/search.py). feedback: matrices behind quantized ones are
-    fitted to what those give (solvers/feedback.py); with statistics from or for files there is
-    none, since it takes text in between. tune: steps of tuning each layer against the original's
-    output, after it is solved (qmoe/layer/tune.py); 0 is none. rotate: a Hadamard rotation of what
-    quantized weights read: "online" of all of it, in the largest blocks that fit, which is work at
-    run time (qmoe/format/hadamard.py); "fused" of the residual stream alone, which is none, as all
-    weights around it are rotated too and a tied head is untied; models for which that is not the
-    same function are refused (qmoe/pipeline/find_rotation.py). Neither goes with AWQ.
+        by GPTQ.
+    experts: the routed experts' scheme.
+    dense: of attention, shared experts and dense MLPs; None leaves them in 16 bits.
+    lm_head: of the output projection; None leaves it in 16 bits.
+    act_order: GPTQ visits columns by falling Hessian diagonal, with group scales fixed from the
+        original weights, so nothing extra is stored.
+    damp: share of the mean Hessian diagonal that is added to the diagonal.
+    routing_weighted: weigh each routed token's contribution to its expert's Hessian by the square
+        of its routing weight.
+    search_grid: search grids and integers that GPTQ's one pass on min-max grids leaves out
+        (solvers/search.py).
+    refit: fit matrices behind quantized ones to what those give (solvers/refit.py). Statistics
+        from files or for files leave it out, since it takes text in between.
+    tune: steps of tuning each layer against the original's output after it is solved
+        (qmoe/layer/tune.py); 0 is none.
+    rotate: a Hadamard rotation of what quantized weights read. "online" rotates all of it, in the
+        largest blocks that fit, which is work at run time (qmoe/format/hadamard.py). "fused"
+        rotates the residual stream alone, which is no work, as all weights around it are rotated
+        too and a tied head is untied; models for which that is not the same function are refused
+        (qmoe/pipeline/find_rotation.py). Neither goes with AWQ.
     min_tokens: an expert with fewer calibration tokens borrows tokens of its layer (see
-    calibration/coverage.py).
+        calibration/coverage.py).
     """
 
     method: Method = "gptq"
@@ -135,9 +141,9 @@ class QuantConfig:
     lm_head: Scheme | None = None
     act_order: bool = True
     damp: float = 0.01
-    gate_weighted: bool = True
-    searched: bool = True
-    feedback: bool = True
+    routing_weighted: bool = True
+    search_grid: bool = True
+    refit: bool = True
     tune: int = 0
     rotate: Rotate = "off"
     min_tokens: int = 256
@@ -152,7 +158,7 @@ class QuantConfig:
             raise ConfigError(f"calibration: expected its config, got {self.calibration!r}")
         if self.method not in get_args(Method):
             raise ConfigError(f"method: expected one of {get_args(Method)}, got {self.method!r}")
-        for name in ("act_order", "gate_weighted", "searched", "feedback"):
+        for name in ("act_order", "routing_weighted", "search_grid", "refit"):
             expect(name, getattr(self, name), bool)
         for name in ("min_tokens", "tune"):
             expect(name, getattr(self, name), int)
@@ -167,13 +173,13 @@ class QuantConfig:
             raise ConfigError("rotation: expected the same block in all schemes")
         if self.rotate == "fused" and any(s.rotation for s in self._schemes()):
             raise ConfigError("rotate: a scheme that is rotated is online, not fused")
-        if self.folds and (self.rotate != "off" or any(s.rotation for s in self._schemes())):
+        if self.applies_awq and (self.rotate != "off" or any(s.rotation for s in self._schemes())):
             raise ConfigError(f"rotate: not with AWQ's scales, the method is {self.method}")
         if not 0 < self.damp < 1:
             raise ConfigError(f"damp: expected a share between 0 and 1, got {self.damp}")
 
     @property
-    def folds(self) -> bool:
+    def applies_awq(self) -> bool:
         """Whether AWQ's scales are folded into the layer before it is rounded."""
         return self.method.startswith("awq")
 
@@ -198,10 +204,10 @@ class QuantConfig:
         return self.rotate == "online" or any(scheme.rotation for scheme in self._schemes())
 
     @property
-    def widened(self) -> bool:
+    def experts_in_float32(self) -> bool:
         """Whether routed experts are in memory in float32: those that change before they are
         rounded must not be rounded twice."""
-        return self.folds or self.rotate == "fused"
+        return self.applies_awq or self.rotate == "fused"
 
     def _schemes(self) -> list[Scheme]:
         found = (self.experts, self.dense, self.lm_head)

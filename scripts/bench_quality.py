@@ -2,9 +2,9 @@
 
     python -P scripts/bench_quality.py MODEL... --corpus DIR --work DIR --out docs/quality
 
-DIR holds `<domain>.train.txt` and `<domain>.test.txt`. Calibration text is 128 windows of 256
+DIR holds `<domain>.train.txt` and `<domain>.test.txt`. Calibration text is 128 samples of 256
 tokens of all domains (matched) or of essays alone (mismatched), the same token ids for every
-method; the evaluation is on the first 64 windows of every domain's test text, in float32, against
+method; the evaluation is on the first 64 samples of every domain's test text, in float32, against
 the original. Peers run in environments of their own, made from the pinned versions in
 scripts/peers. Every result is kept in the work folder, so the same command goes on where it
 stopped; what failed stays failed until --retry, and is a row with its reason. Writes
@@ -38,7 +38,7 @@ from methods import METHODS, Method, Task
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from qmoe.calibration.batches import fingerprint, sample_windows
+from qmoe.calibration.batches import choose_samples, fingerprint
 from qmoe.calibration.text import load_texts
 
 REGIMES = {"matched": "*.train.txt", "mismatched": "essays.train.txt"}
@@ -99,7 +99,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("docs/quality"))
     parser.add_argument("--regime", nargs="+", choices=REGIMES, default=list(REGIMES))
     parser.add_argument("--bits", nargs="+", type=int, choices=methods.BITS, default=methods.BITS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the windows' choice")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the samples' choice")
     names = [m.name for m in METHODS]
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--retry", action="store_true", help="run again what failed")
@@ -114,7 +114,7 @@ def _prepare(args: argparse.Namespace, model: Path, regime: str, seed: int) -> C
     case = Case(model, regime, seed, str(args.corpus / REGIMES[regime]), folder)
     (folder / "results").mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    tokens, _ = sample_windows(tokenizer, load_texts(case.text), 128, 256, seed)
+    tokens, _ = choose_samples(tokenizer, load_texts(case.text), 128, 256, seed)
     save_file({"tokens": tokens.contiguous()}, case.tokens)
     if not case.rare.is_file():
         batches = evaluation.test_batches(model, args.corpus)
@@ -159,12 +159,12 @@ def _result(args: argparse.Namespace, case: Case, method: Method, bits: int) -> 
 
 
 def _check_text(case: Case, method: Method, peer: dict[str, Any]) -> None:
-    """Ours choose their windows themselves: they must be those that the peers get, unless text that
+    """Ours choose their samples themselves: they must be those that the peers get, unless text that
     the model writes is part of the method."""
     told = peer.get("calibration_sha256")
     if method.script == "ours" and told is not None and not method.writes:
         wanted = fingerprint(load_file(case.tokens)["tokens"])
-        assert told == wanted, f"{method.name}: calibrated on other windows than the peers"
+        assert told == wanted, f"{method.name}: calibrated on other samples than the peers"
 
 
 def _known(args: argparse.Namespace) -> list[Case]:

@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--intermediate", type=int, default=768)
-    parser.add_argument("--windows", type=int, default=32, help="of 256 tokens, for calibration")
+    parser.add_argument("--samples", type=int, default=32, help="of 256 tokens, for calibration")
     parser.add_argument(
         "--preset",
         choices=["fast", "balanced"],
@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--child", nargs=2, metavar=("SRC", "DST"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(_quantize(*args.child, args.preset, args.windows)))
+        print(json.dumps(_quantize(*args.child, args.preset, args.samples)))
         return 0
     layer = args.experts * 3 * args.hidden * args.intermediate * 2
     rows, peaks, good = [], [], True
@@ -72,7 +72,7 @@ def _against(args: argparse.Namespace, ours: dict[str, Any], folder: Path) -> bo
     """llm-compressor on the model that was just quantized; whether we took a third of its time."""
     peer = str(HERE / "peer_llmcompressor.py")
     command = [args.peer, peer, str(folder / "source"), str(folder / "peer")]
-    command += ["--windows", str(args.windows)]
+    command += ["--samples", str(args.samples)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     theirs = json.loads(done.stdout.splitlines()[-1])
     rows = [[name, f"{r['seconds']:.0f}", tables.size(r["peak"])]
@@ -89,7 +89,7 @@ def _measure(args: argparse.Namespace, layers: int, folder: Path) -> dict[str, A
     shape += ["--intermediate", args.intermediate]
     make = [sys.executable, "-P", str(HERE / "random_model.py"), str(source), *map(str, shape)]
     subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
-    child = [sys.executable, "-P", __file__, "--windows", str(args.windows)]
+    child = [sys.executable, "-P", __file__, "--samples", str(args.samples)]
     child += ["--preset", args.preset]
     child += ["--child", str(source), str(quantized)]
     done = subprocess.run(child, check=True, capture_output=True, text=True)
@@ -97,7 +97,7 @@ def _measure(args: argparse.Namespace, layers: int, folder: Path) -> dict[str, A
     return result
 
 
-def _quantize(source: str, quantized: str, preset: str, windows: int) -> dict[str, Any]:
+def _quantize(source: str, quantized: str, preset: str, samples: int) -> dict[str, Any]:
     import qmoe.layer.quantize
     import qmoe.layer.solve
     import qmoe.pipeline.quantize
@@ -128,7 +128,7 @@ def _quantize(source: str, quantized: str, preset: str, windows: int) -> dict[st
     Units.save = timed("units", Units.save)  # type: ignore[method-assign]
     Checkpoint.check_finite = timed("checking", Checkpoint.check_finite)  # type: ignore[method-assign]
     scheme = Scheme(4, 128)
-    text = {"windows": windows, "written": 0, "window": 256, "batch": 8}
+    text = {"samples": samples, "self_samples": 0, "seqlen": 256, "batch": 8}
     config = QuantConfig.preset(preset, experts=scheme, dense=scheme, **text)
     start = time.monotonic()
     qmoe.pipeline.quantize.quantize(source, quantized, config)

@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 POLITE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # More experts than are solved at once, so that a run can be cut off between two units of a layer.
 SHAPE = ["--hidden", "512", "--experts", "144", "--intermediate", "32", "--layers", "4"]
-OPTIONS = ["--group-size", "32", "--windows", "24", "--window", "64"]
+OPTIONS = ["--group-size", "32", "--samples", "24", "--seqlen", "64"]
 
 
 def main() -> int:

@@ -80,7 +80,7 @@ def operate(operation: str, model: Path, out: Path, text: Path) -> int:
         return qmoe_main(["inspect", str(model)] + ["--experts"] * operation.endswith("experts"))
     options = ["--method", operation, "--group-size", "32"]
     if operation != "rtn":
-        options += ["--calibration", str(text), "--windows", "2", "--window", "32"]
+        options += ["--calibration", str(text), "--samples", "2", "--seqlen", "32"]
     return qmoe_main(["quantize", str(model), str(out), *options])
 
 

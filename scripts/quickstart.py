@@ -34,7 +34,7 @@ def main() -> None:
         print(f"fallbacks: {len(report['fallbacks'])}")
         for line in report["fallbacks"]:
             print(f"  {line}")
-        quality = evaluate(path, against=DEMO, baselines=["rtn"], windows=24, track=on_terminal)
+        quality = evaluate(path, against=DEMO, baselines=["rtn"], samples=24, track=on_terminal)
         speed = benchmark(path, against=DEMO, baselines=["rtn"], track=on_terminal)
         show(*table(quality, speed))
         model, tokenizer = qmoe.load(path)

@@ -49,7 +49,7 @@ def build_model() -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config, experts_implementation="grouped_mm")
 
 
-def windows(tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tensor:
+def samples(tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tensor:
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)
 
@@ -82,9 +82,9 @@ def main() -> None:
     files = sorted(args.text.glob("*.train.txt"))
     tokenizer = build_tokenizer(files)
     model = build_model()
-    train = {f.stem.split(".")[0]: windows(tokenizer, f.read_text(encoding="utf-8")) for f in files}
+    train = {f.stem.split(".")[0]: samples(tokenizer, f.read_text(encoding="utf-8")) for f in files}
     test = {
-        d: windows(tokenizer, (HELDOUT / f"{d}.txt").read_text(encoding="utf-8")) for d in train
+        d: samples(tokenizer, (HELDOUT / f"{d}.txt").read_text(encoding="utf-8")) for d in train
     }
     data = torch.cat(list(train.values()))
     print(Counter({d: x.numel() for d, x in train.items()}))

@@ -32,7 +32,7 @@ load(".", expert_memory="6 GB")
 Scheme(bits="4")
 Scheme(symmetric="no")
 Scheme(group_size=[])
-CalibrationConfig(windows="x")
+CalibrationConfig(samples="x")
 CalibrationConfig(text=3)
 CalibrationConfig(seed=0.5)
 QuantConfig(damp="x")
@@ -63,7 +63,7 @@ for call in {WRONG.strip().splitlines()!r}:
 
 def test_text_options_contradict_statistics():
     parse = build_parser().parse_args
-    for option in ("--windows", "--seed", "--batch", "--window", "--calibration"):
+    for option in ("--samples", "--seed", "--batch", "--seqlen", "--calibration"):
         args = parse(["quantize", "a", "b", option, "9", "--statistics", "s"])
         with pytest.raises(ConfigError, match=f"{option}: with --statistics no text is run"):
             config_from(args)
@@ -89,7 +89,7 @@ def test_files_have_the_mode_that_the_umask_says(tmp_path, demo):
 
 
 def test_a_closed_terminal_is_like_an_interrupt(tmp_path, demo):
-    process = start(tmp_path, demo, "", "--preset", "fast", "--windows", "64")
+    process = start(tmp_path, demo, "", "--preset", "fast", "--samples", "64")
     while not (tmp_path / "out.partial").exists():  # all layers are still to come: time enough
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)

@@ -10,17 +10,17 @@ def test_options_become_the_config():
     command = (
         "quantize a b --method awq --bits 3 --group-size 64 --asymmetric --dense-bits 4 "
         "--dense-group-size 32 --dense-asymmetric --lm-head-bits 8 --no-act-order --damp 0.1 "
-        "--no-gate-weight --min-tokens 7 --calibration x.txt --windows 3 --window 5 --batch 2 "
+        "--no-gate-weight --min-tokens 7 --calibration x.txt --samples 3 --seqlen 5 --batch 2 "
         "--seed 9"
     )
     args = build_parser().parse_args(command.split())
     config = config_from(args)
-    assert (config.method, config.act_order, config.gate_weighted) == ("awq", False, False)
+    assert (config.method, config.act_order, config.routing_weighted) == ("awq", False, False)
     assert (config.damp, config.min_tokens) == (0.1, 7)
     assert str(config.experts) == "int3 g64 asym" and str(config.dense) == "int4 g32 asym"
     assert str(config.lm_head) == "int8 g32 asym"
     c = config.calibration
-    assert (c.text, c.windows, c.window, c.batch, c.seed) == ("x.txt", 3, 5, 2, 9)
+    assert (c.text, c.samples, c.seqlen, c.batch, c.seed) == ("x.txt", 3, 5, 2, 9)
     assert (
         config_from(build_parser().parse_args(["quantize", "a", "b", "--dense-bits", "16"])).dense
         is None
@@ -41,7 +41,7 @@ def test_json_output_of_every_command(demo, quantized, tmp_path, capsys):
         "name": "model.layers.0.mlp.experts",
         "shapes": [[16, 256, 256], [16, 256, 128]],
     } in parts
-    scores = run("eval", quantized, "--windows", "1", "--text", "heldout:austen")["scores"]
+    scores = run("eval", quantized, "--samples", "1", "--text", "heldout:austen")["scores"]
     assert scores["qmoe"]["austen"]["perplexity"] > 1
 
 
@@ -61,11 +61,11 @@ def test_bench_measures_every_model(demo, quantized, capsys):
 
 def test_people_get_tables_and_no_progress_bars_when_piped(demo, quantized, tmp_path, capsys):
     for command in (
-        ["quantize", demo, tmp_path / "q", "--preset", "fast", "--windows", "4"],
+        ["quantize", demo, tmp_path / "q", "--preset", "fast", "--samples", "4"],
         ["inspect", quantized, "--experts"],
         ["inspect", demo],
-        ["eval", quantized, "--against", demo, "--windows", "1"],
-        ["eval", quantized, "--against", demo, "--windows", "1", "--baseline", "rtn"],
+        ["eval", quantized, "--against", demo, "--samples", "1"],
+        ["eval", quantized, "--against", demo, "--samples", "1", "--baseline", "rtn"],
         ["bench", quantized, "--prompt", "8", "--tokens", "1", "--repeats", "1"],
     ):
         assert main([str(c) for c in command]) == 0

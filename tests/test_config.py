@@ -19,7 +19,7 @@ def test_round_trip_through_dict():
         (lambda: Scheme(group_size=100), r"group size: expected one of .*, got 100"),
         (lambda: QuantConfig(damp=0.0), "damp: expected a share between 0 and 1, got 0.0"),
         (lambda: QuantConfig(min_tokens=-1), "min_tokens: expected 0 or more, got -1"),
-        (lambda: CalibrationConfig(windows=0), "calibration windows: expected at least 1, got 0"),
+        (lambda: CalibrationConfig(samples=0), "calibration samples: expected at least 1, got 0"),
         (lambda: QuantConfig.from_dict({"bit": 4}), "unknown key 'bit'; known keys are"),
         (lambda: QuantConfig.from_dict({"experts": {"bitz": 4}}), "Scheme: unknown key 'bitz'"),
     ],

@@ -20,17 +20,17 @@ from qmoe.system.devices import CPU, find_device, moved
 
 DEVICE = pretend_device.device()  # before any test's backward pass: autograd counts devices once
 LOW = Scheme(2, 32, False)
-TEXT = CalibrationConfig(ONE_DOMAIN, windows=6, window=32, batch=2)
-FAST = QuantConfig(experts=LOW, searched=False, calibration=TEXT)
+TEXT = CalibrationConfig(ONE_DOMAIN, samples=6, seqlen=32, batch=2)
+FAST = QuantConfig(experts=LOW, search_grid=False, calibration=TEXT)
 CONFIGS = {
     "rtn": QuantConfig("rtn", LOW),
     "column order": QuantConfig(
-        experts=LOW, lm_head=LOW, searched=False, act_order=False, calibration=TEXT
+        experts=LOW, lm_head=LOW, search_grid=False, act_order=False, calibration=TEXT
     ),
-    "searched": QuantConfig(experts=LOW, dense=LOW, calibration=TEXT),
-    "tuned": QuantConfig(experts=LOW, dense=LOW, searched=False, tune=3, calibration=TEXT),
+    "search_grid": QuantConfig(experts=LOW, dense=LOW, calibration=TEXT),
+    "tuned": QuantConfig(experts=LOW, dense=LOW, search_grid=False, tune=3, calibration=TEXT),
     "awq": QuantConfig("awq", LOW, calibration=TEXT),
-    "awq-gptq": QuantConfig("awq-gptq", LOW, searched=False, calibration=TEXT),
+    "awq-gptq": QuantConfig("awq-gptq", LOW, search_grid=False, calibration=TEXT),
 }
 
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qmoe.cli.main import main
 
-LITTLE = ("--preset", "fast", "--windows", "4")  # of work, for processes of their own
+LITTLE = ("--preset", "fast", "--samples", "4")  # of work, for processes of their own
 
 
 @pytest.fixture
@@ -196,15 +196,15 @@ def test_empty_calibration_text(capsys, tmp_path, demo):
 def test_text_shorter_than_one_window(capsys, tmp_path, demo):
     (tmp_path / "short.txt").write_text("only a few words")
     expect_error(
-        capsys, tmp_path, "shorter than one window of 256 tokens", demo, tmp_path / "out",
+        capsys, tmp_path, "shorter than one sample of 256 tokens", demo, tmp_path / "out",
         "--calibration", tmp_path / "short.txt",
     )  # fmt: skip
 
 
 def test_a_window_longer_than_the_model_reads(capsys, tmp_path, demo, quantized):
-    message = "window: 2000 tokens are more than the 1024 positions of this model"
-    expect_error(capsys, tmp_path, message, demo, tmp_path / "out", "--window", "2000")
-    assert main(["eval", str(quantized), "--window", "2000"]) == 1
+    message = "seqlen: 2000 tokens are more than the 1024 positions of this model"
+    expect_error(capsys, tmp_path, message, demo, tmp_path / "out", "--seqlen", "2000")
+    assert main(["eval", str(quantized), "--seqlen", "2000"]) == 1
     assert message in capsys.readouterr().err
 
 
@@ -341,7 +341,7 @@ def test_statistics_of_two_runs_do_not_mix(capsys, tmp_path, demo):
     (tmp_path / "s" / "mine").write_text("data")
     expect_error(
         capsys, tmp_path, "is not empty; statistics of two runs", demo, tmp_path / "out",
-        "--windows", "1", "--save-statistics", tmp_path / "s",
+        "--samples", "1", "--save-statistics", tmp_path / "s",
     )  # fmt: skip
     assert [p.name for p in (tmp_path / "s").iterdir()] == ["mine"]
 
@@ -364,7 +364,7 @@ def test_statistics_that_cannot_be_kept(capsys, tmp_path, demo):
     (tmp_path / "file").write_text("")
     expect_error(
         capsys, tmp_path, "cannot keep statistics there", demo, tmp_path / "out",
-        "--windows", "1", "--save-statistics", tmp_path / "file",
+        "--samples", "1", "--save-statistics", tmp_path / "file",
     )  # fmt: skip
 
 
@@ -382,8 +382,8 @@ def test_text_tables_that_cannot_be_read(capsys, tmp_path, demo):
     "command",
     [
         "eval --batch 0",
-        "eval --window 1",
-        "eval --windows -1",
+        "eval --seqlen 1",
+        "eval --samples -1",
         "bench --prompt 0",
         "bench --repeats 0",
     ],

@@ -55,9 +55,9 @@ def test_without_a_reference_only_perplexity_is_known():
 
 
 def test_where_a_model_is_not_better_is_said_with_its_noise():
-    noisy = Score(windows=[1.0, 1.2, 0.8, 1.1])
-    rival = {"x": Score(windows=[1.1, 1.0, 0.9, 1.0]), "y": noisy, "z": Score(windows=[2.0] * 4)}
-    clear = Score(windows=[2.0, 2.2, 1.8, 2.1])
+    noisy = Score(samples=[1.0, 1.2, 0.8, 1.1])
+    rival = {"x": Score(samples=[1.1, 1.0, 0.9, 1.0]), "y": noisy, "z": Score(samples=[2.0] * 4)}
+    clear = Score(samples=[2.0, 2.2, 1.8, 2.1])
     notes = not_better({"x": noisy, "y": clear, "z": noisy}, rival, "rtn")
     assert len(notes) == 2
     assert (
@@ -123,8 +123,8 @@ def test_a_loss_above_709_nats_has_an_infinite_perplexity():
 
 
 def test_an_infinite_loss_is_not_within_noise():
-    worst = Score(windows=[math.inf, math.inf])
-    [note] = not_better({"x": worst}, {"x": Score(windows=[1.0, 2.0])}, "rtn")
+    worst = Score(samples=[math.inf, math.inf])
+    [note] = not_better({"x": worst}, {"x": Score(samples=[1.0, 2.0])}, "rtn")
     assert "infinite" in note and "nan" not in note
 
 
@@ -164,7 +164,7 @@ def test_an_overflow_of_a_real_model_is_refused_in_its_dtype(tmp_path, demo):
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     quantized = tmp_path / "q"
     qmoe.quantize(source, quantized, QuantConfig("rtn", Scheme(8, 32)), progress=False)
-    options = {"against": source, "text": ONE_DOMAIN, "windows": 1, "window": 32}
+    options = {"against": source, "text": ONE_DOMAIN, "samples": 1, "seqlen": 32}
     with pytest.raises(CalibrationError, match="original: .*float16.*bfloat16 or float32"):
         evaluate(quantized, **options, loading=Loading(torch.float16))
     assert torch.is_grad_enabled()  # also while the error holds on to what ran

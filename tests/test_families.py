@@ -21,7 +21,7 @@ from qmoe.errors import OutputError
 
 # gpt-oss stores its experts fused: plain transformers has no names for them (see test_matrix.py).
 NAMED = [family for family in FAMILIES if family != "gpt_oss"]
-CALIBRATION = CalibrationConfig(ONE_DOMAIN, windows=6, window=64, batch=2)
+CALIBRATION = CalibrationConfig(ONE_DOMAIN, samples=6, seqlen=64, batch=2)
 IDS = torch.arange(1, 33).view(2, 16) * 37
 
 # A line read is a model's folder, a line written what went wrong with it, or nothing.
@@ -79,7 +79,7 @@ def plain(tmp_path_factory):
 
 def quantize(family, tmp_path, demo, **settings):
     source = save_random(family, tmp_path / "source", demo, torch.float32)
-    config = QuantConfig(**{"searched": False, "calibration": CALIBRATION, **settings})
+    config = QuantConfig(**{"search_grid": False, "calibration": CALIBRATION, **settings})
     report = qmoe.quantize(source, tmp_path / "quantized", config, progress=False)
     return source, tmp_path / "quantized", report
 
@@ -181,7 +181,7 @@ def test_plain_transformers_loads_a_fused_rotation(tied, tmp_path, demo, plain):
         "qwen3_moe", tmp_path / "source", demo, torch.float32, tie_word_embeddings=tied
     )
     config = QuantConfig(
-        searched=False, calibration=CALIBRATION, experts=Scheme(4, 32), rotate="fused"
+        search_grid=False, calibration=CALIBRATION, experts=Scheme(4, 32), rotate="fused"
     )
     qmoe.quantize(source, tmp_path / "quantized", config, progress=False)
     model, _ = qmoe.load(tmp_path / "quantized", progress=False)

@@ -117,20 +117,18 @@ def test_linears_are_solved_one_behind_the_other():
 
 def test_layers_come_closer_to_the_originals(demo, tmp_path):
     source = first_layers(demo, tmp_path / "source", 1)
-    text = CalibrationConfig(windows=32)
+    text = CalibrationConfig(samples=32)
     error = {}
-    for feedback in (False, True):
-        config = QuantConfig(
-            experts=LOW, dense=LOW, searched=False, feedback=feedback, calibration=text
-        )
-        report = qmoe.quantize(source, tmp_path / f"{feedback}", config, progress=False)
-        error[feedback] = report["layers"][0]["error"]
+    for on in (False, True):
+        config = QuantConfig(experts=LOW, dense=LOW, search_grid=False, refit=on, calibration=text)
+        report = qmoe.quantize(source, tmp_path / f"{on}", config, progress=False)
+        error[on] = report["layers"][0]["error"]
     assert error[True] < 0.95 * error[False]
 
 
 def test_statistics_in_files_go_without_and_say_so(demo, tmp_path):
     source = first_layers(demo, tmp_path / "source", 1)
-    config = QuantConfig(searched=False, calibration=CalibrationConfig(ONE_DOMAIN, windows=4))
+    config = QuantConfig(search_grid=False, calibration=CalibrationConfig(ONE_DOMAIN, samples=4))
     qmoe.quantize(
         source, tmp_path / "out", config, save_statistics=tmp_path / "stats", progress=False
     )

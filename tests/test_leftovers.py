@@ -23,8 +23,8 @@ from qmoe.pipeline.checks import estimate_bytes
 RTN = QuantConfig("rtn", Scheme(4, 32))
 GPTQ = QuantConfig(
     experts=Scheme(4, 32),
-    searched=False,
-    calibration=CalibrationConfig(ONE_DOMAIN, windows=2, written=2, window=32),
+    search_grid=False,
+    calibration=CalibrationConfig(ONE_DOMAIN, samples=2, self_samples=2, seqlen=32),
 )
 
 
@@ -83,7 +83,7 @@ def test_a_prediction_layer_of_a_model_that_has_not_61(tmp_path, demo, config):
              ("source", "twin")]  # fmt: skip
     assert abs(sizes[0] - sizes[1]) < 10_000  # the header
     scores = evaluate(
-        tmp_path / "q", against=tmp_path / "source", text="heldout:austen", windows=1, window=32
+        tmp_path / "q", against=tmp_path / "source", text="heldout:austen", samples=1, seqlen=32
     )
     assert scores["overall"]["qmoe"]["kl"] < 1
 

@@ -24,14 +24,14 @@ def lines(n):
 
 @pytest.fixture
 def config(tmp_path):
-    """Text of three domains in a folder: enough, a little, and less than a window."""
+    """Text of three domains in a folder: enough, a little, and less than a sample."""
     folder = tmp_path / "text"
     folder.mkdir()
     (folder / "enough.txt").write_text(lines(500))
     (folder / "little.jsonl").write_text(json.dumps({"text": lines(10)}) + '\n{"text": null}\n')
     (folder / "none.txt").write_text("few words")
     (folder / "about.pdf").write_text("")
-    return QuantConfig.preset("fast", text=str(folder), windows=24, window=64)
+    return QuantConfig.preset("fast", text=str(folder), samples=24, seqlen=64)
 
 
 def said(lines, folder):
@@ -39,7 +39,7 @@ def said(lines, folder):
     beside, empty, short = lines
     assert beside == f"{folder}: not read as text: about.pdf"
     assert empty == f"{folder / 'little.jsonl'}: 1 of 2 rows hold no text (null or empty)"
-    assert short.startswith("text: 24 windows of 64 tokens were asked for, 1"), short
+    assert short.startswith("text: 24 samples of 64 tokens were asked for, 1"), short
     assert "little 2 of 8" in short and "none 0 of 8" in short and "enough" not in short
     return True
 
@@ -49,11 +49,11 @@ def test_the_report_of_a_run_and_of_one_on_its_statistics(demo, tmp_path, config
     saved = tmp_path / "s"
     report = qmoe.quantize(source, tmp_path / "a", config, save_statistics=saved, progress=False)
     assert said(report["fallbacks"][:3], tmp_path / "text")
-    assert report["calibration"]["windows"] == [10, 64]
+    assert report["calibration"]["samples"] == [10, 64]
     again = qmoe.quantize(source, tmp_path / "b", config, statistics_from=[saved], progress=False)
     marked = [line for line in again["fallbacks"] if line.startswith(f"{saved}: ")]
     assert said([line.removeprefix(f"{saved}: ") for line in marked], tmp_path / "text")
-    enough = replace(config, calibration=CalibrationConfig("bundled:austen", windows=4, window=64))
+    enough = replace(config, calibration=CalibrationConfig("bundled:austen", samples=4, seqlen=64))
     report = qmoe.quantize(source, tmp_path / "c", enough, progress=False)
     assert not [line for line in report["fallbacks"] if "text" in line]
 
@@ -67,14 +67,14 @@ def test_notes_in_statistics_that_are_damaged(tmp_path):
 
 def test_an_evaluation_says_it_too(quantized, tmp_path, config, capsys):
     folder = tmp_path / "text"
-    args = ["eval", str(quantized), "--text", str(folder), "--windows", "8", "--window", "64"]
+    args = ["eval", str(quantized), "--text", str(folder), "--samples", "8", "--seqlen", "64"]
     assert main(args) == 1
-    assert "none); give more text or a smaller window" in capsys.readouterr().err
+    assert "none); give more text or a smaller sample" in capsys.readouterr().err
     (folder / "none.txt").unlink()
     assert main([*args, "--json"]) == 0
     beside, empty, short = json.loads(capsys.readouterr().out)["fallbacks"]
     assert "about.pdf" in beside and "1 of 2 rows" in empty
-    assert short.startswith("text: 16 windows of 64 tokens were asked for, 10 found: little 2 of 8")
+    assert short.startswith("text: 16 samples of 64 tokens were asked for, 10 found: little 2 of 8")
     assert main(args) == 0
     assert "asked for, 10 found: little 2 of 8" in capsys.readouterr().out
 
@@ -85,4 +85,4 @@ def test_text_that_stops_early_is_not_taken_for_a_window(demo, monkeypatch):
     model = SimpleNamespace(config=AutoConfig.from_pretrained(demo), device=torch.device("cpu"))
     tokenizer = AutoTokenizer.from_pretrained(demo)
     with pytest.raises(ValueError, match="texts end after 1 of 32 tokens"):
-        self_text.write(model, tokenizer, CalibrationConfig(windows=1, written=2, window=64))
+        self_text.write(model, tokenizer, CalibrationConfig(samples=1, self_samples=2, seqlen=64))

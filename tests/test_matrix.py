@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 import qmoe.measure.compare
 from qmoe import Scheme
-from qmoe.calibration.batches import sample_windows
+from qmoe.calibration.batches import choose_samples
 from qmoe.calibration.text import load_texts
 from qmoe.checkpoint.model_config import model_class, read_config
 from qmoe.checkpoint.reader import Checkpoint
@@ -32,7 +32,7 @@ REFUSED = {
 }
 # No search, which knows no families; `make families` has it.
 TEXT = replace(CONFIG.calibration, text=ONE_DOMAIN)
-FAST = replace(CONFIG, searched=False, calibration=TEXT)
+FAST = replace(CONFIG, search_grid=False, calibration=TEXT)
 FAMILIES = {family.model_type: family for family in families()}
 KINDS = {
     "aria_text": "fused, transposed",
@@ -86,7 +86,7 @@ def test_experts_in_another_form_with_awq_and_compared_with_the_original_streame
     save_tiny(FAMILIES[name], source)
     config = replace(FAST, method="awq", experts=Scheme(8, 32))
     qmoe.quantize(source, quantized, config, progress=False)
-    result = qmoe.measure.compare.evaluate(quantized, against=source, windows=2, window=64)
+    result = qmoe.measure.compare.evaluate(quantized, against=source, samples=2, seqlen=64)
     assert 0 < result["overall"]["qmoe"]["kl"] < 0.2
 
 
@@ -164,9 +164,9 @@ def test_tokens_are_counted_as_the_model_itself_routes_them(name, tmp_path):
         module.register_forward_pre_hook(whole)
     c = config.calibration
     tokenizer = AutoTokenizer.from_pretrained(source)
-    windows, _ = sample_windows(tokenizer, load_texts(c.text), c.windows, c.window, c.seed)
+    samples, _ = choose_samples(tokenizer, load_texts(c.text), c.samples, c.seqlen, c.seed)
     with torch.no_grad():
-        for ids in windows.split(c.batch):
+        for ids in samples.split(c.batch):
             model(**inputs_of(model, ids))
     assert entry["tokens"] == expected.tolist()
     assert sum(entry["tokens"]) > 0

@@ -16,8 +16,8 @@ from qmoe.model.source import open_source
 from qmoe.pipeline.memory import needed, spills
 from qmoe.system.spill import Scratch
 
-TEXT = CalibrationConfig(ONE_DOMAIN, windows=6, window=128, batch=2)
-CONFIG = QuantConfig(experts=Scheme(4, 64), searched=False, calibration=TEXT)
+TEXT = CalibrationConfig(ONE_DOMAIN, samples=6, seqlen=128, batch=2)
+CONFIG = QuantConfig(experts=Scheme(4, 64), search_grid=False, calibration=TEXT)
 
 
 def need(demo, tokens):

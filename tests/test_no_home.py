@@ -38,7 +38,7 @@ def test_local_text_needs_no_home(tmp_path, quantized, home):
     (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     shutil.copyfile(tmp_path / "data" / "train.jsonl", tmp_path / "t.jsonl")
     texts = ("--text", "t.jsonl", "--text", f"hf:{tmp_path}/data")
-    found = qmoe(home, tmp_path, "eval", quantized, "--windows", 1, "--window", 16, *texts)
+    found = qmoe(home, tmp_path, "eval", quantized, "--samples", 1, "--seqlen", 16, *texts)
     assert found[0] == 0 and not found[2] and "perplexity" in found[1], found
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "t.jsonl"]
 

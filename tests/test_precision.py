@@ -86,7 +86,7 @@ def test_the_streamed_original_chooses_the_experts_of_the_resident_one(tmp_path)
     [ours] = streamed(opened, batches, torch.bfloat16, silent)
     [theirs] = resident(original(source), batches)
     assert torch.equal(ours, theirs)
-    result = evaluate(quantized, against=source, text=ONE_DOMAIN, windows=1, window=32,
+    result = evaluate(quantized, against=source, text=ONE_DOMAIN, samples=1, seqlen=32,
                       loading=Loading())  # fmt: skip
     assert result["overall"]["qmoe"]["kl"] < 0.2
 
@@ -169,8 +169,8 @@ def test_without_a_dtype_in_the_config_the_weights_tell_it(dtype, tmp_path):
 
 
 def test_tuning_does_not_round_what_is_stored_in_float32(tmp_path):
-    text = CalibrationConfig(ONE_DOMAIN, windows=4, window=32)
-    config = QuantConfig(experts=Scheme(4, 32), searched=False, tune=2, calibration=text)
+    text = CalibrationConfig(ONE_DOMAIN, samples=4, seqlen=32)
+    config = QuantConfig(experts=Scheme(4, 32), search_grid=False, tune=2, calibration=text)
     source, quantized, _ = made("ernie4_5_moe", tmp_path, config=config)
     name = "model.layers.1.mlp.gate.weight"
     before, after = {}, {}

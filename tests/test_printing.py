@@ -64,7 +64,7 @@ def test_a_name_that_the_encoding_cannot_show(tmp_path, demo, quantized):
     text.write_text("words that a model may read, " * 400)
     for encoding in ("ascii", "utf-8"):
         status, err = run(
-            "eval", quantized, "--text", text, "--windows", "1", "--window", "32",
+            "eval", quantized, "--text", text, "--samples", "1", "--seqlen", "32",
             stdout=subprocess.DEVNULL, env={"PYTHONIOENCODING": encoding},
         )  # fmt: skip
         assert (status, err) == (0, ""), err

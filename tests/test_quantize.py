@@ -16,8 +16,8 @@ from qmoe.errors import CalibrationError, ConfigError
 from qmoe.measure.compare import evaluate
 from qmoe.packed.report import fallbacks
 
-SMALL = CalibrationConfig(windows=8)
-FAST = QuantConfig(searched=False, calibration=SMALL)
+SMALL = CalibrationConfig(samples=8)
+FAST = QuantConfig(search_grid=False, calibration=SMALL)
 
 
 def same_files(a, b):
@@ -28,7 +28,7 @@ def same_files(a, b):
 
 def test_the_demo_model_predicts(demo, quantized):
     """Far below unigram perplexity (844 to 1217) in every domain, and so does its int4 form."""
-    result = evaluate(quantized, against=demo, windows=6)
+    result = evaluate(quantized, against=demo, samples=6)
     for name in ("original", "qmoe"):
         for domain, score in result["scores"][name].items():
             assert score["perplexity"] < 150, (name, domain)
@@ -38,10 +38,10 @@ def test_gptq_beats_rounding_in_and_out_of_domain(demo, tmp_path):
     config = QuantConfig(
         experts=Scheme(3, 128, False),
         dense=Scheme(3, 128, False),
-        calibration=CalibrationConfig("bundled:austen+factbook", windows=32),
+        calibration=CalibrationConfig("bundled:austen+factbook", samples=32),
     )
     qmoe.quantize(demo, tmp_path / "q3", config, progress=False)
-    result = evaluate(tmp_path / "q3", against=demo, baselines=["rtn", "nf4"], windows=6)
+    result = evaluate(tmp_path / "q3", against=demo, baselines=["rtn", "nf4"], samples=6)
     rtn, ours = result["scores"]["rtn"], result["scores"]["qmoe"]
     for domain in rtn:
         assert ours[domain]["kl"] < 0.9 * rtn[domain]["kl"], domain
@@ -55,7 +55,7 @@ def test_same_seed_same_bytes(demo, quantized, tmp_path):
 
 
 def test_another_seed_other_bytes(demo, quantized, tmp_path):
-    config = replace(FAST, calibration=CalibrationConfig(windows=8, seed=1))
+    config = replace(FAST, calibration=CalibrationConfig(samples=8, seed=1))
     qmoe.quantize(demo, tmp_path / "other", config, progress=False)
     assert not same_files(quantized, tmp_path / "other")
 
@@ -102,7 +102,7 @@ def test_statistics_saved_and_used_give_nearly_the_same_model(demo, tmp_path):
 def test_statistics_of_two_texts_can_be_summed(demo, tmp_path):
     source = first_layers(demo, tmp_path / "source", 2)
     for seed in (0, 1):
-        config = replace(FAST, calibration=CalibrationConfig(windows=8, seed=seed))
+        config = replace(FAST, calibration=CalibrationConfig(samples=8, seed=seed))
         qmoe.quantize(
             source,
             tmp_path / f"q{seed}",
@@ -159,9 +159,9 @@ def test_a_line_names_the_rarest_of_many_experts():
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
 def test_methods_and_schemes_give_working_models(demo, tmp_path, method, bits, group, symmetric):
     config = replace(FAST, method=method, experts=Scheme(bits, group, symmetric))
-    config = replace(config, act_order=bits != 3, searched=bits == 2)
+    config = replace(config, act_order=bits != 3, search_grid=bits == 2)
     qmoe.quantize(demo, tmp_path / "q", config, progress=False)
-    result = evaluate(tmp_path / "q", against=demo, windows=2)
+    result = evaluate(tmp_path / "q", against=demo, samples=2)
     assert result["overall"]["qmoe"]["kl"] < {2: 0.2, 3: 0.03, 8: 0.002}[bits]
 
 
@@ -177,7 +177,7 @@ def test_generation(quantized, dtype):
 
 
 def test_perplexity_without_the_original(quantized):
-    result = evaluate(quantized, text="heldout:austen", windows=2)
+    result = evaluate(quantized, text="heldout:austen", samples=2)
     assert set(result["overall"]) == {"qmoe"} and set(result["overall"]["qmoe"]) == {
         "perplexity",
         "loss",
@@ -185,5 +185,5 @@ def test_perplexity_without_the_original(quantized):
 
 
 def test_the_original_against_itself_is_at_distance_zero(demo, quantized):
-    score = evaluate(quantized, against=demo, windows=1)["overall"]["original"]
+    score = evaluate(quantized, against=demo, samples=1)["overall"]["original"]
     assert score["kl"] == 0 and score["agreement"] == 1 and math.isfinite(score["perplexity"])

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from qmoe.system import distributed
 
-OPTIONS = ("--windows", "10", "--batch", "2", "--written", "6", "--no-search")
+OPTIONS = ("--samples", "10", "--batch", "2", "--self-samples", "6", "--no-search")
 
 
 def quantize(demo, out, *launcher):

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, dynamic_module_utils
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
-from qmoe.calibration.batches import sample_windows
+from qmoe.calibration.batches import choose_samples
 from qmoe.calibration.stats import load as load_statistics
 from qmoe.calibration.text import load_texts
 from qmoe.cli.main import main
@@ -29,8 +29,8 @@ CODE = Path(__file__).parent / "data" / "remote-code"
 STYLES = ["grok", "deepseek", "expert_choice"]
 CONFIG = QuantConfig(
     experts=Scheme(4, 32),
-    searched=False,
-    calibration=CalibrationConfig(ONE_DOMAIN, windows=6, window=64, batch=2),
+    search_grid=False,
+    calibration=CalibrationConfig(ONE_DOMAIN, samples=6, seqlen=64, batch=2),
 )
 IDS = torch.arange(1, 33).view(2, 16) * 37
 
@@ -150,7 +150,7 @@ def test_experts_are_calibrated_on_the_tokens_that_are_routed_to_them(style, tmp
     name = "model.layers.1.mlp.experts"
     c, seen, hessians = config.calibration, [0] * 6, torch.zeros(6, 64, 64)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "source")
-    windows, _ = sample_windows(tokenizer, load_texts(c.text), c.windows, c.window, c.seed)
+    samples, _ = choose_samples(tokenizer, load_texts(c.text), c.samples, c.seqlen, c.seed)
     if style != "deepseek":  # the first layer has experts too, and hands on what they became
         model.load_state_dict(first_layer_of(tmp_path / "q", model))
 
@@ -161,13 +161,13 @@ def test_experts_are_calibrated_on_the_tokens_that_are_routed_to_them(style, tmp
             hessians[e] += x[tokens].T @ x[tokens]
 
     model.model.layers[1].mlp.register_forward_pre_hook(count)
-    for ids in windows.split(c.batch):
+    for ids in samples.split(c.batch):
         model(input_ids=ids)
     assert report["layers"][1]["experts"][name]["tokens"] == seen
     assert sum(seen) == (
-        6 * (128 * 2 // 6) * 3 if style == "expert_choice" else windows.numel() * 2
+        6 * (128 * 2 // 6) * 3 if style == "expert_choice" else samples.numel() * 2
     )
-    about = {"gate_weighted": "True"}
+    about = {"routing_weighted": "True"}
     stats = load_statistics(tmp_path / "statistics" / "layer-00001.safetensors", about).linears
     linear = "linear" if style == "grok" else "gate_proj"
     for e in range(6):
@@ -246,12 +246,12 @@ def test_commands_run_with_the_option(tmp_path, demo, capsys):
 
     parts = run("inspect", source)["parts"]
     assert {"name": "model.layers.1.mlp.experts.5.down_proj", "shapes": [[64, 32]]} in parts
-    little = ("--windows", "4", "--written", "2", "--window", "64", "--no-search")
+    little = ("--samples", "4", "--self-samples", "2", "--seqlen", "64", "--no-search")
     run("quantize", source, quantized, "--group-size", "32", "--bits", "8", *little)
     assert run("inspect", quantized)["bytes"]["experts 16-bit"] == 0
     assert "tokens" in run("inspect", quantized, "--experts")["experts"][0]
     both = ("--against", source, "--baseline", "rtn", "nf4")
-    scores = run("eval", quantized, "--windows", "1", "--window", "64", *both)
+    scores = run("eval", quantized, "--samples", "1", "--seqlen", "64", *both)
     assert 0 < scores["overall"]["qmoe"]["kl"] < 0.2
     speed = run("bench", quantized, "--prompt", "8", "--tokens", "2", "--repeats", "1", *both)
     assert set(speed) == {"qmoe", "original", "rtn", "nf4"}

@@ -20,9 +20,13 @@ from qmoe.pipeline.checks import estimate_bytes
 from qmoe.pipeline.find_rotation import find_residual
 from qmoe.pipeline.fused_rotation import turn
 
-LITTLE = CalibrationConfig(text=ONE_DOMAIN, windows=4, window=64, batch=2)
+LITTLE = CalibrationConfig(text=ONE_DOMAIN, samples=4, seqlen=64, batch=2)
 CONFIG = QuantConfig(
-    experts=Scheme(4, 32), dense=Scheme(8, -1), searched=False, rotate="fused", calibration=LITTLE
+    experts=Scheme(4, 32),
+    dense=Scheme(8, -1),
+    search_grid=False,
+    rotate="fused",
+    calibration=LITTLE,
 )
 IDS = torch.arange(1, 33).view(2, 16) * 15
 
@@ -145,11 +149,11 @@ def test_a_run_goes_on_to_the_same_bytes(name, changes, tmp_path, demo, monkeypa
 def test_statistics_of_another_stream_are_refused(tmp_path, demo):
     source = save_random("mixtral", tmp_path / "source", demo, torch.float32)
     qmoe.quantize(
-        source, tmp_path / "out", QuantConfig(**{**vars(CONFIG), "feedback": False}),
+        source, tmp_path / "out", QuantConfig(**{**vars(CONFIG), "refit": False}),
         save_statistics=tmp_path / "stats", progress=False,
     )  # fmt: skip
     for way, good in (("fused", True), ("off", False)):
-        config = QuantConfig(**{**vars(CONFIG), "feedback": False, "rotate": way})
+        config = QuantConfig(**{**vars(CONFIG), "refit": False, "rotate": way})
 
         def again(config=config, way=way):
             qmoe.quantize(
@@ -195,7 +199,7 @@ def test_it_can_be_compared_with_its_original(tied, tmp_path, demo):
         del config["tie_word_embeddings"]
     path.write_text(json.dumps(config))
     quantize(source, tmp_path / "out", experts=Scheme(8, 32), method="rtn")
-    found = evaluate(tmp_path / "out", against=source, text=ONE_DOMAIN, windows=1, window=32)
+    found = evaluate(tmp_path / "out", against=source, text=ONE_DOMAIN, samples=1, seqlen=32)
     assert 0 < found["overall"]["qmoe"]["kl"] < 0.05
 
 
@@ -225,7 +229,7 @@ def test_a_head_that_is_added_is_counted_beforehand(tied, tmp_path, demo):
 
 def test_settings_that_exclude_it():
     with pytest.raises(ConfigError, match="AWQ"):
-        QuantConfig(method="awq", searched=False, feedback=False, rotate="fused")
+        QuantConfig(method="awq", search_grid=False, refit=False, rotate="fused")
     with pytest.raises(ConfigError, match="online"):
         QuantConfig(experts=Scheme(rotation=64), dense=None, rotate="fused")
 

@@ -23,7 +23,7 @@ from qmoe.solvers.awq import output_error
 from qmoe.solvers.solve import solve
 from qmoe.system.progress import silent
 
-LITTLE = CalibrationConfig(text=ONE_DOMAIN, windows=8, window=64)
+LITTLE = CalibrationConfig(text=ONE_DOMAIN, samples=8, seqlen=64)
 
 
 def test_rotation_is_the_normalized_hadamard_matrix_in_blocks():
@@ -58,7 +58,7 @@ def test_weights_with_outliers_lose_less(method):
     for scheme in (Scheme(4, 64, False), Scheme(4, 64, False, rotation=64)):
         made = solve(
             W, H, scheme, method,
-            scale_dtype=torch.float32, act_order=True, damp=0.01, searched=True,
+            scale_dtype=torch.float32, act_order=True, damp=0.01, search_grid=True,
         )  # fmt: skip
         assert made.quantized.scheme == scheme
         error = output_error(dequantize(made.quantized) - W, H) / output_error(W, H)
@@ -71,7 +71,7 @@ def test_weights_with_outliers_lose_less(method):
 def test_a_reloaded_model_equals_the_one_with_dequantized_weights(family, tmp_path):
     """Shared experts, grouped routing, biases, experts stored transposed and interleaved."""
     config = QuantConfig(
-        experts=Scheme(4, 32, False), dense=Scheme(8, -1), searched=False, rotate="online",
+        experts=Scheme(4, 32, False), dense=Scheme(8, -1), search_grid=False, rotate="online",
         calibration=LITTLE,
     )  # fmt: skip
     (known,) = [f for f in families() if f.model_type == family]
@@ -84,7 +84,7 @@ def test_a_tuned_model_and_its_lm_head(tmp_path, demo):
     """Tuning changes norms and routers too, so the other model is made of all that was written."""
     save_random("qwen3_moe", tmp_path / "source", demo, torch.float32)
     config = QuantConfig(
-        experts=Scheme(4, 32, False), dense=Scheme(8, -1), lm_head=Scheme(8, 64), searched=False,
+        experts=Scheme(4, 32, False), dense=Scheme(8, -1), lm_head=Scheme(8, 64), search_grid=False,
         tune=3, rotate="online", calibration=LITTLE,
     )  # fmt: skip
     qmoe.quantize(tmp_path / "source", tmp_path / "out", config, progress=False)
@@ -113,7 +113,7 @@ def folder(tmp_path_factory, demo):
     path = tmp_path_factory.mktemp("rotated")
     first_layers(demo, path / "source", 1)
     config = QuantConfig(
-        experts=Scheme(4, 32), dense=None, searched=False, rotate="online", calibration=LITTLE
+        experts=Scheme(4, 32), dense=None, search_grid=False, rotate="online", calibration=LITTLE
     )
     qmoe.quantize(path / "source", path / "out", config, progress=False)
     return path / "out"
@@ -174,7 +174,7 @@ def test_rotated_weights_are_never_taken_for_plain_ones(folder, lost):
 
 def test_what_cannot_be_rotated(tmp_path, demo):
     with pytest.raises(ConfigError, match="AWQ"):
-        QuantConfig(method="awq", searched=False, feedback=False, rotate="online")
+        QuantConfig(method="awq", search_grid=False, refit=False, rotate="online")
     with pytest.raises(ConfigError, match="power of two"):
         Scheme(4, 32, rotation=48)
     with pytest.raises(ConfigError, match="same block"):

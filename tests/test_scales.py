@@ -18,16 +18,16 @@ from qmoe.solvers.solve import join, solve
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 SOLVERS = [("rtn", False), ("gptq", False), ("gptq", True), ("awq", False)]
-TEXT = CalibrationConfig(ONE_DOMAIN, windows=4, window=32)
+TEXT = CalibrationConfig(ONE_DOMAIN, samples=4, seqlen=32)
 
 
-def solved(weight, scheme, dtype, method="rtn", searched=False, hessian=None):
+def solved(weight, scheme, dtype, method="rtn", search_grid=False, hessian=None):
     if hessian is None:
         x = torch.randn(len(weight), 256, weight.shape[-1], generator=torch.Generator())
         hessian = x.mT @ x
     return solve(
         weight, hessian, scheme, method,
-        scale_dtype=dtype, act_order=True, damp=0.01, searched=searched,
+        scale_dtype=dtype, act_order=True, damp=0.01, search_grid=search_grid,
     )  # fmt: skip
 
 
@@ -65,7 +65,9 @@ def test_every_stored_scale_is_a_positive_number_near_what_was_wanted(dtype):
         (FULL, 1e25),
     ],
 )
-def test_tiny_and_huge_rows_lose_what_others_lose(method, searched, bits, symmetric, dtype, size):
+def test_tiny_and_huge_rows_lose_what_others_lose(
+    method, search_grid, bits, symmetric, dtype, size
+):
     """Relative to a matrix of ordinary size; it was all of them in float16, and an error of exactly
     nothing where squares were below what float32 holds."""
     scheme = Scheme(bits, 32, symmetric)
@@ -73,15 +75,15 @@ def test_tiny_and_huge_rows_lose_what_others_lose(method, searched, bits, symmet
     x = torch.randn(2, 256, 64)
     x *= torch.rand(64).exp2()
     hessian = x.mT @ x
-    usual = solved(plain, scheme, dtype, method, searched, hessian)
+    usual = solved(plain, scheme, dtype, method, search_grid, hessian)
     weight = (plain * size).to(dtype)
-    found = solved(weight, scheme, dtype, method, searched, hessian)
+    found = solved(weight, scheme, dtype, method, search_grid, hessian)
     true = (dequantize(found.quantized) - weight.float()).double() / size
     lost = ((true @ hessian.double()) * true).sum((1, 2))
     ratio = (lost / ((plain.double() @ hessian.double()) * plain).sum((1, 2))).sqrt()
     for e in range(2):
         # A search is judged by squares, which it may not have here; it is then GPTQ without one.
-        assert ratio[e] <= usual.error[e] * (1.5 if searched else 1.3)
+        assert ratio[e] <= usual.error[e] * (1.5 if search_grid else 1.3)
         assert found.error[e] == pytest.approx(float(ratio[e]), rel=0.02)
     assert found.bounded == {} or (dtype == HALF and size == 1e-5 and bits == 8)
 
@@ -156,8 +158,8 @@ def faint(path, demo, size, dtype=HALF):
     [
         QuantConfig("rtn", Scheme(8, 32)),
         QuantConfig("awq", Scheme(8, 32), calibration=TEXT),
-        QuantConfig("gptq", Scheme(8, 32), searched=True, feedback=True, calibration=TEXT),
-        QuantConfig("gptq", Scheme(4, 32, False), searched=False, tune=3, calibration=TEXT),
+        QuantConfig("gptq", Scheme(8, 32), search_grid=True, refit=True, calibration=TEXT),
+        QuantConfig("gptq", Scheme(4, 32, False), search_grid=False, tune=3, calibration=TEXT),
     ],
     ids=["rtn", "awq", "gptq", "tuned"],
 )
@@ -172,7 +174,7 @@ def test_a_float16_model_with_tiny_rows(config, demo, tmp_path):
     name = "model.layers.0.block_sparse_moe.experts.1.w2.weight_scale"
     assert tensors[name].dtype == HALF and (tensors[name].float() < torch.finfo(HALF).tiny).any()
     model, _ = qmoe.load(quantized, progress=False)  # runs in float16
-    if config.folds:  # which moves size from one matrix to another
+    if config.applies_awq:  # which moves size from one matrix to another
         [entry] = report["layers"][0]["experts"].values()
         assert entry["down_proj"]["error"][1] < 0.03
         return
@@ -184,7 +186,7 @@ def test_a_float16_model_with_tiny_rows(config, demo, tmp_path):
 
 def test_rows_at_the_bounds_are_in_the_report_and_survive_a_resumed_run(demo, tmp_path):
     source = faint(tmp_path / "source", demo, 1e-5)
-    config = QuantConfig("gptq", Scheme(8, 32), searched=False, calibration=TEXT)
+    config = QuantConfig("gptq", Scheme(8, 32), search_grid=False, calibration=TEXT)
     report = qmoe.quantize(source, tmp_path / "q", config, progress=False)
     said = [line for line in report["fallbacks"] if "float16, coarser" in line]
     assert len(said) == 4  # up of expert 2 and down of expert 1, in two layers
@@ -198,7 +200,7 @@ def test_a_head_at_the_bounds_is_in_the_report(demo, tmp_path):
     tensors["lm_head.weight"][3] *= 1e-6
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     config = QuantConfig(
-        "gptq", Scheme(8, 32), lm_head=Scheme(8, 32), searched=False, calibration=TEXT
+        "gptq", Scheme(8, 32), lm_head=Scheme(8, 32), search_grid=False, calibration=TEXT
     )
     report = qmoe.quantize(source, tmp_path / "q", config, progress=False)
     assert [line for line in report["fallbacks"] if line.startswith("lm_head: rows too small")]

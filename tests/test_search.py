@@ -42,7 +42,7 @@ def test_searching_loses_less_for_every_expert(bits, symmetric, group):
     W, H = problem()
     scheme = Scheme(bits, group, symmetric)
     plain = gptq(W, H, scheme, scale_dtype=F32)
-    found = gptq(W, H, scheme, scale_dtype=F32, searched=True)
+    found = gptq(W, H, scheme, scale_dtype=F32, search_grid=True)
     lost = output_error(dequantize(found.quantized) - W, H)
     assert (lost < output_error(dequantize(plain.quantized) - W, H)).all()
     assert_close(found.lost, lost, most=1e-3, rms=1e-3)
@@ -51,7 +51,7 @@ def test_searching_loses_less_for_every_expert(bits, symmetric, group):
 
 def test_stored_scales_are_those_the_integers_were_chosen_for():
     W, H = problem()
-    made = gptq(W, H, Scheme(3, 32), scale_dtype=torch.bfloat16, searched=True)
+    made = gptq(W, H, Scheme(3, 32), scale_dtype=torch.bfloat16, search_grid=True)
     assert made.quantized.scale.dtype == torch.bfloat16
     lost = output_error(dequantize(made.quantized) - W, H)
     assert_close(made.lost, lost, most=1e-3, rms=1e-3)
@@ -100,7 +100,7 @@ def test_dead_features_and_dead_experts_stay_finite_and_in_place():
     H[0, 5], H[0, :, 5] = 0, 0
     H[1] = 0
     scheme = Scheme(3, 32, False)
-    made = gptq(W, H, scheme, scale_dtype=F32, searched=True)
+    made = gptq(W, H, scheme, scale_dtype=F32, search_grid=True)
     assert made.rounded == [1] and dequantize(made.quantized).isfinite().all()
     assert torch.equal(made.quantized.q[1], rtn(W, scheme, F32).q[1])
 
@@ -109,6 +109,6 @@ def test_dead_features_and_dead_experts_stay_finite_and_in_place():
 def test_experts_with_few_tokens(tokens):
     W, x = torch.randn(1, 8, 64), torch.randn(1, tokens, 64)
     H = x.mT @ x
-    made = gptq(W, H, Scheme(2, 32), scale_dtype=F32, searched=True)
+    made = gptq(W, H, Scheme(2, 32), scale_dtype=F32, search_grid=True)
     lost = output_error(dequantize(made.quantized) - W, H)
     assert made.rounded == [] and lost < output_error(dequantize(rtn(W, Scheme(2, 32), F32)) - W, H)

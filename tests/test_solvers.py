@@ -162,8 +162,8 @@ def test_awq_leaves_dead_features_alone():
     assert s[0, 4] == 1 and s.isfinite().all()
 
 
-@pytest.mark.parametrize("searched", [False, True])
-def test_reported_error_is_the_output_error(searched):
+@pytest.mark.parametrize("search_grid", [False, True])
+def test_reported_error_is_the_output_error(search_grid):
     W, x = torch.randn(2, 8, 64), correlated(2, 100, 64)
     solved = solve(
         W,
@@ -173,7 +173,7 @@ def test_reported_error_is_the_output_error(searched):
         scale_dtype=F32,
         act_order=True,
         damp=0.01,
-        searched=searched,
+        search_grid=search_grid,
     )
     y, lost = x @ W.mT, x @ (dequantize(solved.quantized) - W).mT
     expected = lost.flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)

@@ -20,8 +20,8 @@ from qmoe.packed.report import read_report
 from qmoe.pipeline.self_text import _bytes
 
 LOW = Scheme(2, 32, False)
-TEXT = CalibrationConfig(ONE_DOMAIN, windows=16, window=64)
-TUNED = QuantConfig(experts=LOW, dense=LOW, searched=False, tune=12, calibration=TEXT)
+TEXT = CalibrationConfig(ONE_DOMAIN, samples=16, seqlen=64)
+TUNED = QuantConfig(experts=LOW, dense=LOW, search_grid=False, tune=12, calibration=TEXT)
 
 
 def same_files(a, b):
@@ -67,8 +67,8 @@ def test_router_logits_count_less_their_mean():
 
 
 def test_tuning_brings_layers_closer_and_says_what_became_of_routing(demo, tmp_path):
-    text = CalibrationConfig(windows=24, window=64, batch=4)
-    config = replace(TUNED, feedback=False, tune=24, calibration=text)
+    text = CalibrationConfig(samples=24, seqlen=64, batch=4)
+    config = replace(TUNED, refit=False, tune=24, calibration=text)
     report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
     for layer in report["layers"]:
         assert layer["tuning"]["tuned"] < layer["tuning"]["solved"]
@@ -77,7 +77,7 @@ def test_tuning_brings_layers_closer_and_says_what_became_of_routing(demo, tmp_p
             assert 0.5 < entry["routing_kept"]["solved"] <= 1
             assert 0.5 < entry["routing_kept"]["tuned"] <= 1
     # On held-out text, and every norm and router that moved is stored as it was tuned.
-    assert evaluate(tmp_path / "out", against=demo, windows=2)["overall"]["qmoe"]["kl"] < 0.2
+    assert evaluate(tmp_path / "out", against=demo, samples=2)["overall"]["qmoe"]["kl"] < 0.2
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe", "gpt_oss"])
@@ -94,7 +94,7 @@ def test_a_tuned_run_goes_on_to_the_same_bytes(demo, tmp_path, monkeypatch):
     from qmoe.pipeline.output import OutputFolder
 
     source = first_layers(demo, tmp_path / "source", 2)
-    config = replace(TUNED, tune=3, calibration=replace(TEXT, written=4))
+    config = replace(TUNED, tune=3, calibration=replace(TEXT, self_samples=4))
     qmoe.quantize(source, tmp_path / "whole", config, progress=False)
     write = OutputFolder.write_shard
 
@@ -112,30 +112,32 @@ def test_a_tuned_run_goes_on_to_the_same_bytes(demo, tmp_path, monkeypatch):
         qmoe.quantize(source, tmp_path / "out", config, progress=False)
     assert same_files(tmp_path / "whole", tmp_path / "out")
     report = read_report(tmp_path / "out")
-    assert report["calibration"]["windows"] == [20, 64] and report["calibration"]["written"] == 4
+    assert (
+        report["calibration"]["samples"] == [20, 64] and report["calibration"]["self_samples"] == 4
+    )
     assert not [line for line in report["fallbacks"] if "text" in line]
 
 
 def test_no_memory_to_write_text_is_reported(demo, tmp_path, monkeypatch):
     monkeypatch.setattr("qmoe.pipeline.self_text.free", lambda: 100_000)
-    config = QuantConfig(searched=False, calibration=replace(TEXT, written=4))
+    config = QuantConfig(search_grid=False, calibration=replace(TEXT, self_samples=4))
     report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
     assert report["fallbacks"][0].startswith(
-        "no text was written, 4 windows asked for: that takes 0.0"
+        "no text was written, 4 samples asked for: that takes 0.0"
     )
-    assert report["calibration"]["windows"] == [16, 64]
-    assert report["calibration"]["written"] == 0
+    assert report["calibration"]["samples"] == [16, 64]
+    assert report["calibration"]["self_samples"] == 0
 
 
 def test_without_memory_for_the_original_a_copy_writes(demo, tmp_path, monkeypatch):
     whole, copy = _bytes(open_source(demo, torch.bfloat16))
     monkeypatch.setattr("qmoe.pipeline.self_text.free", lambda: int(1.3 * (whole + copy) / 2))
-    config = QuantConfig(searched=False, calibration=replace(TEXT, written=4))
+    config = QuantConfig(search_grid=False, calibration=replace(TEXT, self_samples=4))
     report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
     first = report["fallbacks"][0]
-    assert first.startswith("a copy with 4-bit experts wrote text, 4 windows asked for: the orig")
-    assert report["calibration"]["windows"] == [20, 64]
-    assert report["calibration"]["written"] == 4
+    assert first.startswith("a copy with 4-bit experts wrote text, 4 samples asked for: the orig")
+    assert report["calibration"]["samples"] == [20, 64]
+    assert report["calibration"]["self_samples"] == 4
     assert not list((tmp_path / "out").glob(".qmoe*"))  # the copy is gone
 
 
@@ -150,7 +152,7 @@ def test_a_family_that_cannot_continue_text_is_reported(demo, tmp_path, monkeypa
         raise ValueError("this cache has no length")
 
     monkeypatch.setattr("qmoe.pipeline.self_text._continue", fail)
-    config = QuantConfig(searched=False, calibration=replace(TEXT, written=4))
+    config = QuantConfig(search_grid=False, calibration=replace(TEXT, self_samples=4))
     report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
     assert "generating failed: ValueError: this cache has no length" in report["fallbacks"][0]
-    assert report["calibration"]["written"] == 0
+    assert report["calibration"]["self_samples"] == 0

@@ -1,7 +1,7 @@
 """A model folder: where it is, what may lie in it, which files hold the weights, and what else
 belongs to the model.
 
-Left out: what is in the files of weights (checkpoint.py).
+Left out: what is in the files of weights (reader.py).
 """
 
 import glob

@@ -1,7 +1,7 @@
 """Reading config.json as transformers understands it, once it is known to be no trap, and the class
 of model that it asks for.
 
-Left out: what is in it (skeleton.py builds the model).
+Left out: what is in it (model/skeleton.py builds the model).
 """
 
 import inspect

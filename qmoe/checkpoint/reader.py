@@ -1,7 +1,7 @@
 """Reading a Hugging Face folder of safetensors lazily, and refusing a bad one before any work.
 
-Left out: what else is in the folder (folders.py), what the tensors mean (structure.py) and how they
-get into a model (skeleton.py).
+Left out: what else is in the folder (folders.py), what the tensors mean (model/structure.py) and
+how they get into a model (model/skeleton.py).
 """
 
 import hashlib
@@ -59,7 +59,7 @@ class Checkpoint:
 
     def show(self, made: Made) -> None:
         """Show tensors in another form: `made` says of each new name which stored ones it is made
-        of, and how (adapters.py). Those stay out of sight; names that are not all here change
+        of, and how (model/adapters.py). Those stay out of sight; names that are not all here change
         nothing. Raises CheckpointError where they do not have the shape for it."""
         for name, (parts, how) in made.items():
             if not all(part in self._where for part in parts):

@@ -72,11 +72,11 @@ def _bad(path: Path, reason: str) -> CheckpointError:
     )
 
 
-def check_vocabulary(config: Any, windows: Tensor) -> None:
+def check_vocabulary(config: Any, samples: Tensor) -> None:
     """Every token id must have a row in the model's embedding."""
     rows = config.get_text_config().vocab_size
-    if int(windows.max()) >= rows:
+    if int(samples.max()) >= rows:
         raise CheckpointError(
-            f"the tokenizer gives token {int(windows.max())}, the model knows {rows} tokens: this "
+            f"the tokenizer gives token {int(samples.max())}, the model knows {rows} tokens: this "
             "tokenizer belongs to another model"
         )

@@ -19,8 +19,8 @@ from qmoe.config import (
 from qmoe.errors import ConfigError
 
 METHODS = """\
-presets: what --search, --feedback, --tune, --windows and --written are unless given, with KL to the
-original as a share of round-to-nearest's, everything at 2 bits g128 asymmetric, on a 21 M
+presets: what --search-grid, --refit, --tune, --samples and --self-samples are unless given, with
+KL to the original as a share of round-to-nearest's, everything at 2 bits g128 asymmetric, on a 21 M
 parameter Qwen3-MoE (32 experts, top-4), calibrated on text of seven domains / of one domain only,
 reported on test text of all seven; CPU seconds of quantizing it; docs/quality has peers as well:
   fast      0.23 / 0.35    23 s  GPTQ on min-max grids
@@ -34,7 +34,7 @@ methods, likewise at 4 bits, in thousandths of a nat per token:
   gptq      0.77 / 1.16   Hessian-based error feedback per expert (default; here with preset fast)
 """
 STORED = "checkpoint"  # a dtype: the one that is stored
-TEXT_NUMBERS = ("windows", "written", "window", "batch", "seed")
+TEXT_NUMBERS = ("samples", "self_samples", "seqlen", "batch", "seed")
 TEXT_HELP = (
     "text, comma separated or repeated: bundled[:DOMAIN+DOMAIN], heldout[:DOMAIN+DOMAIN], "
     "PATH[:COLUMN] of a file, folder or glob, or hf:NAME[/CONFIG][:SPLIT[:COLUMN]] for a dataset"
@@ -64,9 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="perplexity by domain, KL and agreement")
     _compare_options(evaluate)
     evaluate.add_argument("--text", action="append", help=f"{TEXT_HELP} (heldout)")
-    evaluate.add_argument("--windows", type=int, default=16, help="windows scored per domain")
-    evaluate.add_argument("--window", type=int, default=256, help="tokens in a window")
-    evaluate.add_argument("--batch", type=int, default=8, help="windows per forward pass")
+    evaluate.add_argument("--samples", type=int, default=16, help="samples scored per domain")
+    evaluate.add_argument("--seqlen", type=int, default=256, help="tokens in a sample")
+    evaluate.add_argument("--batch", type=int, default=8, help="samples per forward pass")
     evaluate.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16", STORED],
@@ -115,12 +115,12 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--no-act-order", action="store_true", help="GPTQ in column order")
     p.add_argument("--no-gate-weight", action="store_true", help="all routed tokens count alike")
     p.add_argument(
-        "--search",
+        "--search-grid",
         action=argparse.BooleanOptionalAction,
         help="grids and integers beyond GPTQ's one pass on min-max grids",
     )
     p.add_argument(
-        "--feedback",
+        "--refit",
         action=argparse.BooleanOptionalAction,
         help="fit matrices to what the quantized ones before them give; takes text",
     )
@@ -135,11 +135,13 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
     # Without defaults: what is given contradicts --statistics.
     text = f"{TEXT_HELP} ({c.text})"
     p.add_argument("--calibration", metavar="TEXT", action="append", help=text)
-    p.add_argument("--windows", type=int, help="windows of that text (by preset)")
-    p.add_argument("--written", type=int, help="and windows the model writes itself (by preset)")
-    p.add_argument("--window", type=int, help=f"tokens in a window ({c.window})")
-    p.add_argument("--batch", type=int, help=f"windows per forward pass ({c.batch})")
-    p.add_argument("--seed", type=int, help=f"of the choice of windows ({c.seed})")
+    p.add_argument("--samples", type=int, help="samples of that text (by preset)")
+    p.add_argument(
+        "--self-samples", type=int, help="and samples the model writes itself (by preset)"
+    )
+    p.add_argument("--seqlen", type=int, help=f"tokens in a sample ({c.seqlen})")
+    p.add_argument("--batch", type=int, help=f"samples per forward pass ({c.batch})")
+    p.add_argument("--seed", type=int, help=f"of the choice of samples ({c.seed})")
     p.add_argument(
         "--device",
         default="cpu",
@@ -224,7 +226,7 @@ def _compare_options(p: argparse.ArgumentParser) -> None:
 
 def config_from(args: argparse.Namespace) -> QuantConfig:
     """The QuantConfig that `quantize`'s options describe."""
-    given = {"searched": args.search, "feedback": args.feedback, "tune": args.tune}
+    given = {"search_grid": args.search_grid, "refit": args.refit, "tune": args.tune}
     given |= _text_options(args)
     return QuantConfig.preset(
         args.preset if args.method.endswith("gptq") else "fast",
@@ -235,7 +237,7 @@ def config_from(args: argparse.Namespace) -> QuantConfig:
         act_order=not args.no_act_order,
         rotate=args.rotate,
         damp=args.damp,
-        gate_weighted=not args.no_gate_weight,
+        routing_weighted=not args.no_gate_weight,
         min_tokens=args.min_tokens,
         **{name: value for name, value in given.items() if value is not None},
     )

@@ -1,8 +1,9 @@
 """AWQ's scales folded into a decoder layer: into the norm before a group of readers, and between
 an expert's up and down projections. Nothing is left to do at run time.
 
-What reads a norm (readers.py) must share one scale. A fold that changes the layer's output (a norm
-that computes 1 + w, a gate that clamps, a reader that was not seen) is undone and reported.
+What reads a norm (model/norm_readers.py) must share one scale. A fold that changes the layer's
+output (a norm that computes 1 + w, a gate that clamps, a reader that was not seen) is undone and
+reported.
 """
 
 from collections.abc import Callable

@@ -53,10 +53,10 @@ class Job:
     def whole(self) -> bool:
         """Whether statistics of all experts are needed at once: AWQ folds them into the layer, and
         a file holds all of them."""
-        return self.save is not None or self.config.folds
+        return self.save is not None or self.config.applies_awq
 
     @property
-    def feedback(self) -> bool:
+    def refits(self) -> bool:
         """Whether matrices are fitted to quantized ones before them: that takes text, and all
         experts' statistics only when those before them are solved."""
-        return self.config.feedback and self.config.method == "gptq" and not self.whole
+        return self.config.refit and self.config.method == "gptq" and not self.whole

@@ -67,7 +67,7 @@ def quantize_layer(
     for i, names in enumerate(parts):
         if not names:
             continue
-        fed = names if i == 0 and given is None and job.feedback else []
+        fed = names if i == 0 and given is None and job.refits else []
         if given is None:
             keep = before is None and not targets
             with keeping_inputs(_modules(job, fed), job.scratch) as inputs:
@@ -76,7 +76,7 @@ def quantize_layer(
             if job.save is not None and not any(parts[i + 1 :]):
                 job.save(result.stats)
         unfused.borrow(job, names, result)
-        if job.config.folds:
+        if job.config.applies_awq:
             _borrow_whole(job, names, result)
             _fold(job, names, forward, calls, result)
         if fed:

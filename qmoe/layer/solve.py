@@ -84,7 +84,7 @@ def _solve_experts(job: Job, name: str, module: nn.Module, result: Result) -> No
             for weight, solved in zip(weights, unit.solved, strict=True):
                 _put(module, weight, solved.quantized, start)
             units.append(unit)
-    if stats is not None and not job.config.folds:  # which borrows before it folds
+    if stats is not None and not job.config.applies_awq:  # which borrows before it folds
         entry["borrowed"] = [e for unit in units for e in unit.borrowed]
     if units[0].fitted is not None:
         fitted = [unit.fitted for unit in units if unit.fitted is not None]
@@ -109,7 +109,7 @@ def _unit(job: Job, name: str, stats: ExpertStats | Captured | None, start: int,
         if known is not None:
             return known
     module = job.model.get_submodule(name)
-    feedback = job.feedback and isinstance(stats, Captured)
+    feedback = job.refits and isinstance(stats, Captured)
     part = None
     if isinstance(stats, Captured):
         part = stats.part(start, end, second=not feedback)
@@ -118,7 +118,7 @@ def _unit(job: Job, name: str, stats: ExpertStats | Captured | None, start: int,
     borrowed: list[int] = []
     if stats is not None and part is not None:
         check_finite(name, part.first, part.second)
-        if not job.config.folds:
+        if not job.config.applies_awq:
             borrowed = borrow_rare(job, module, part, stats, start)
     first, second = (experts.stack(module, w, start, end) for w in experts.expert_weights(module))
     solved = _solve(job, name, first, None if part is None else part.first)
@@ -167,7 +167,7 @@ def _solve(job: Job, name: str, weight: Tensor, hessian: Tensor | None) -> Solve
         scale_dtype=job.scale_dtype,
         act_order=config.act_order,
         damp=config.damp,
-        searched=config.searched,
+        search_grid=config.search_grid,
     )
     check_errors(name, solved)
     return solved

@@ -52,7 +52,7 @@ def gather(
     for name in experts:
         # One experts module, nothing behind it that is gathered, no output kept: not computed.
         last = not keep and names == experts == [name]
-        captured = Captured(modules[name], job.config.gate_weighted, stride, job.scratch, last)
+        captured = Captured(modules[name], job.config.routing_weighted, stride, job.scratch, last)
         result.captured[name] = modules[name]._qmoe_captured = captured
     linears = {n: m for n, m in modules.items() if n not in experts}
     lists = unfused.modules_of(job, names)

@@ -26,7 +26,7 @@ NAME = "qmoe_nf4"
 
 
 def original(path: str | Path, dtype: torch.dtype | None = None, trust: bool = False) -> Any:
-    """The unquantized model as transformers loads it. trust: see remote_code.py."""
+    """The unquantized model as transformers loads it. trust: see checkpoint/remote_code.py."""
     folder = resolve(path)
     own = needs_code(folder, trust)
     shown = logging.is_progress_bar_enabled()

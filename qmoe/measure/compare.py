@@ -35,7 +35,7 @@ from qmoe.model.source import open_source
 from qmoe.packed.load import Loading
 from qmoe.packed.modules import packed_stacks
 from qmoe.packed.report import REPORT, read_report
-from qmoe.pipeline.checks import check_window
+from qmoe.pipeline.checks import check_seqlen
 from qmoe.pipeline.quantize import quantize
 from qmoe.system.progress import Track, silent
 
@@ -101,15 +101,15 @@ def evaluate(
     against: str | Path | None = None,
     baselines: Sequence[str] = (),
     text: str | Sequence[str] = "heldout",
-    windows: int = 16,
-    window: int = 256,
+    samples: int = 16,
+    seqlen: int = 256,
     batch: int = 8,
     loading: Loading = IN_FLOAT32,
     track: Track = silent,
 ) -> dict[str, Any]:
     """Perplexity by domain of a quantized folder; with `against`, also KL and top-1 agreement.
 
-    text: see qmoe.calibration.text.load_texts. The first `windows` windows of every domain are
+    text: see qmoe.calibration.text.load_texts. The first `samples` samples of every domain are
     scored. loading: how the quantized models are; its dtype is that of all models alike: float32
     shows what the weights lost and nothing else, None, the checkpoint's own, how they run. The
     original is streamed on the CPU, so it may be larger than memory. Raises CalibrationError if a
@@ -118,17 +118,17 @@ def evaluate(
     in words what of the text was not as asked for ("fallbacks") and where the quantized model is
     not better than a baseline ("not_better").
     """
-    _check(baselines, against, windows=windows, batch=batch)
-    if window < 2:
-        raise ConfigError(f"window: expected at least 2 tokens, got {window}")
+    _check(baselines, against, samples=samples, batch=batch)
+    if seqlen < 2:
+        raise ConfigError(f"seqlen: expected at least 2 tokens, got {seqlen}")
     folder, trust = resolve(path), loading.trust_remote_code
     config = read_config(Checkpoint(folder), trust)
-    check_window(config, window)
+    check_seqlen(config, seqlen)
     if against is not None:
         check_same_model(folder, resolve(against), track, trust)
     tokenizer = open_tokenizer(folder, config, trust)
     texts = load_texts(text)
-    batches, notes = make_batches(tokenizer, texts, windows=windows, window=window, batch=batch)
+    batches, notes = make_batches(tokenizer, texts, samples=samples, seqlen=seqlen, batch=batch)
     check_vocabulary(config, torch.cat([ids for _, ids in batches]))
     models, disk = _models(folder, against, baselines, loading, track)
     dtype = models["qmoe"].config.dtype

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qmoe.calibration.batches import shortage, too_short, windows_of
+from qmoe.calibration.batches import samples_of, shortage, too_short
 from qmoe.calibration.text import Texts
 from qmoe.errors import CalibrationError
 from qmoe.model.layerwise import Call, suspended
@@ -29,13 +29,13 @@ Logits = Iterator[Float[Tensor, "_ _ _"]]
 
 @dataclass
 class Score:
-    """Sums over the predicted tokens of one domain, and the mean loss of each of its windows."""
+    """Sums over the predicted tokens of one domain, and the mean loss of each of its samples."""
 
     tokens: int = 0
     loss: float = 0.0
     kl: float = 0.0
     agree: float = 0.0
-    windows: list[float] = field(default_factory=list)
+    samples: list[float] = field(default_factory=list)
 
     def summary(self) -> dict[str, float]:
         """Perplexity and its logarithm, KL to the original in nats per token, share of equal top-1
@@ -55,20 +55,20 @@ def perplexity(loss: float) -> float:
 
 
 def make_batches(
-    tokenizer: Any, texts: Texts, *, windows: int, window: int, batch: int
+    tokenizer: Any, texts: Texts, *, samples: int, seqlen: int, batch: int
 ) -> tuple[Batches, list[str]]:
-    """The first `windows` windows of every domain; and in words, what of the text was of no use and
+    """The first `samples` samples of every domain; and in words, what of the text was of no use and
     which domains have fewer. Raises CalibrationError if one has none."""
     batches: Batches = []
     notes, found = list(texts.notes), {}
     for domain, parts in texts.domains.items():
-        rows, unused = windows_of(tokenizer, domain, parts, window, windows, None)
-        rows, notes = rows[:windows], notes + unused
+        rows, unused = samples_of(tokenizer, domain, parts, seqlen, samples, None)
+        rows, notes = rows[:samples], notes + unused
         if not len(rows):
-            raise too_short([domain], window, unused)
+            raise too_short([domain], seqlen, unused)
         batches += [(domain, part) for part in rows.split(batch)]
-        found[domain] = (len(rows), windows)
-    return batches, notes + shortage(found, window)
+        found[domain] = (len(rows), samples)
+    return batches, notes + shortage(found, seqlen)
 
 
 def resident(model: Any, batches: Batches) -> Logits:
@@ -149,7 +149,7 @@ def _add(total: Score, log_p: Tensor, target: Tensor, base: Tensor | None) -> No
     loss = -log_p.gather(-1, target[..., None])[..., 0].double()
     total.tokens += target.numel()
     total.loss += float(loss.sum())
-    total.windows += loss.mean(1).tolist()
+    total.samples += loss.mean(1).tolist()
     if base is not None:
         p = base.exp()
         each = torch.where(p > 0, p * (base - log_p), 0)  # a word that cannot come costs nothing
@@ -170,10 +170,10 @@ def summaries(
 
 def not_better(ours: dict[str, Score], rival: dict[str, Score], name: str) -> list[str]:
     """In words, every domain where our perplexity is not below the rival's, and whether the
-    difference stands out from its noise (paired over windows, two standard errors)."""
+    difference stands out from its noise (paired over samples, two standard errors)."""
     notes = []
     for domain, mine in ours.items():
-        gaps = torch.tensor(mine.windows) - torch.tensor(rival[domain].windows)
+        gaps = torch.tensor(mine.samples) - torch.tensor(rival[domain].samples)
         gap, n = float(gaps.mean()), len(gaps)
         if gap < 0:
             continue
@@ -187,7 +187,7 @@ def not_better(ours: dict[str, Score], rival: dict[str, Score], name: str) -> li
             verdict += f"; its KL to the original is {ratio:.2f} of {name}'s"
         notes.append(
             f"{domain}: perplexity is not below that of {name}; loss per token differs by "
-            f"{gap:.5f} +- {error:.5f} over {n} windows, {verdict}"
+            f"{gap:.5f} +- {error:.5f} over {n} samples, {verdict}"
         )
     return notes
 

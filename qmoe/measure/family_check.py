@@ -33,7 +33,7 @@ from qmoe.pipeline.quantize import quantize
 CONFIG = QuantConfig(
     experts=Scheme(4, 32),
     dense=Scheme(8, CHANNEL),
-    calibration=CalibrationConfig(windows=4, window=64, batch=2),
+    calibration=CalibrationConfig(samples=4, seqlen=64, batch=2),
 )
 TOLERANCE = 1e-4  # relative RMS of logits in float32
 # How much further from transformers' model, in bfloat16, than that is from its float32 self. (Seen:

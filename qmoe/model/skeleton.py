@@ -1,8 +1,8 @@
 """A model on the meta device whose weights come and go one part at a time.
 
 Everything here leans on transformers' weight conversion, which is not a stable API: only this file
-and naming.py touch it (tested with the range pinned in pyproject.toml). It buys us every family's
-renames and merges, in both directions, without code per model.
+and tensor_names.py touch it (tested with the range pinned in pyproject.toml). It buys us every
+family's renames and merges, in both directions, without code per model.
 """
 
 from collections.abc import Iterable, Iterator
@@ -242,8 +242,8 @@ class WeightMap:
         finally:
             if shown:
                 logging.enable_progress_bar()
-            # It notes which rules this checkpoint used; what things are called (naming.py) must
-            # not depend on that, nor on when it is asked.
+            # It notes which rules this checkpoint used; what things are called (tensor_names.py)
+            # must not depend on that, nor on when it is asked.
             vars(self.model).pop("_weight_conversions", None)
         problems = [
             f"{key}: has shape {tuple(found)}, the model needs {tuple(wanted)}"

@@ -75,7 +75,7 @@ class Source:
 
 def open_source(path: str | Path, dtype: torch.dtype, trust: bool = False) -> Source:
     """Open an unquantized MoE model folder (or hub name) and find its parts; loads no weights.
-    trust: see remote_code.py."""
+    trust: see checkpoint/remote_code.py."""
     checkpoint = Checkpoint(resolve(path))
     checkpoint.decode()
     config = read_config(checkpoint, trust)

@@ -57,7 +57,7 @@ def audit_folder(
 
     digests: `types.digest` of every quantized stack by parameter name, as it was solved; the
     decoded bytes must be those. kept: `Audit.kept` of an earlier audit, likewise. trust: see
-    remote_code.py.
+    checkpoint/remote_code.py.
     """
     audit = Audit()
     source = open_packed(path, torch.float32, trust)

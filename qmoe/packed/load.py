@@ -55,9 +55,9 @@ def load(
     they need more they stay in pinned host memory, and those in use are copied to slots of that
     size in all (qmoe/packed/offload.py). trust_remote_code: code that lies beside the weights may
     run, where transformers has no class for the model. Layers are loaded and repacked one at a
-    time, so memory stays near the checkpoint's size. Raises CheckpointError for a folder that is not a
-    complete quantized model, ConfigError for a device that is not there, and AuditError if anything
-    is left unpacked or without data.
+    time, so memory stays near the checkpoint's size. Raises CheckpointError for a folder that is
+    not a complete quantized model, ConfigError for a device that is not there, and AuditError if
+    anything is left unpacked or without data.
     """
     if not isinstance(dtype, torch.dtype | None):
         raise ConfigError(f"dtype: expected a torch.dtype or None, got {dtype!r}")

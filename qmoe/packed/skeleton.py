@@ -32,7 +32,7 @@ class PackedSource:
 
 def open_packed(path: Path, dtype: torch.dtype | None = None, trust: bool = False) -> PackedSource:
     """Open a quantized folder; loads no weights. dtype None is the checkpoint's own. trust: see
-    remote_code.py.
+    checkpoint/remote_code.py.
 
     Raises CheckpointError if it is not pack-quantized, or in a scheme qmoe cannot run.
     """

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qmoe.calibration.batches import sample_windows
+from qmoe.calibration.batches import choose_samples
 from qmoe.calibration.text import load_texts
 from qmoe.checkpoint.folders import companions
 from qmoe.checkpoint.model_config import generation_config
@@ -31,7 +31,7 @@ def prepare(
     track: Track,
     trust: bool = False,
 ) -> tuple[Source, Tensor, list[str], str]:
-    """Check source, settings, text and destination; returns the source, the calibration windows, in
+    """Check source, settings, text and destination; returns the source, the calibration samples, in
     words what of the text was not as asked for, and the SHA-256 of the source.
 
     Raises a QmoeError that names the problem. Nothing is written.
@@ -41,23 +41,23 @@ def prepare(
     folder = source.checkpoint.path
     copied = sum((folder / file).stat().st_size for file in companions(folder)[0])
     check_destination(dst, estimate_bytes(source, config) + copied)
-    windows, notes = torch.empty(0, 0, dtype=torch.long), list[str]()
+    samples, notes = torch.empty(0, 0, dtype=torch.long), list[str]()
     # Without text too: what loads the result opens both.
     generation_config(folder)
     if text or has_tokenizer(folder):
         tokenizer = open_tokenizer(folder, source.model.config, trust)
     if text:
         c = config.calibration
-        check_window(source.model.config, c.window)
+        check_seqlen(source.model.config, c.seqlen)
         texts = load_texts(c.text)
-        windows, notes = sample_windows(tokenizer, texts, c.windows, c.window, c.seed)
-        check_vocabulary(source.model.config, windows)
-        if (batches := -(-len(windows) // c.batch)) < distributed.count():
+        samples, notes = choose_samples(tokenizer, texts, c.samples, c.seqlen, c.seed)
+        check_vocabulary(source.model.config, samples)
+        if (batches := -(-len(samples) // c.batch)) < distributed.count():
             raise ConfigError(
                 f"calibration: {distributed.count()} processes cannot share {batches} batches of "
-                f"{c.batch} windows; give more windows or a smaller batch"
+                f"{c.batch} samples; give more samples or a smaller batch"
             )
-    return source, windows, notes, source.checkpoint.check_finite(track)
+    return source, samples, notes, source.checkpoint.check_finite(track)
 
 
 def check_combination(
@@ -66,7 +66,7 @@ def check_combination(
     """Refuse sources of statistics that the method cannot use."""
     if config.method == "rtn" and (given or saved is not None):
         raise ConfigError("rtn uses no statistics; leave them out or choose gptq")
-    if config.folds and (given or saved is not None):
+    if config.applies_awq and (given or saved is not None):
         raise ConfigError("awq rescales statistics as it goes; save and reuse them with gptq only")
     if len({p.resolve() for p in given}) < len(given):
         raise ConfigError("statistics: the same folder is given twice")
@@ -80,12 +80,12 @@ def check_combination(
         raise ConfigError(f"{dst}: the model and its statistics need different folders")
 
 
-def check_window(config: Any, window: int) -> None:
-    """A window must fit the positions the model knows (and attention is quadratic in it)."""
+def check_seqlen(config: Any, seqlen: int) -> None:
+    """A sample must fit the positions the model knows (and attention is quadratic in it)."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and window > positions:
+    if isinstance(positions, int) and seqlen > positions:
         raise ConfigError(
-            f"window: {window} tokens are more than the {positions} positions of this model"
+            f"seqlen: {seqlen} tokens are more than the {positions} positions of this model"
         )
 
 

@@ -37,7 +37,7 @@ class Head:
         distributed.all_reduce(self.stats.tokens)
         distributed.all_reduce(self.stats.hessian)
         # Nothing before it can take AWQ's scale: GPTQ serves it instead, and the record says so.
-        method: Method = "gptq" if self.config.folds else self.config.method
+        method: Method = "gptq" if self.config.applies_awq else self.config.method
         weight: torch.Tensor = self.module.weight
         solved = solve(
             weight[None],
@@ -47,7 +47,7 @@ class Head:
             scale_dtype=self.dtype,
             act_order=self.config.act_order,
             damp=self.config.damp,
-            searched=self.config.searched,
+            search_grid=self.config.search_grid,
         )
         check_errors(self.name, solved)
         entry = entry_of(solved, single=True)

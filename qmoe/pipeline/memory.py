@@ -2,7 +2,7 @@
 
 Counted: the largest layer as it is loaded and solved, what lies outside the layers, the Hessians of
 a few experts with the solver's workspace, and the activations of all calibration text. Only the
-last can wait on disk (scratch.py). `scripts/bench_quantize.py` prints what a run really took.
+last can wait on disk (system/spill.py). `scripts/bench_quantize.py` prints what a run really took.
 """
 
 from dataclasses import dataclass
@@ -39,13 +39,13 @@ class Need:
 def needed(source: Source, config: QuantConfig, tokens: int, whole: bool = False) -> Need:
     """What quantizing takes in a process. tokens: of calibration text, of all ranks. whole: whether
     statistics of all experts of a layer are there at once, as AWQ always has them."""
-    widest = 4 if config.widened else torch.finfo(source.weight_dtype()).bits // 8
+    widest = 4 if config.experts_in_float32 else torch.finfo(source.weight_dtype()).bits // 8
     layers = sum(map(_elements, source.stages()))
     resident = 4 * (_elements(source.model) - layers)
     if source.adds_head(config):
         resident += 4 * _elements(source.model.get_input_embeddings())
     layer = max(_layer_bytes(source, layer, widest) for layer in source.structure.layers)
-    if whole or config.folds:
+    if whole or config.applies_awq:
         layer += max(_hessian_bytes(source, layer) for layer in source.structure.layers)
     if config.tune:
         layer += TUNING * max(map(_elements, source.stages()))
@@ -54,7 +54,7 @@ def needed(source: Source, config: QuantConfig, tokens: int, whole: bool = False
     # have of all text.
     streams = 2 if config.tune else 1
     activations = 4 * hidden * (3 * streams * tokens // distributed.count() + tokens)
-    if config.feedback and config.method == "gptq" and not whole:
+    if config.refit and config.method == "gptq" and not whole:
         # What dense linears got, in bfloat16; more than is kept, as those at the front are not.
         activations += (
             2
@@ -93,9 +93,9 @@ def check_fits(source: Source, config: QuantConfig, device: torch.device) -> Non
 
 def on_device(source: Source, config: QuantConfig) -> int:
     """Bytes that quantizing takes on a GPU, with CUDA itself: a layer, its solver and a batch."""
-    widest = 4 if config.widened else torch.finfo(source.weight_dtype()).bits // 8
+    widest = 4 if config.experts_in_float32 else torch.finfo(source.weight_dtype()).bits // 8
     need = max(_layer_bytes(source, layer, widest) for layer in source.structure.layers)
-    if config.folds:
+    if config.applies_awq:
         need += max(_hessian_bytes(source, layer) for layer in source.structure.layers)
     if config.tune:
         need += TUNING * max(map(_elements, source.stages()))

@@ -59,8 +59,8 @@ class OutputFolder:
     being worked on. If the block is interrupted, the disk fills or the source cannot be read, the
     folder stays, and a later run with the same fingerprint (source, settings, text, versions) goes
     on from there. After any other error, or with nothing finished, it is removed. It is locked all
-    the while (lock.py), and so is the folder `saved` of statistics. Of several processes rank 0
-    writes; the others see the same folder.
+    the while (system/lock.py), and so is the folder `saved` of statistics. Of several processes
+    rank 0 writes; the others see the same folder.
     """
 
     def __init__(
@@ -252,7 +252,8 @@ class OutputFolder:
             )
 
     def copy_companions(self, source: Path) -> list[str]:
-        """Copy every file without weights (folders.py); returns what is left behind by name."""
+        """Copy every file without weights (checkpoint/folders.py); returns what is left behind, by
+        name."""
         files, left = companions(source)
         for file in files:
             (self.path / file).parent.mkdir(parents=True, exist_ok=True)

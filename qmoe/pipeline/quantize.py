@@ -20,7 +20,7 @@ from qmoe.pipeline.find_rotation import find_residual
 from qmoe.pipeline.memory import check_fits, needed, spills
 from qmoe.pipeline.output import OutputFolder, make_folder
 from qmoe.pipeline.run import Run
-from qmoe.pipeline.self_text import written_windows
+from qmoe.pipeline.self_text import self_sampled
 from qmoe.system import distributed
 from qmoe.system.devices import find_device
 from qmoe.system.lock import NAME
@@ -60,10 +60,10 @@ def quantize(
     text = not given and config.method != "rtn"
     trust = trust_remote_code
     where = find_device(device)
-    source, windows, notes, sha = prepare(src, dst, config, text=text, track=track, trust=trust)
+    source, samples, notes, sha = prepare(src, dst, config, text=text, track=track, trust=trust)
     config = rotated(source, config)
     c = config.calibration
-    tokens = windows.numel() + (c.written * c.window if text else 0)
+    tokens = samples.numel() + (c.self_samples * c.seqlen if text else 0)
     saved = None if save_statistics is None else Path(save_statistics)
     whole = bool(given) or saved is not None
     spill = spills(needed(source, config, tokens, whole), max_memory)
@@ -71,7 +71,7 @@ def quantize(
     residual = find_residual(source) if config.rotate == "fused" else None
     if saved is not None:
         make_folder(saved)
-    about = {"source": sha, "text": fingerprint(windows), "device": where.type}
+    about = {"source": sha, "text": fingerprint(samples), "device": where.type}
     about |= {"statistics": f"from {[str(p) for p in given]} to {saved}"}
     about |= _settings(config, source)
     with OutputFolder(dst, len(source.structure.layers) + 1, about, saved) as out:
@@ -79,13 +79,13 @@ def quantize(
             raise OutputError(f"{saved}: is not empty; statistics of two runs must not mix")
         run = Run(source, residual, config, given, saved, out, spill, where)
         run.notes += notes
-        if text and c.written:
+        if text and c.self_samples:
             copy = partial(quantize, device=where, max_memory=max_memory, trust_remote_code=trust)
-            own, why = written_windows(source, config, out, where, max_memory, trust, copy)
-            run.written, run.not_original = len(own), why
-            windows = torch.cat([windows, own])
-        run.all_shards(windows, track)
-        report = run.finish(windows, track, trust) if out.leads else {}
+            own, why = self_sampled(source, config, out, where, max_memory, trust, copy)
+            run.self_samples, run.not_original = len(own), why
+            samples = torch.cat([samples, own])
+        run.all_shards(samples, track)
+        report = run.finish(samples, track, trust) if out.leads else {}
     return distributed.broadcast(report)
 
 

@@ -58,7 +58,7 @@ class Run:
         self.device = device
         self.out, self.scratch = out, Scratch(out.path if spill else None)
         sha = out.fingerprint["source"]
-        self.about = {"model": sha, "gate_weighted": str(config.gate_weighted)}
+        self.about = {"model": sha, "routing_weighted": str(config.routing_weighted)}
         self.residual = residual
         if residual is not None:
             self.about["stream"] = "rotated"
@@ -67,7 +67,7 @@ class Run:
         self.head: dict[str, Quantized] = {}
         self.tokens = 0
         self.notes: list[str] = []  # what of the text was not as asked for
-        self.written = 0  # windows of text
+        self.self_samples = 0  # samples of text
         self.not_original = ""  # why the original did not write them, if it should have
         # Of every quantized stack as it was solved, to be compared with what was written.
         self.digests: dict[str, str] = {}
@@ -77,9 +77,9 @@ class Run:
                 notes = statistics.check(folder / _stats_file(i), self.about)
                 self.notes += [f"{folder}: {note}" for note in notes if i == 0]
 
-    def all_shards(self, windows: Tensor, track: Track) -> None:
+    def all_shards(self, samples: Tensor, track: Track) -> None:
         """Run everything; each shard is written as soon as it is final."""
-        source, self.tokens = self.source, windows.numel()
+        source, self.tokens = self.source, samples.numel()
         source.weights.load(source.resident(), torch.float32)
         source.weights.tie()
         if self.residual is not None:
@@ -90,7 +90,7 @@ class Run:
         reached: set[int] = set()
         modules = source.stages()
         batches = (
-            distributed.shard(windows.split(self.config.calibration.batch)) if len(windows) else []
+            distributed.shard(samples.split(self.config.calibration.batch)) if len(samples) else []
         )
         head = None
         if self.config.lm_head is not None:
@@ -112,7 +112,7 @@ class Run:
             return_freed()  # or what one layer leaves in pieces adds up
             return None if self._last(i) else outputs
 
-        if not len(windows):
+        if not len(samples):
             for i, module in enumerate(modules):
                 visit(i, module.forward, [])
         else:
@@ -131,7 +131,7 @@ class Run:
         if self.out.leads:
             self.out.write_shard(len(modules), self._resident_tensors(), {})
 
-    def finish(self, windows: Tensor, track: Track, trust: bool) -> dict[str, Any]:
+    def finish(self, samples: Tensor, track: Track, trust: bool) -> dict[str, Any]:
         """Write what goes beside the shards, audit the folder, and return its report."""
         out, source, c = self.out, self.source, self.config.calibration
         out.write_index()
@@ -141,13 +141,17 @@ class Run:
         report = build_report(self.config, source, self.records, audit, __version__)
         report["fallbacks"] += [*left_behind(left), *out.unlocked()]
         report |= {"source_sha256": self.about["model"], "digests": self.digests}
-        report |= {"kept_sha256": audit.kept, "calibration": self.calibration(windows)}
-        if self.config.feedback and self.config.method == "gptq" and (self.given or self.saved):
+        report |= {"kept_sha256": audit.kept, "calibration": self.calibration(samples)}
+        if self.config.refit and self.config.method == "gptq" and (self.given or self.saved):
             line = "no feedback between matrices: statistics come from files or go to files"
             report["fallbacks"].insert(0, line)
         if self.not_original:
-            what = "a copy with 4-bit experts wrote text" if self.written else "no text was written"
-            line = f"{what}, {c.written} windows asked for: {self.not_original}"
+            what = (
+                "a copy with 4-bit experts wrote text"
+                if self.self_samples
+                else "no text was written"
+            )
+            line = f"{what}, {c.self_samples} samples asked for: {self.not_original}"
             report["fallbacks"].insert(0, line)
         report["fallbacks"] = self.notes + report["fallbacks"]
         if self.residual is not None and (head := self.residual.head) is not None:
@@ -261,7 +265,7 @@ class Run:
 
     def _experts_dtype(self) -> torch.dtype:
         """Of routed experts in memory: as stored, unless they change before they are rounded."""
-        return torch.float32 if self.config.widened else self.source.weight_dtype()
+        return torch.float32 if self.config.experts_in_float32 else self.source.weight_dtype()
 
     def _resident_tensors(self) -> dict[str, Tensor]:
         return shard_tensors(self.source, self.source.resident(), self.head, self.changed)
@@ -279,16 +283,16 @@ class Run:
         config["quantization_config"] = quantization_config(c.experts, c.dense, c.lm_head, kept)
         return config
 
-    def calibration(self, windows: Tensor) -> dict[str, Any]:
+    def calibration(self, samples: Tensor) -> dict[str, Any]:
         """For the report: what the statistics come from."""
         if self.given:
             return {"statistics": [str(p) for p in self.given]}
-        if not len(windows):
+        if not len(samples):
             return {}
         return {
-            "windows": list(windows.shape),
-            "written": self.written,
-            "sha256": fingerprint(windows),
+            "samples": list(samples.shape),
+            "self_samples": self.self_samples,
+            "sha256": fingerprint(samples),
         }
 
 

@@ -32,7 +32,7 @@ from qmoe.system.devices import CPU, place
 from qmoe.system.files import write_safetensors
 from qmoe.system.host_memory import free
 
-TEXTS = 2  # in a window; longer ones take more steps and bring no more
+TEXTS = 2  # in a sample; longer ones take more steps and bring no more
 ROWS = 128  # texts written at once
 ROOM = 1.3  # times the model's bytes: its weights, caches of attention, activations
 COPY = 0.6  # bytes per weight of experts in the copy, zero points and scales included
@@ -41,7 +41,7 @@ Way = Literal["original", "copy", "none"]
 Quantize = Callable[[Path, Path, QuantConfig], Any]
 
 
-def written_windows(
+def self_sampled(
     source: Source,
     config: QuantConfig,
     out: OutputFolder,
@@ -50,7 +50,7 @@ def written_windows(
     trust: bool,
     quantize: Quantize,
 ) -> tuple[Int[Tensor, "n L"], str]:
-    """What the model writes, and why not the original wrote it ("" if it did); no windows if
+    """What the model writes, and why not the original wrote it ("" if it did); no samples if
     nothing could. Kept with the unfinished work, so that a run that goes on has the same, whatever
     memory it finds. Of several processes one writes. quantize: makes a quantized copy of a model
     folder in another."""
@@ -60,17 +60,17 @@ def written_windows(
         if way == "copy":
             _make_copy(source.checkpoint.path, out.path / WRITER, config, quantize)
         if out.leads:
-            own = torch.empty(0, config.calibration.window, dtype=torch.long)
+            own = torch.empty(0, config.calibration.seqlen, dtype=torch.long)
             if way != "none":
                 try:
                     own = _write(source, config, out.path / WRITER, way, device, trust)
                 except CONFIG_ERRORS as error:  # transformers cannot continue text in this family
                     why = f"generating failed: {type(error).__name__}: {first_line(error)}"
-            write_safetensors(path, {"windows": own}, {"why": why})
+            write_safetensors(path, {"samples": own}, {"why": why})
             shutil.rmtree(out.path / WRITER, ignore_errors=True)
         distributed.all_gather_object(0)  # the others wait until it is there
     with safe_open(path, framework="pt") as file:
-        return file.get_tensor("windows"), file.metadata()["why"]
+        return file.get_tensor("samples"), file.metadata()["why"]
 
 
 def find_way(source: Source, device: torch.device, allowed: int | None) -> tuple[Way, str]:
@@ -125,14 +125,14 @@ def _write(
 
 
 def write(model: Any, tokenizer: Any, config: CalibrationConfig) -> Int[Tensor, "n L"]:
-    """`config.written` windows of `config.window` tokens, each of a few texts sampled at
+    """`config.self_samples` samples of `config.seqlen` tokens, each of a few texts sampled at
     temperature 1.
 
     A text begins with BOS, if the tokenizer starts texts with it, and a token drawn evenly from the
     vocabulary, which sets languages and domains apart. Same seed, same tokens on the same machine.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    count, length = config.written * TEXTS, -(-config.window // TEXTS)
+    count, length = config.self_samples * TEXTS, -(-config.seqlen // TEXTS)
     firsts = _first_tokens(tokenizer, model.config, count, generator)
     devices = [] if model.device.type == "cpu" else [model.device]
     with torch.random.fork_rng(devices=devices, device_type=model.device.type):
@@ -141,7 +141,7 @@ def write(model: Any, tokenizer: Any, config: CalibrationConfig) -> Int[Tensor, 
         texts = torch.cat([_continue(model, part, length).to(CPU) for part in parts])
     if texts.shape[1] < length:
         raise ValueError(f"texts end after {texts.shape[1]} of {length} tokens")
-    return texts.reshape(config.written, -1)[:, : config.window]
+    return texts.reshape(config.self_samples, -1)[:, : config.seqlen]
 
 
 def _first_tokens(tokenizer: Any, config: Any, count: int, generator: torch.Generator) -> Tensor:
@@ -153,10 +153,10 @@ def _first_tokens(tokenizer: Any, config: Any, count: int, generator: torch.Gene
     return torch.cat([torch.tensor(start, dtype=torch.long).expand(count, -1), drawn], dim=1)
 
 
-def _continue(model: Any, rows: Tensor, window: int) -> Tensor:
-    more = window - rows.shape[1]
+def _continue(model: Any, rows: Tensor, seqlen: int) -> Tensor:
+    more = seqlen - rows.shape[1]
     if more < 1:
-        return rows[:, :window]
+        return rows[:, :seqlen]
     ids: Tensor = model.generate(
         rows,
         attention_mask=torch.ones_like(rows),

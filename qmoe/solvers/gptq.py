@@ -49,7 +49,7 @@ def gptq(
     scale_dtype: torch.dtype,
     act_order: bool = True,
     damp: float = 0.01,
-    searched: bool = False,
+    search_grid: bool = False,
 ) -> GptqResult:
     """Quantize each expert so that its output error on its own tokens is small. searched: on grids,
     and with integers, from search.py instead of on min-max grids in one pass.
@@ -65,7 +65,7 @@ def gptq(
     total = _loss(factor, _times_upper(W, factor.upper), W)
     group = order // (K // scheme.groups(K))
     # With act-order the columns of one group are not neighbors: their grids are final beforehand.
-    static = act_order or searched or scheme.groups(K) == 1
+    static = act_order or search_grid or scheme.groups(K) == 1
 
     def round_on(scale: Tensor, zero: Tensor) -> tuple[Tensor, _Loop]:
         """The integers in the columns' own order, and the state at the end."""
@@ -77,7 +77,7 @@ def gptq(
         _solve(loop, 0, K)
         return torch.empty_like(q).scatter_(1, order[:, :, None].expand_as(q), q), loop
 
-    if searched:
+    if search_grid:
 
         def round_rows(scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
             q, loop = round_on(scale, zero)

@@ -40,7 +40,7 @@ def solve(
     scale_dtype: torch.dtype,
     act_order: bool,
     damp: float,
-    searched: bool,
+    search_grid: bool,
 ) -> Solved:
     """Quantize a stack, rotated first if its scheme says so. AWQ's scales are already in the
     weights, so it rounds to nearest here.
@@ -67,7 +67,7 @@ def solve(
             scale_dtype=scale_dtype,
             act_order=act_order,
             damp=damp,
-            searched=searched,
+            search_grid=search_grid,
         )
         quantized, damped, rounded = result.quantized, result.damped, result.rounded
         lost, total = result.lost, result.total

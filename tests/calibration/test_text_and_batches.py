@@ -5,7 +5,7 @@ import torch
 from helpers import whole
 from transformers import AutoTokenizer
 
-from qmoe.calibration.batches import fingerprint, sample_windows, tokenize
+from qmoe.calibration.batches import choose_samples, fingerprint, tokenize
 from qmoe.calibration.pieces import plain
 from qmoe.calibration.text import Texts, load_texts, shipped_domains
 from qmoe.errors import CalibrationError
@@ -75,17 +75,17 @@ def test_bad_text_is_named(tmp_path, name, content, message):
 
 def test_windows_are_whole_and_spread_over_domains(tokenizer):
     texts = load_texts("bundled")
-    windows, notes = sample_windows(tokenizer, texts, 12, 64, seed=0)
-    assert windows.shape == (12, 64) and not notes
+    samples, notes = choose_samples(tokenizer, texts, 12, 64, seed=0)
+    assert samples.shape == (12, 64) and not notes
     rows = {d: tokenize(tokenizer, t, 64) for d, t in whole(texts).items()}
-    per_domain = [sum(any(torch.equal(w, r) for r in rows[d]) for w in windows) for d in rows]
+    per_domain = [sum(any(torch.equal(w, r) for r in rows[d]) for w in samples) for d in rows]
     assert per_domain == [3, 3, 2, 2, 2]
 
 
 def test_same_seed_same_windows_other_seed_others(tokenizer):
     texts = load_texts("bundled:austen")
     first, again, other = (
-        fingerprint(sample_windows(tokenizer, texts, 8, 64, seed=s)[0]) for s in (0, 0, 1)
+        fingerprint(choose_samples(tokenizer, texts, 8, 64, seed=s)[0]) for s in (0, 0, 1)
     )
     assert first == again != other
 
@@ -98,16 +98,16 @@ def test_a_tokenizer_that_starts_texts_with_bos_starts_every_window_with_it(toke
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             return {"input_ids": ids if "add_special_tokens" in kwargs else [7, *ids]}
 
-    windows = tokenize(Starting(), "some words " * 200, 32)
-    assert (windows[:, 0] == 7).all() and (windows[:, 1:] != 7).any()
+    samples = tokenize(Starting(), "some words " * 200, 32)
+    assert (samples[:, 0] == 7).all() and (samples[:, 1:] != 7).any()
     plain = tokenize(tokenizer, "some words " * 200, 31)
-    assert torch.equal(windows[:, 1:], plain[: len(windows)])
+    assert torch.equal(samples[:, 1:], plain[: len(samples)])
 
 
 def test_text_shorter_than_a_window(tokenizer):
     for text in ("too short", "  \n"):
-        with pytest.raises(CalibrationError, match="empty or shorter than one window of 512 to"):
-            sample_windows(tokenizer, Texts({"note": [plain(text)]}), 4, 512, seed=0)
+        with pytest.raises(CalibrationError, match="empty or shorter than one sample of 512 to"):
+            choose_samples(tokenizer, Texts({"note": [plain(text)]}), 4, 512, seed=0)
 
 
 def test_what_a_tokenizers_file_says_of_truncation_and_padding_plays_no_part(tokenizer):

@@ -30,9 +30,9 @@ from safetensors.torch import load_file  # noqa: E402
 import qmoe  # noqa: E402
 
 DATA = Path(__file__).resolve().parents[1] / "data"
-TEXT = qmoe.CalibrationConfig("bundled:austen", windows=6, window=64, batch=2, written=2)
+TEXT = qmoe.CalibrationConfig("bundled:austen", samples=6, seqlen=64, batch=2, self_samples=2)
 CHANGES: dict[str, dict[str, object]] = {
-    "fast": {"searched": False, "feedback": False},
+    "fast": {"search_grid": False, "refit": False},
     "balanced": {},
     "tuned": {"tune": 4},
 }
