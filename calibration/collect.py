@@ -6,7 +6,6 @@ gates arrive for free and no router is re-implemented. Dense linears: forward ho
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +15,15 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qmoe.calibration.stats import LayerStats, LinearStats
 from qmoe.model import experts
+from qmoe.model.hooks import hooked
 from qmoe.system.devices import CPU
 
 NAME = "qmoe_collect"
 
 
-class Ended(Exception):
-    """A run of a layer that is to go no further than its experts has come there."""
+# Is shown what an experts module is given before it computes: its name, hidden states [T, H], the
+# chosen experts [T, A] and their routing weights [T, A]. A tensor that it returns is the output.
+See = Callable[[str, Tensor, Tensor, Tensor], Tensor | None]
 
 
 def experts_forward(
@@ -31,38 +32,35 @@ def experts_forward(
     top_k_index: Int[Tensor, "T A"],
     top_k_weights: Float[Tensor, "T A"],
 ) -> Float[Tensor, "T H"]:
-    """Run plain experts one by one; keep what they received if the module is to be captured."""
-    if getattr(self, "_qmoe_ends", False):
-        raise Ended
+    """Run plain experts one by one."""
     first, second = experts.expert_weights(self)
-    captured = getattr(self, "_qmoe_captured", None)
-    if captured is not None:
-        captured.saw(hidden_states, top_k_index, top_k_weights)
-        if captured.last:  # and nothing of the layer's output is needed
-            return torch.zeros_like(hidden_states)
-    for watch in getattr(self, "_qmoe_watches", ()):
-        watch(hidden_states, top_k_index)
     out = torch.zeros_like(hidden_states)
     for e in top_k_index.unique().tolist():
         if e >= self.num_experts:  # a sentinel: this assignment goes to no expert
             continue
         token, slot = torch.where(top_k_index == e)
-        x, gate = hidden_states[token], top_k_weights[token, slot]
+        x, routing_weight = hidden_states[token], top_k_weights[token, slot]
         mid = experts.activation(self, experts.product(self, first, e, x))
         y = experts.after(self, experts.product(self, second, e, mid))
-        out.index_add_(0, token, (y * gate[:, None]).to(out.dtype))
+        out.index_add_(0, token, (y * routing_weight[:, None]).to(out.dtype))
     return out
 
 
 @contextmanager
-def collecting_experts(modules: list[Any]) -> Iterator[None]:
-    """Route these experts modules through `experts_forward`; restored on exit.
+def collecting_experts(modules: dict[str, Any], see: See | None = None) -> Iterator[None]:
+    """Route these experts modules, by name, through `experts_forward`; restored on exit.
 
     The switch is a field of the config each instance holds, so set there it cannot be ignored, as
     `set_experts_implementation` silently is for classes transformers does not recognize.
     """
-    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
-    configs = {id(m.config): m.config for m in modules}.values()
+    names = {id(module): name for name, module in modules.items()}
+
+    def forward(self: Any, x: Tensor, ids: Tensor, routing_weights: Tensor) -> Tensor:
+        out = None if see is None else see(names[id(self)], x, ids, routing_weights)
+        return experts_forward(self, x, ids, routing_weights) if out is None else out
+
+    ALL_EXPERTS_FUNCTIONS.register(NAME, forward)
+    configs = {id(m.config): m.config for m in modules.values()}.values()
     before = [(config, config._experts_implementation) for config in configs]
     for config in configs:
         config._experts_implementation = NAME
@@ -74,40 +72,12 @@ def collecting_experts(modules: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def watching_experts(
-    modules: dict[str, Any], see: Callable[[str, Tensor, Tensor], None]
-) -> Iterator[None]:
-    """Calls see(name, hidden states [T, H], chosen experts [T, A]) at every call of these modules,
-    before they compute."""
-    before = {name: getattr(module, "_qmoe_watches", ()) for name, module in modules.items()}
-    for name, module in modules.items():
-        module._qmoe_watches = (*before[name], partial(see, name))
-    try:
-        yield
-    finally:
-        for name, module in modules.items():
-            module._qmoe_watches = before[name]
-
-
-@contextmanager
-def ending_at(modules: list[Any]) -> Iterator[None]:
-    """A run that comes to one of these experts modules raises Ended."""
-    for module in modules:
-        module._qmoe_ends = True
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module._qmoe_ends
-
-
-@contextmanager
-def sampling(
+def sampling_tokens(
     lists: dict[str, list[nn.Module]], stride: int, into: dict[str, Tensor]
 ) -> Iterator[None]:
     """Of lists of experts that are modules: every stride-th token that any of them is given.
     Nothing of lists whose experts are not called with one tensor alone."""
-    kept: dict[str, list[Tensor]] = {name: [] for name in lists}
+    taken: dict[str, list[Tensor]] = {name: [] for name in lists}
     seen = dict.fromkeys(lists, 0)
     odd: set[str] = set()
 
@@ -118,22 +88,15 @@ def sampling(
                 return
             x = args[0].reshape(-1, args[0].shape[-1])
             # Counted over all calls, so that short ones do not give their first token each.
-            kept[name].append(x[-seen[name] % stride :: stride].to(CPU, torch.float32, copy=True))
+            taken[name].append(x[-seen[name] % stride :: stride].to(CPU, torch.float32, copy=True))
             seen[name] += len(x)
 
         return sample
 
-    handles = [
-        module.register_forward_pre_hook(hook(name), with_kwargs=True)
-        for name, modules in lists.items()
-        for module in modules
-    ]
-    try:
+    hooks = [(module, hook(name)) for name, modules in lists.items() for module in modules]
+    with hooked(hooks, with_kwargs=True):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-    into.update({n: torch.cat(parts) for n, parts in kept.items() if parts and n not in odd})
+    into.update({n: torch.cat(parts) for n, parts in taken.items() if parts and n not in odd})
 
 
 @contextmanager
@@ -145,7 +108,7 @@ def collecting_linears(
     last: list[tuple[Tensor, LinearStats]] = []
 
     def hook(name: str) -> Any:
-        def gather(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def collect(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
             known = into.linears.get(name)
             if last and last[0][0] is x and (known is None or known is last[0][1]):
@@ -156,11 +119,7 @@ def collecting_linears(
             # Holding the tensor keeps its identity from being reused.
             last[:] = [(x, stats)]
 
-        return gather
+        return collect
 
-    handles = [m.register_forward_pre_hook(hook(n)) for n, m in linears.items()]
-    try:
+    with hooked((module, hook(name)) for name, module in linears.items()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

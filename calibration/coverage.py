@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qmoe.calibration.capture import Captured
+from qmoe.calibration.routed_tokens import RoutedTokens
 from qmoe.calibration.stats import ExpertStats
 
 
@@ -44,15 +44,6 @@ def borrowed_weight(
     return torch.full((len(sample),), total / len(sample))
 
 
-def average_weight(stats: ExpertStats | Captured) -> float:
+def average_weight(stats: ExpertStats | RoutedTokens) -> float:
     """Of a routed token of the layer."""
     return float(stats.weight.sum()) / max(int(stats.tokens.sum()), 1)
-
-
-def routes_kept(before: list[Tensor], after: list[Tensor], experts: int) -> float:
-    """Share of the experts chosen for each token, [T, A] a call, that are chosen again."""
-    kept = chosen = 0
-    for a, b in zip(before, after, strict=True):
-        same = (a[:, :, None] == b[:, None]).any(2) & (a < experts)
-        kept, chosen = kept + int(same.sum()), chosen + int((a < experts).sum())
-    return kept / max(chosen, 1)

@@ -10,31 +10,32 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qmoe.calibration.capture import Captured
 from qmoe.calibration.coverage import average_weight, borrowed_weight
+from qmoe.calibration.routed_tokens import RoutedTokens
 from qmoe.calibration.stats import add_products
 from qmoe.model import experts
+from qmoe.model.hooks import hooked
 from qmoe.system.spill import Scratch
 
 
 def second_moments(
-    captured: Captured, start: int, quantized: Float[Tensor, "E N H"], min_tokens: int
+    routed: RoutedTokens, start: int, quantized: Float[Tensor, "E N H"], min_tokens: int
 ) -> tuple[Float[Tensor, "E I I"], Float[Tensor, "E I I"]]:
     """Of experts from `start` on, whose module holds the original weights: sum(w x y') and
     sum(w y y') with x what their second matrix gets and y what it gets behind a first stack
     `quantized`. Tokens that rare experts borrow are among them."""
-    module, I = captured.module, captured.intermediate  # noqa: E741
+    module, I = routed.module, routed.intermediate  # noqa: E741
     first, _ = experts.expert_weights(module)
     cross, hessian = torch.zeros(2, len(quantized), I, I)
     biases = experts.bias_stack(module, first)
-    sample, average = captured.sample(), average_weight(captured)
+    sample, average = routed.sample(), average_weight(routed)
     for i, matrix in enumerate(quantized):
         e = start + i
         borrowed = []
-        if captured.tokens[e] < min_tokens:
-            weight = borrowed_weight(captured.tokens[e], min_tokens, average, sample)
+        if routed.tokens[e] < min_tokens:
+            weight = borrowed_weight(routed.tokens[e], min_tokens, average, sample)
             borrowed.append((sample, weight))
-        own = ((x, weight) for x, _, weight in captured.inputs(e))
+        own = ((x, weight) for x, _, weight in routed.inputs(e))
         for x, weight in chain(own, borrowed):
             there = x.to(matrix.device)
             mid = experts.activation(module, experts.product(module, first, e, there))
@@ -61,34 +62,30 @@ class Inputs:
 @contextmanager
 def keeping_inputs(linears: dict[str, nn.Module], scratch: Scratch) -> Iterator[Inputs]:
     """The inputs of these linears. In bfloat16: an error of rounding has no part in any moment."""
-    kept = Inputs()
+    inputs = Inputs()
     run: list[tuple[Tensor, str]] = []  # tensors of this run of the layer, and who got them first
     called: set[str] = set()
     odd: set[str] = set()
 
     def hook(name: str) -> Any:
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if name == next(iter(kept.owners), name):  # the layer runs anew
+            if name == next(iter(inputs.owners), name):  # the layer runs anew
                 run.clear()
                 called.clear()
             owner = next((o for x, o in run if x is args[0]), name if run else "")
-            if name in called or kept.owners.setdefault(name, owner) != owner:
+            if name in called or inputs.owners.setdefault(name, owner) != owner:
                 odd.update((name, owner))
             if owner == name:
-                kept.tensors.setdefault(name, []).append(scratch.keep(args[0].bfloat16()))
+                inputs.tensors.setdefault(name, []).append(scratch.keep(args[0].bfloat16()))
             called.add(name)
             run.append((args[0], owner))
 
         return keep
 
-    handles = [m.register_forward_pre_hook(hook(n)) for n, m in linears.items()]
-    try:
-        yield kept
-    finally:
-        run.clear()
-        for handle in handles:
-            handle.remove()
-        for name, owner in kept.owners.items():
-            if owner in odd:
-                kept.owners[name] = ""
-                kept.tensors.pop(owner, None)
+    with hooked((module, hook(name)) for name, module in linears.items()):
+        yield inputs
+    run.clear()
+    for name, owner in inputs.owners.items():
+        if owner in odd:
+            inputs.owners[name] = ""
+            inputs.tensors.pop(owner, None)

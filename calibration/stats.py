@@ -1,8 +1,8 @@
 """Routed-token statistics: what each matrix saw, summed so that parts can be merged by adding.
 
 A Hessian here is sum(w x x') over tokens x with weight w (GPTQ's H without the factor 2/n); for
-routed experts w is 1 or the squared gate. float32 throughout, and in the machine's own memory,
-wherever the tokens are.
+routed experts w is 1 or the squared routing weight. Sums are in float32, those of dense linears in
+float64 while they grow, and in the machine's own memory, wherever the tokens are.
 """
 
 import json
@@ -18,15 +18,17 @@ from torch import Tensor
 from qmoe.errors import CalibrationError
 from qmoe.system.files import write_safetensors
 
+LAYOUT = "2"  # of saved statistics
+
 
 @dataclass
 class ExpertStats:
-    """Per expert: tokens routed to it, sum of gates, sum of weights w, Hessian of the inputs of its
-    first matrix (gate and up share it) and of its second (down). sample: an even sample of the
-    layer's tokens, routed anywhere, for experts that saw too few of their own."""
+    """Per expert: tokens routed to it, sum of routing weights, sum of weights w, Hessian of the
+    inputs of its first matrix (gate and up share it) and of its second (down). sample: an even
+    sample of the layer's tokens, routed anywhere, for experts that saw too few of their own."""
 
     tokens: Int[Tensor, " E"]
-    gate_mass: Float[Tensor, " E"]
+    routing_mass: Float[Tensor, " E"]
     weight: Float[Tensor, " E"]
     first: Float[Tensor, "E H H"]
     second: Float[Tensor, "E I I"]
@@ -50,11 +52,11 @@ class ExpertStats:
             **{k: v[start:end] for k, v in vars(self).items() if k not in shared}, **shared
         )
 
-    def add(self, e: int, x: Tensor, mid: Tensor | None, gate: Tensor, weight: Tensor) -> None:
-        """Account for tokens x [M, H] of expert e, gate, weight [M], and second inputs mid [M, I],
-        or None if their Hessian is gathered elsewhere."""
+    def add(self, e: int, x: Tensor, mid: Tensor | None, routing: Tensor, weight: Tensor) -> None:
+        """Account for tokens x [M, H] of expert e, their routing weights and weights [M], and
+        second inputs mid [M, I], or None if their Hessian is made elsewhere."""
         self.tokens[e] += len(x)
-        self.gate_mass[e] += gate.float().sum().cpu()
+        self.routing_mass[e] += routing.float().sum().cpu()
         self.add_weighted(e, x, mid, weight)
 
     def add_weighted(self, e: int, x: Tensor, mid: Tensor | None, weight: Tensor) -> None:
@@ -96,6 +98,12 @@ def add_products(
         into += (x.T @ y).to(into.device)
 
 
+def check_finite(name: str, *moments: Tensor) -> None:
+    """CalibrationError unless all these sums over the tokens of module `name` are finite."""
+    if not all(moment.isfinite().all() for moment in moments):
+        raise CalibrationError(f"{name}: calibration gave NaN or Inf; the model overflows on it")
+
+
 @dataclass
 class LayerStats:
     """Statistics of one decoder layer. Linears fed by the same tensor share one LinearStats.
@@ -122,7 +130,7 @@ class LayerStats:
 def save(stats: LayerStats, path: Path, about: dict[str, str]) -> None:
     """Write one layer's statistics; `about` says of which model and gathered how."""
     flat, aliases = stats.tensors()
-    metadata = {"qmoe_statistics": "1", "aliases": json.dumps(aliases)} | about
+    metadata = {"qmoe_statistics": LAYOUT, "aliases": json.dumps(aliases)} | about
     write_safetensors(path, {k: v.contiguous() for k, v in flat.items()}, metadata)
 
 
@@ -132,8 +140,10 @@ def _open(path: Path, about: dict[str, str]) -> Any:
     except (OSError, SafetensorError) as error:
         raise CalibrationError(f"{path}: no readable statistics file ({error})") from error
     metadata = file.metadata() or {}
-    if metadata.get("qmoe_statistics") != "1":
+    if "qmoe_statistics" not in metadata:
         raise CalibrationError(f"{path}: not a statistics file of qmoe")
+    if metadata["qmoe_statistics"] != LAYOUT:
+        raise CalibrationError(f"{path}: was written by another version of qmoe; save it again")
     # Only a rotated residual stream is told; without a word it is as the model has it.
     for key, expected in ({"stream": None} | about).items():
         if metadata.get(key) != expected:

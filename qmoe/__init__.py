@@ -62,19 +62,19 @@ def quantize(
         expect("statistics_from", folder, str, Path)
     # Imported here so that `import qmoe` does not wait for transformers.
     from qmoe.pipeline.quantize import quantize as run
-    from qmoe.system.progress import on_terminal, silent
+    from qmoe.system.progress import shown
 
-    return run(
-        src,
-        dst,
-        config or QuantConfig(),
-        statistics_from=statistics_from,
-        save_statistics=save_statistics,
-        device=device,
-        max_memory=max_memory,
-        track=on_terminal if progress else silent,
-        trust_remote_code=trust_remote_code,
-    )
+    with shown(progress):
+        return run(
+            src,
+            dst,
+            config or QuantConfig(),
+            statistics_from=statistics_from,
+            save_statistics=save_statistics,
+            device=device,
+            max_memory=max_memory,
+            trust_remote_code=trust_remote_code,
+        )
 
 
 def load(
@@ -97,13 +97,13 @@ def load(
     """
     expect("expert_memory", expert_memory, int, type(None))
     from qmoe.packed.load import load as run
-    from qmoe.system.progress import on_terminal, silent
+    from qmoe.system.progress import shown
 
-    return run(
-        path,
-        dtype,
-        device=device,
-        expert_memory=expert_memory,
-        track=on_terminal if progress else silent,
-        trust_remote_code=trust_remote_code,
-    )
+    with shown(progress):
+        return run(
+            path,
+            dtype,
+            device=device,
+            expert_memory=expert_memory,
+            trust_remote_code=trust_remote_code,
+        )

@@ -17,7 +17,7 @@ import qmoe
 from qmoe.cli.tables import show, size
 from qmoe.measure.compare import benchmark, evaluate
 from qmoe.measure.evaluate import overall
-from qmoe.system.progress import on_terminal
+from qmoe.system.progress import shown
 
 DEMO = Path(__file__).resolve().parents[1] / "tests" / "data" / "demo-moe"
 SEEN, UNSEEN = "austen+factbook+state_of_the_union", "metamath+moby_dick"
@@ -34,8 +34,9 @@ def main() -> None:
         print(f"fallbacks: {len(report['fallbacks'])}")
         for line in report["fallbacks"]:
             print(f"  {line}")
-        quality = evaluate(path, against=DEMO, baselines=["rtn"], samples=24, track=on_terminal)
-        speed = benchmark(path, against=DEMO, baselines=["rtn"], track=on_terminal)
+        with shown():
+            quality = evaluate(path, against=DEMO, baselines=["rtn"], samples=24)
+            speed = benchmark(path, against=DEMO, baselines=["rtn"])
         show(*table(quality, speed))
         model, tokenizer = qmoe.load(path)
         ids = tokenizer(PROMPT, return_tensors="pt")

@@ -39,7 +39,7 @@ def test_a_file_that_is_gone_is_left_to_who_needs_it(tmp_path):
 
 def test_one_layer_ahead_is_read(tmp_path, demo, monkeypatch):
     asked = []
-    monkeypatch.setattr("qmoe.pipeline.run.read_ahead", asked.append)
+    monkeypatch.setattr("qmoe.pipeline.layers.read_ahead", asked.append)
     qmoe.quantize(demo, tmp_path / "out", QuantConfig(method="rtn", experts=Scheme(4, 32)))
     layers = json.loads((demo / "config.json").read_text())["num_hidden_layers"]
     checkpoint = Checkpoint(demo)

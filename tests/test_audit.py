@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qmoe
+from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.cli.main import main
 from qmoe.errors import AuditError, CheckpointError
 from qmoe.packed.audit import audit_folder, audit_model
@@ -33,7 +34,7 @@ EXPERT = "model.layers.1.mlp.experts.3.down_proj"
 
 
 def test_every_byte_has_a_kind(quantized):
-    audit = audit_folder(quantized)
+    audit = audit_folder(ModelFolder(quantized))
     stored = {}
     for file in quantized.glob("*.safetensors"):
         stored |= load_file(file)
@@ -72,7 +73,7 @@ def test_every_byte_has_a_kind(quantized):
 def test_tampering_with_the_folder_is_found(folder, change, finding):
     tamper(folder, change)
     with pytest.raises((AuditError, CheckpointError), match=finding):
-        audit_folder(folder)
+        audit_folder(ModelFolder(folder))
     with pytest.raises((AuditError, CheckpointError)):
         qmoe.load(folder, progress=False)
 

@@ -38,9 +38,9 @@ CONFIGS = {
 def there(monkeypatch):
     """The pretended device by the name of a GPU; attention computed alike on both."""
     monkeypatch.setattr(
-        "qmoe.pipeline.quantize.find_device", lambda name: DEVICE if name == "cuda" else CPU
+        "qmoe.pipeline.plan.find_device", lambda name: DEVICE if name == "cuda" else CPU
     )
-    monkeypatch.setattr("qmoe.pipeline.quantize.check_fits", lambda *arguments: None)
+    monkeypatch.setattr("qmoe.pipeline.plan.check_fits", lambda *arguments: None)
     with sdpa_kernel(SDPBackend.MATH):
         yield DEVICE
 

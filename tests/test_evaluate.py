@@ -15,7 +15,6 @@ from qmoe.errors import CalibrationError
 from qmoe.measure.compare import evaluate
 from qmoe.measure.evaluate import Score, not_better, overall, score, summaries
 from qmoe.packed.load import Loading
-from qmoe.system.progress import silent
 
 IDS = torch.tensor([[0, 1, 2, 1], [2, 2, 0, 1]])
 BATCHES = [("a", IDS[:1]), ("b", IDS[1:])]
@@ -32,7 +31,7 @@ def sure_of_one():
 
 
 def test_perplexity_kl_and_agreement():
-    scores = score(BATCHES, uniform(), {"m": sure_of_one()}, silent)
+    scores = score(BATCHES, uniform(), {"m": sure_of_one()})
     result = summaries(scores, with_reference=True)
     wanted = {"perplexity": 3, "loss": math.log(3), "kl": 0, "agreement": 1}
     assert result["original"]["a"] == pytest.approx(wanted)
@@ -49,7 +48,7 @@ def test_perplexity_kl_and_agreement():
 
 
 def test_without_a_reference_only_perplexity_is_known():
-    result = summaries(score(BATCHES, None, {"m": uniform()}, silent), with_reference=False)
+    result = summaries(score(BATCHES, None, {"m": uniform()}), with_reference=False)
     wanted = pytest.approx({"perplexity": 3, "loss": math.log(3)})
     assert result == {"m": {d: wanted for d in "ab"}}
 
@@ -74,7 +73,7 @@ def test_a_token_without_numbers_is_an_error_and_never_agrees(value, who):
     logits[0, 1] = value
     given = {"original": uniform(), "m": uniform()} | {who: iter([logits, logits])}
     with pytest.raises(CalibrationError, match=f"{who}: a: 1 of 3 tokens .*float16.*--dtype"):
-        score(BATCHES, given["original"], {"m": given["m"]}, silent, torch.float16)
+        score(BATCHES, given["original"], {"m": given["m"]}, torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +87,7 @@ def test_a_token_without_numbers_is_an_error_and_never_agrees(value, who):
 def test_the_way_out_of_an_overflow_is_named(dtype, remedy):
     lost = torch.full((1, 4, 3), math.nan, dtype=dtype)
     with pytest.raises(CalibrationError, match=remedy):
-        score(BATCHES, None, {"m": iter([lost, lost])}, silent)
+        score(BATCHES, None, {"m": iter([lost, lost])})
 
 
 def test_words_that_cannot_come_are_no_error():
@@ -99,7 +98,7 @@ def test_words_that_cannot_come_are_no_error():
         logits[..., 3:] = -math.inf
         return iter([logits, logits])
 
-    found = summaries(score(BATCHES, masked(), {"m": masked()}, silent), with_reference=True)
+    found = summaries(score(BATCHES, masked(), {"m": masked()}), with_reference=True)
     assert found["m"]["a"]["perplexity"] == pytest.approx(3)
     assert found["m"]["a"]["kl"] == 0 and found["m"]["a"]["agreement"] == 1
 
@@ -112,7 +111,7 @@ def wrong(nats):
 
 
 def test_a_loss_above_709_nats_has_an_infinite_perplexity():
-    found = score(BATCHES, uniform(), {"m": wrong(2000.0), "rtn": wrong(1000.0)}, silent)
+    found = score(BATCHES, uniform(), {"m": wrong(2000.0), "rtn": wrong(1000.0)})
     result = summaries(found, with_reference=True)
     assert result["m"]["a"]["perplexity"] == math.inf and result["m"]["a"]["loss"] == 2000
     assert overall(result["m"])["perplexity"] == math.inf

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
-from qmoe.calibration.capture import Captured
 from qmoe.calibration.coverage import average_weight
 from qmoe.calibration.moments import keeping_inputs, second_moments
+from qmoe.calibration.routed_tokens import RoutedTokens
 from qmoe.layer.refit import steps
 from qmoe.model import experts
 from qmoe.solvers.refit import refit
@@ -55,11 +55,11 @@ def test_moments_of_second_inputs(concatenated):
         p.normal_(std=0.2)
     x, ids, gates = torch.randn(9, 64), torch.zeros(9, 1, dtype=torch.int64), torch.rand(9, 1)
     ids[4] = 1
-    captured = Captured(module, True, 2, Scratch())
-    captured.saw(x, ids, gates)
-    captured.finish()
+    routed = RoutedTokens(module, True, 2, Scratch())
+    routed.saw(x, ids, gates)
+    routed.finish()
     other = experts.stack(module, "gate_up_proj")[:3] + 0.05 * torch.randn(3, 192, 64)
-    cross, hessian = second_moments(captured, 0, other, min_tokens=4)
+    cross, hessian = second_moments(routed, 0, other, min_tokens=4)
 
     def middle(stack, rows):
         gate, up = (rows @ stack.T).chunk(2, dim=1)
@@ -69,7 +69,7 @@ def test_moments_of_second_inputs(concatenated):
     for e, lacking in ((0, 0), (1, 3), (2, 4)):
         own = ids[:, 0] == e
         rows = torch.cat([x[own], sample])
-        share = torch.full((len(sample),), lacking * average_weight(captured) / len(sample))
+        share = torch.full((len(sample),), lacking * average_weight(routed) / len(sample))
         w = torch.cat([gates[own, 0].square(), share])[:, None]
         before, after = middle(whole[e], rows), middle(other[e], rows)
         assert_close(cross[e], (w * before).T @ after)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from qmoe import QuantConfig
 from qmoe.calibration.collect import collecting_linears
 from qmoe.calibration.stats import LayerStats
-from qmoe.layer.job import Job
+from qmoe.layer.at_hand import LayerAtHand, LayerSettings
 from qmoe.layer.statistics import EVERY, run_some
 from qmoe.model.layerwise import Call
 from qmoe.model.structure import Layer
@@ -38,14 +38,15 @@ def test_batches_end_at_the_experts_if_nothing_behind_them_is_gathered(gathered,
         parameter.data.normal_(std=0.1)
     model: Any = nn.ModuleDict({"block": Block(experts)}).requires_grad_(False)
     layer = Layer("block", ["block.experts"], {}, gathered, [], {})
-    job = Job(model, layer, QuantConfig(), {}, torch.float32, 0)
+    at_hand = LayerAtHand.of(model, layer, model["block"].forward)
+    settings = LayerSettings(QuantConfig(), 0, torch.float32)
     batches = [torch.randn(5, 64) for _ in range(EVERY + 2)]
     ran: list[int] = []
     model["block"].behind.register_forward_hook(lambda *_: ran.append(1))
     stats = LayerStats()
     with collecting_linears({n: model.get_submodule(n) for n in gathered}, stats):
         calls = [Call((x,), {}) for x in batches]
-        outputs = run_some(job, model["block"].forward, calls, stats, keep)
+        outputs = run_some(at_hand, settings, calls, stats, keep)
     assert [y is not None for y in outputs] == [keep and i % EVERY == 0 for i in range(len(calls))]
     whole = len(batches) if len(gathered) == 2 else 1 + keep
     assert len(ran) == whole

@@ -193,7 +193,7 @@ def test_a_tokenizer_config_that_points_outside(capsys, tmp_path, model):
         (lambda r: r.pop("layers"), "layers is None, not a list"),
         (lambda r: r["layers"].insert(0, 3), "in its layers, AttributeError"),
         (lambda r: _entry(r).update(tokens=[]), "in its layers, IndexError"),
-        (lambda r: _entry(r).update(gate_mass=["x"] * 16), "in its layers, ValueError"),
+        (lambda r: _entry(r).update(routing_mass=["x"] * 16), "in its layers, ValueError"),
     ],
 )
 def test_a_report_that_was_changed(capsys, tmp_path, quantized, change, message):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.checkpoint.model_config import model_class
+from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.errors import CheckpointError
 from qmoe.measure.compare import evaluate
 from qmoe.measure.families import families, tiny_config
@@ -79,7 +80,7 @@ def test_a_prediction_layer_of_a_model_that_has_not_61(tmp_path, demo, config):
     said = "not written, they predict tokens beyond the next: model.layers.2."
     assert any(line.startswith(said) for line in report["fallbacks"])
     assert not any("text was written" in line for line in report["fallbacks"])
-    sizes = [estimate_bytes(open_source(tmp_path / n, torch.float32), config) for n in
+    sizes = [estimate_bytes(open_source(ModelFolder(tmp_path / n), torch.float32), config) for n in
              ("source", "twin")]  # fmt: skip
     assert abs(sizes[0] - sizes[1]) < 10_000  # the header
     scores = evaluate(

@@ -16,7 +16,7 @@ from helpers import ONE_DOMAIN, start
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig
 from qmoe.errors import OutputError
-from qmoe.pipeline.output import OutputFolder
+from qmoe.pipeline.output import OutputFolder, Shard
 from qmoe.system.lock import NAME, Lock
 
 RTN = QuantConfig("rtn")
@@ -81,7 +81,7 @@ def test_a_file_system_without_locks(tmp_path, demo, monkeypatch, code):
     assert line in report["fallbacks"]
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(KeyboardInterrupt), OutputFolder(tmp_path / "out", 2, {"a": "b"}) as folder:
-        folder.write_shard(0, {}, {})
+        folder.write_shard(Shard(0, {}, None, {}))
         raise KeyboardInterrupt  # politely: nothing is left that would have to be asked about
     assert not (tmp_path / "out.partial" / NAME).exists()
     lock = tmp_path / "out.partial" / NAME
@@ -90,7 +90,7 @@ def test_a_file_system_without_locks(tmp_path, demo, monkeypatch, code):
         qmoe.quantize(demo, tmp_path / "out", RTN, progress=False)
     lock.unlink()
     with OutputFolder(tmp_path / "out", 2, {"a": "b"}) as folder:
-        assert folder.done == [0]
+        assert folder.finished == {0}
 
 
 def test_the_lock_of_a_folder_that_has_gone(tmp_path, monkeypatch):

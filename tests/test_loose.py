@@ -4,9 +4,11 @@ import torch
 from helpers import assert_close
 from torch import nn
 
-from qmoe import QuantConfig
-from qmoe.calibration.collect import collecting_linears, sampling
-from qmoe.layer.job import Job, Result
+from qmoe import Scheme
+from qmoe.calibration.collect import collecting_linears, sampling_tokens
+from qmoe.calibration.stats import LayerStats
+from qmoe.layer.at_hand import LayerAtHand
+from qmoe.layer.records import ExpertsRecord
 from qmoe.layer.unfused import borrow, modules_of
 from qmoe.model.structure import Layer
 
@@ -20,21 +22,21 @@ def test_the_weight_and_inputs_of_what_is_borrowed():
     model = nn.ModuleDict({"experts": experts})
     linears = [[f"experts.{e}.{n}" for n in "02"] for e in range(2)]
     layer = Layer("", [], {"experts": linears}, [], [], {})
-    job = Job(model, layer, QuantConfig(min_tokens=10), {}, torch.float32, 256 * 3)
-    result, own = Result(record={"experts": {}}), torch.randn(4, 32)
-    names = layer.loose_linears()
+    names = layer.unfused_linears()
+    at_hand = LayerAtHand.of(model, layer, model.forward, dict.fromkeys(names, Scheme()))
+    stats, own = LayerStats(), torch.randn(4, 32)
     modules = {n: model.get_submodule(n) for n in names}
-    lists = modules_of(job, names)
-    with sampling(lists, 3, result.stats.samples), collecting_linears(modules, result.stats):
+    lists = modules_of(at_hand, names)
+    with sampling_tokens(lists, 3, stats.samples), collecting_linears(modules, stats):
         experts[0](own[:2])
         experts[0](own[2:])
-    sample = result.stats.samples["experts"]
+    sample = stats.samples["experts"]
     assert torch.equal(sample, own[[0, 3]])
-    borrow(job, names, result)
+    records = borrow(at_hand, names, stats, 10)
     for e, weight in ((0, 6 / 2), (1, 10 / 2)):
         for linear, inside in (("0", lambda e, x: x), ("2", lambda e, x: experts[e][:2](x))):
             expected = weight * inside(e, sample).T @ inside(e, sample)
             if e == 0:
                 expected += inside(0, own).T @ inside(0, own)
-            assert_close(result.stats.linears[f"experts.{e}.{linear}"].hessian, expected)
-    assert result.record["experts"]["experts"] == {"tokens": [4, 0], "borrowed": [0, 1]}
+            assert_close(stats.linears[f"experts.{e}.{linear}"].hessian, expected)
+    assert records == {"experts": ExpertsRecord([4, 0], borrowed=[0, 1])}

@@ -11,6 +11,7 @@ from test_resume import same_files
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
+from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.errors import ConfigError
 from qmoe.model.source import open_source
 from qmoe.pipeline.memory import needed, spills
@@ -21,7 +22,7 @@ CONFIG = QuantConfig(experts=Scheme(4, 64), search_grid=False, calibration=TEXT)
 
 
 def need(demo, tokens):
-    return needed(open_source(demo, torch.float32), CONFIG, tokens)
+    return needed(open_source(ModelFolder(demo), torch.float32), CONFIG, tokens)
 
 
 def test_kept_tensors_are_the_same_and_their_files_have_no_names(tmp_path):
@@ -68,7 +69,7 @@ def test_waiting_on_disk_changes_no_byte(tmp_path, demo, method, monkeypatch):
     kept = []
     original = Scratch._keep
     monkeypatch.setattr(Scratch, "_keep", lambda self, t: kept.append(t) or original(self, t))
-    limit = needed(open_source(source, torch.float32), config, 6 * 128).fixed + 1000
+    limit = needed(open_source(ModelFolder(source), torch.float32), config, 6 * 128).fixed + 1000
     qmoe.quantize(source, tmp_path / "out", config, max_memory=limit, progress=False)
     assert kept and same_files(tmp_path / "whole", tmp_path / "out")
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import qmoe
 from qmoe import QuantConfig, Scheme
 from qmoe.checkpoint.model_config import model_class
+from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.config import CHANNEL, CalibrationConfig
 from qmoe.errors import AuditError, ConfigError
 from qmoe.measure.baselines import original
@@ -25,10 +26,9 @@ from qmoe.measure.family_check import check, check_in_bfloat16, dequantize_into,
 from qmoe.model import precision
 from qmoe.model.skeleton import inputs_of
 from qmoe.model.source import open_source
-from qmoe.packed.audit import audit_kept
+from qmoe.packed.audit import audit_unpacked
 from qmoe.packed.load import Loading
 from qmoe.packed.skeleton import open_packed
-from qmoe.system.progress import silent
 
 FAMILIES = {family.model_type: family for family in families()}
 ROUNDED = QuantConfig("rtn", Scheme(8, CHANNEL), Scheme(8, CHANNEL))
@@ -49,7 +49,7 @@ def made(family, path, dtype=torch.bfloat16, config=ROUNDED):
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "jamba", "nemotron_h", "qwen3_next"])
 def test_routes_and_logits_in_bfloat16_are_transformers(family, tmp_path):
     source, quantized, _ = made(family, tmp_path)
-    config = open_packed(quantized).model.config
+    config = open_packed(ModelFolder(quantized)).model.config
     twin = model_class(config).from_pretrained(source, dtype=torch.float32).eval()
     dequantize_into(twin, quantized, torch.float32)
     inputs = inputs_of(twin, IDS)
@@ -65,7 +65,7 @@ def test_routes_and_logits_in_bfloat16_are_transformers(family, tmp_path):
 def test_originals_have_transformers_dtypes_and_values(family, dtype, tmp_path):
     """As eval streams them and as they write calibration text; the lists for float16 differ."""
     save_tiny(FAMILIES[family], tmp_path, dtype=torch.bfloat16)
-    source = open_source(tmp_path, dtype)
+    source = open_source(ModelFolder(tmp_path), dtype)
     source.weights.load(source.checkpoint.names(), dtype)
     source.weights.tie()
     twin = model_class(source.model.config).from_pretrained(tmp_path, dtype=dtype)
@@ -82,9 +82,9 @@ def test_originals_have_transformers_dtypes_and_values(family, dtype, tmp_path):
 def test_the_streamed_original_chooses_the_experts_of_the_resident_one(tmp_path):
     source, quantized, _ = made("deepseek_v3", tmp_path)
     batches = [("x", IDS)]
-    opened = open_source(source, torch.bfloat16)
-    [ours] = streamed(opened, batches, torch.bfloat16, silent)
-    [theirs] = resident(original(source), batches)
+    opened = open_source(ModelFolder(source), torch.bfloat16)
+    [ours] = streamed(opened, batches, torch.bfloat16)
+    [theirs] = resident(original(ModelFolder(source)), batches)
     assert torch.equal(ours, theirs)
     result = evaluate(quantized, against=source, text=ONE_DOMAIN, samples=1, seqlen=32,
                       loading=Loading())  # fmt: skip
@@ -103,17 +103,17 @@ def test_a_rounded_bias_does_not_pass_the_audit(tmp_path, monkeypatch):
 
 def test_the_audit_compares_values_with_what_is_stored(tmp_path):
     _, quantized, _ = made("gpt_oss", tmp_path)
-    source = open_packed(quantized)
+    source = open_packed(ModelFolder(quantized))
     source.model = qmoe.load(quantized, progress=False)[0]
-    audit_kept(source, "here")
+    audit_unpacked(source, "here")
     biases = source.model.get_submodule("model.layers.0.mlp.experts").qmoe_first_bias
     for tensor in (biases, source.model.model.norm.weight):
         before = tensor.clone()
         tensor.view(-1)[3] += 1
         with pytest.raises(AuditError, match="is not what is stored"):
-            audit_kept(source, "here")
+            audit_unpacked(source, "here")
         tensor.copy_(before)
-    audit_kept(source, "here")
+    audit_unpacked(source, "here")
 
 
 def test_numbers_that_a_dtype_does_not_have_are_refused(tmp_path):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.errors import CalibrationError, ConfigError
+from qmoe.layer.records import ExpertsRecord, LayerRecord
 from qmoe.measure.compare import evaluate
 from qmoe.packed.report import fallbacks
 
@@ -148,8 +149,8 @@ def test_an_expert_that_no_token_reaches(demo, tmp_path):
 
 def test_a_line_names_the_rarest_of_many_experts():
     tokens = [100 - e for e in range(40)] + [500]
-    record = {"experts": {"experts": {"tokens": tokens, "borrowed": list(range(40))}}}
-    (line,) = fallbacks(record)
+    experts = ExpertsRecord(tokens, borrowed=list(range(40)))
+    (line,) = fallbacks(LayerRecord("layer", experts={"experts": experts}))
     assert line.startswith("experts: 40 of 41 experts borrowed tokens of their layer")
     assert "too few: 61 (expert 39), 62 (expert 38), " in line
     assert line.endswith(", 68 (expert 32) and 32 more")

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
+from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.errors import CalibrationError, ConfigError, UnsupportedModelError
 from qmoe.format.hadamard import rotate
 from qmoe.measure.compare import evaluate
@@ -133,10 +134,10 @@ def test_a_run_goes_on_to_the_same_bytes(name, changes, tmp_path, demo, monkeypa
     quantize(source, tmp_path / "whole", **changes)
     write = qmoe.pipeline.output.OutputFolder.write_shard
 
-    def once(self, i, *args):
-        if i == 1:
+    def once(self, shard):
+        if shard.index == 1:
             raise KeyboardInterrupt
-        write(self, i, *args)
+        write(self, shard)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(qmoe.pipeline.output.OutputFolder, "write_shard", once)
@@ -206,7 +207,7 @@ def test_it_can_be_compared_with_its_original(tied, tmp_path, demo):
 def test_what_matters_to_no_token_at_hand_gets_more_of_them(tmp_path, monkeypatch):
     """An indexer that chooses 32 of 32 tokens could be rotated wrongly unseen."""
     save_tiny(family("deepseek_v32"), tmp_path / "source")
-    source = open_source(tmp_path / "source", torch.float32)
+    source = open_source(ModelFolder(tmp_path / "source"), torch.float32)
     with torch.no_grad():
         assert "lm_head" in find_residual(source).outside.norms["model.norm"].readers
         assert all(p.is_meta for p in source.model.parameters())
@@ -217,14 +218,12 @@ def test_what_matters_to_no_token_at_hand_gets_more_of_them(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_head_that_is_added_is_counted_beforehand(tied, tmp_path, demo):
-    source = open_source(
-        save_random("mixtral", tmp_path / "s", demo, torch.float32, tie_word_embeddings=tied),
-        torch.float32,
-    )
+    folder = save_random("mixtral", tmp_path / "s", demo, torch.float32, tie_word_embeddings=tied)
+    source = open_source(ModelFolder(folder), torch.float32)
     off = QuantConfig(**{**vars(CONFIG), "rotate": "off"})
     added = estimate_bytes(source, CONFIG) - estimate_bytes(source, off)
     assert added == tied * source.checkpoint.tensor_bytes("model.embed_tokens.weight")
-    assert source.adds_head(CONFIG) == tied and not source.adds_head(off)
+    assert source.adds_lm_head(CONFIG) == tied and not source.adds_lm_head(off)
 
 
 def test_settings_that_exclude_it():
@@ -236,7 +235,8 @@ def test_settings_that_exclude_it():
 
 def test_a_wrong_guess_is_noticed(tmp_path, demo, monkeypatch):
     """What is found is proved: with a writer left out, the layer is named."""
-    source = open_source(save_random("mixtral", tmp_path / "s", demo, torch.float32), torch.float32)
+    folder = save_random("mixtral", tmp_path / "s", demo, torch.float32)
+    source = open_source(ModelFolder(folder), torch.float32)
     monkeypatch.setattr("qmoe.pipeline.find_rotation.is_experts", lambda module: False)
     with torch.no_grad(), pytest.raises(UnsupportedModelError, match=r"layers\.0: .*differs"):
         find_residual(source)

@@ -71,10 +71,10 @@ def interrupt_after(monkeypatch, shards):
 
     original = OutputFolder.write_shard
 
-    def write(self, i, tensors, note):
-        if i == shards:
+    def write(self, shard):
+        if shard.index == shards:
             raise KeyboardInterrupt
-        original(self, i, tensors, note)
+        original(self, shard)
 
     monkeypatch.setattr(OutputFolder, "write_shard", write)
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import qmoe
 import qmoe.packed.modules
 from qmoe import CalibrationConfig, QuantConfig, Scheme
+from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.errors import CheckpointError, ConfigError
 from qmoe.format.compressed_tensors import Schemes, unpacked_tensors
 from qmoe.format.grid import dequantize
@@ -21,7 +22,6 @@ from qmoe.measure.family_check import check
 from qmoe.packed.audit import audit_folder
 from qmoe.solvers.awq import output_error
 from qmoe.solvers.solve import solve
-from qmoe.system.progress import silent
 
 LITTLE = CalibrationConfig(text=ONE_DOMAIN, samples=8, seqlen=64)
 
@@ -103,8 +103,8 @@ def test_a_tuned_model_and_its_lm_head(tmp_path, demo):
 
 
 def test_rounding_it_is_compared_with_is_not_rotated(folder):
-    with rtn_twin(folder, folder.parent / "source", silent, trust=False) as twin:
-        assert "transform_config" not in (twin / "config.json").read_text()
+    with rtn_twin(folder, ModelFolder(folder.parent / "source")) as twin:
+        assert "transform_config" not in (twin.path / "config.json").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,8 @@ def test_what_config_json_says(folder):
 def test_its_folder_passes_the_audit_and_loads_rotated(folder):
     model, _ = qmoe.load(folder, progress=False)
     assert model.model.layers[0].mlp.experts.qmoe_rotations[0] >= 32
-    audit_folder(folder, json.loads((folder / "qmoe_report.json").read_text())["digests"])
+    digests = json.loads((folder / "qmoe_report.json").read_text())["digests"]
+    audit_folder(ModelFolder(folder), digests)
 
 
 @pytest.mark.parametrize(

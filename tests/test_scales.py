@@ -8,9 +8,11 @@ from safetensors.torch import load_file, save_file
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
+from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.config import BITS, CHANNEL
 from qmoe.errors import ConfigError
 from qmoe.format.grid import covering_scale, dequantize, rows_at_bounds, stored_scale
+from qmoe.layer.records import LayerRecord, MatrixRecord
 from qmoe.packed.audit import audit_folder
 from qmoe.packed.report import fallbacks
 from qmoe.solvers.awq import Reader, awq_scales, output_error
@@ -107,12 +109,8 @@ def test_rows_beyond_the_bounds_are_counted_and_reported():
     assert rows_at_bounds(weight, scheme, BRAIN).tolist() == [0, 0, 0]
     found = join([solved(weight[:1], scheme, HALF), solved(weight[1:], scheme, HALF)])
     assert found.bounded == {1: 1, 2: 2}
-    [line] = fallbacks(
-        {
-            "name": "layer",
-            "dense": {"up": {"bounded": {"dtype": "float16", "rows": {"1": 1, "2": 2}}}},
-        }
-    )
+    up = MatrixRecord(bounded={1: 1, 2: 2}, scale_dtype="float16")
+    [line] = fallbacks(LayerRecord("layer", dense={"up": up}))
     assert line == (
         "up: rows too small or too large for scales in float16, coarser than their bits: "
         "1 (matrix 1), 2 (matrix 2)"
@@ -167,7 +165,7 @@ def test_a_float16_model_with_tiny_rows(config, demo, tmp_path):
     source, quantized = faint(tmp_path / "source", demo, 1e-3), tmp_path / "quantized"
     report = qmoe.quantize(source, quantized, config, progress=False)
     assert not [line for line in report["fallbacks"] if "scales" in line]
-    audit_folder(quantized)
+    audit_folder(ModelFolder(quantized))
     tensors = {}
     for file in quantized.glob("*.safetensors"):
         tensors |= load_file(file)

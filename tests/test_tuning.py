@@ -9,11 +9,11 @@ from helpers import FAMILIES, ONE_DOMAIN, first_layers, save_random
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
-from qmoe.calibration.coverage import routes_kept
+from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.errors import CalibrationError, ConfigError
 from qmoe.format.grid import limits
-from qmoe.layer.routing import logits_error, relative_error
-from qmoe.layer.tune import OnGrid
+from qmoe.layer.routing import logits_error, relative_error, routes_kept
+from qmoe.layer.tune import FakeQuantize
 from qmoe.measure.compare import evaluate
 from qmoe.model.source import open_source
 from qmoe.packed.report import read_report
@@ -34,7 +34,7 @@ def test_rounding_on_the_grid_and_its_straight_through_gradient():
     latent = torch.tensor([[-3.0, -1.6, 0.4, 0.6, 1.2, 5.0]], requires_grad=True)
     scale = torch.tensor([[0.5, 2.0]], requires_grad=True)
     zero = torch.tensor([[0.0, 1.0]])
-    weight = OnGrid.apply(latent, scale, zero, 2)  # integers -2..1, groups of three
+    weight = FakeQuantize.apply(latent, scale, zero, 2)  # integers -2..1, groups of three
     assert limits(2) == (-2, 1)
     assert torch.equal(weight, torch.tensor([[-1.0, -1.0, 0.0, 0.0, 0.0, 0.0]]))
     weight.backward(torch.tensor([[1.0, 1.0, 1.0, 2.0, 2.0, 2.0]]))
@@ -98,10 +98,10 @@ def test_a_tuned_run_goes_on_to_the_same_bytes(demo, tmp_path, monkeypatch):
     qmoe.quantize(source, tmp_path / "whole", config, progress=False)
     write = OutputFolder.write_shard
 
-    def stop_at_second(self, i, tensors, note):
-        if i == 1:
+    def stop_at_second(self, shard):
+        if shard.index == 1:
             raise KeyboardInterrupt
-        write(self, i, tensors, note)
+        write(self, shard)
 
     with monkeypatch.context() as patch:
         patch.setattr(OutputFolder, "write_shard", stop_at_second)
@@ -130,7 +130,7 @@ def test_no_memory_to_write_text_is_reported(demo, tmp_path, monkeypatch):
 
 
 def test_without_memory_for_the_original_a_copy_writes(demo, tmp_path, monkeypatch):
-    whole, copy = _bytes(open_source(demo, torch.bfloat16))
+    whole, copy = _bytes(open_source(ModelFolder(demo), torch.bfloat16))
     monkeypatch.setattr("qmoe.pipeline.self_text.free", lambda: int(1.3 * (whole + copy) / 2))
     config = QuantConfig(search_grid=False, calibration=replace(TEXT, self_samples=4))
     report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from qmoe.checkpoint.decoding import Decoded, Made, decoded
 from qmoe.checkpoint.folders import CONFIG, INDEX, read_index, read_json, weight_files
 from qmoe.errors import CheckpointError
-from qmoe.system.progress import Track
+from qmoe.system.progress import progress
 
 DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
@@ -162,14 +162,14 @@ class Checkpoint:
         """Bytes of the shard files."""
         return sum((self.path / file).stat().st_size for file in self._files)
 
-    def check_finite(self, track: Track) -> str:
+    def check_finite(self) -> str:
         """Read every tensor once; raises CheckpointError naming the first with NaN or Inf.
 
         Returns the SHA-256 of config.json and all tensors: which model this is.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         unmapped = 0
-        for name in track(sorted(self.names()), "checking weights"):
+        for name in progress(sorted(self.names()), "checking weights"):
             tensor = self.tensor(name)
             unmapped += tensor.nbytes
             if unmapped > MAPPED:

@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from qmoe.calibration.text import merged
-from qmoe.checkpoint.folders import read_json, resolve
+from qmoe.checkpoint.folders import read_json
+from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.cli import tables
 from qmoe.cli.options import STORED, config_from
 from qmoe.errors import (
@@ -29,24 +30,24 @@ from qmoe.packed.load import Loading
 from qmoe.packed.report import REPORT, expert_rows, read_report
 from qmoe.pipeline.quantize import quantize as run_quantize
 from qmoe.system import distributed
-from qmoe.system.progress import on_terminal, silent
+from qmoe.system.progress import progress, shown
 
 
 def quantize(args: argparse.Namespace) -> dict[str, Any]:
     """`qmoe quantize`: returns the report."""
     distributed.join()
     lead = distributed.rank() == 0
-    report = run_quantize(
-        args.src,
-        args.dst,
-        config_from(args),
-        statistics_from=args.statistics,
-        save_statistics=args.save_statistics,
-        device=args.device,
-        max_memory=None if args.max_memory is None else int(args.max_memory * 1e9),
-        track=on_terminal if lead else silent,
-        trust_remote_code=args.trust_remote_code,
-    )
+    with shown(lead):
+        report = run_quantize(
+            args.src,
+            args.dst,
+            config_from(args),
+            statistics_from=args.statistics,
+            save_statistics=args.save_statistics,
+            device=args.device,
+            max_memory=None if args.max_memory is None else int(args.max_memory * 1e9),
+            trust_remote_code=args.trust_remote_code,
+        )
     distributed.leave()
     return report if lead else {}
 
@@ -85,12 +86,12 @@ def families(args: argparse.Namespace) -> dict[str, Any]:
     if unknown := [name for name in args.names if name not in found]:
         raise ConfigError(f"{unknown[0]}: not an MoE language model of this transformers")
     rows, failed = [], []
-    for family in on_terminal([found[name] for name in args.names or found], "families"):
+    for family in progress([found[name] for name in args.names or found], "families"):
         row = {"family": family.model_type, "reads": family.reads, "model": family.head}
         try:
             row["experts"] = known.layout(family)
             if args.check:
-                with TemporaryDirectory(prefix="qmoe-families-") as folder:
+                with TemporaryDirectory(prefix="qmoe-families-") as folder, shown(False):
                     check(family, Path(folder), config)
             row["result"] = "passed" if args.check else "supported"
         except UnsupportedModelError as error:
@@ -128,15 +129,16 @@ def _share(error: float | None) -> str:
 
 def inspect(args: argparse.Namespace) -> dict[str, Any]:
     """`qmoe inspect`: an audit of a quantized folder, or the parts of an unquantized one."""
-    path = resolve(args.path)
+    folder = ModelFolder.find(args.path, args.trust_remote_code)
+    path = folder.path
     if read_json(path / "config.json").get("quantization_config") is None:
         if args.experts:
             raise CheckpointError(f"{path}: not quantized, so there is no record of its experts")
-        return {"parts": _parts(path, args.trust_remote_code)}
+        return {"parts": _parts(folder)}
     reported = (path / REPORT).is_file()
     report = read_report(path) if reported else {}
-    digests, kept = report.get("digests"), report.get("kept_sha256")
-    audit = audit_folder(path, digests, kept, on_terminal, args.trust_remote_code)
+    digests, unpacked = report.get("digests"), report.get("unpacked_sha256")
+    audit = audit_folder(folder, digests, unpacked)
     result: dict[str, Any] = {"bytes": audit.bytes}
     if reported:
         result |= {"config": report["config"], "fallbacks": report["fallbacks"]}
@@ -147,15 +149,15 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _parts(path: Path, trust: bool) -> list[dict[str, Any]]:
-    source = open_source(path, torch.float32, trust)
+def _parts(folder: ModelFolder) -> list[dict[str, Any]]:
+    source = open_source(folder, torch.float32)
     parts = []
     for layer in source.structure.layers:
         for name in layer.experts:
             module = source.model.get_submodule(name)
             shapes = [list(stack(module, w).shape) for w in expert_weights(module)]
             parts.append({"name": name, "shapes": shapes})
-        for name in [*layer.loose_linears(), *layer.dense]:
+        for name in [*layer.unfused_linears(), *layer.dense]:
             parts.append(
                 {"name": name, "shapes": [list(source.model.get_submodule(name).weight.shape)]}
             )
@@ -174,13 +176,13 @@ def show_inspect(result: dict[str, Any]) -> None:
             [
                 f"{r['experts']}[{r['expert']}]",
                 str(r.get("tokens", "-")),
-                f"{r.get('gate_mass', 0):.1f}",
+                f"{r.get('routing_mass', 0):.1f}",
                 " ".join(f"{100 * e:.2f}" for e in r["errors"]),
                 "yes" if r["borrowed"] else "",
             ]
             for r in result["experts"]
         ]
-        header = ["expert", "tokens", "gate mass", "output errors (%)", "borrowed"]
+        header = ["expert", "tokens", "routing mass", "output errors (%)", "borrowed"]
         tables.show("experts", header, rows)
 
 
@@ -195,7 +197,6 @@ def eval(args: argparse.Namespace) -> dict[str, Any]:
         seqlen=args.seqlen,
         batch=args.batch,
         loading=_loading(args, None if args.dtype == STORED else getattr(torch, args.dtype)),
-        track=on_terminal,
     )
 
 
@@ -245,7 +246,6 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         tokens=args.tokens,
         repeats=args.repeats,
         loading=_loading(args, None),
-        track=on_terminal,
     )
 
 

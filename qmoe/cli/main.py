@@ -9,13 +9,15 @@ from qmoe.cli.options import build_parser
 from qmoe.cli.printing import printing, say
 from qmoe.cli.tables import to_json
 from qmoe.errors import QmoeError
+from qmoe.system.progress import shown
 
 
 def run(args: argparse.Namespace) -> None:
     """Carry out a parsed command and print its result."""
     from qmoe.cli import commands
 
-    result: dict[str, Any] = getattr(commands, args.command)(args)
+    with shown():
+        result: dict[str, Any] = getattr(commands, args.command)(args)
     if not result:  # another process of this run shows it
         return
     whole = f"; the model in {args.dst} is whole, and has it" if args.command == "quantize" else ""

@@ -10,23 +10,61 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qmoe.calibration.stats import ExpertStats, LayerStats
 from qmoe.config import Scheme
-from qmoe.model.experts import bias, expert_weights, rows, up_rows
-from qmoe.model.norm_readers import Fold, columns
+from qmoe.layer.at_hand import LayerAtHand, LayerSettings, QuantizedLayer
+from qmoe.layer.output_error import relative_rms
+from qmoe.model.experts import bias, expert_weights, packed_parameters, rows, up_rows
+from qmoe.model.layerwise import Call
+from qmoe.model.norm_readers import Fold, columns, find_folds, with_weights
 from qmoe.solvers.awq import Reader, awq_scales
 
 TOLERANCE = 1e-3  # relative RMS change of the layer's output that float32 rounding may explain
 
 
-def fold_norm(
-    model: nn.Module,
-    fold: Fold,
+def fold(
+    layer: LayerAtHand,
+    settings: LayerSettings,
+    names: list[str],
     stats: LayerStats,
-    schemes: dict[str, Scheme],
-    scale_dtype: torch.dtype,
+    calls: list[Call],
+    made: QuantizedLayer,
+) -> None:
+    """Fold AWQ's scales wherever the readers are all among `names` and the layer's output on
+    `calls` stays as it is."""
+    plain, not_folded = list(layer.run(calls)), made.record.not_folded
+
+    def keep_if_equal(undo: Callable[[], None], what: str, changed: set[str]) -> None:
+        # Not below the tolerance also where it is no number.
+        if not relative_rms(list(layer.run(calls)), plain) <= TOLERANCE:
+            undo()
+            not_folded.append(what)
+        else:
+            made.changed |= changed
+
+    packed = packed_parameters(layer.experts | layer.linears)
+    modules = with_weights(layer.module, layer.name)
+    for found in find_folds(modules, lambda: list(layer.run(calls[:1]))):
+        quantized = {r for r in found.readers if r in layer.schemes}
+        if not quantized & set(names):
+            continue
+        if quantized <= set(names):
+            undo, changed = fold_norm(layer, found, stats, settings.scale_dtype)
+            keep_if_equal(undo, found.norm, changed - packed)
+        elif found.norm not in not_folded:
+            # Attention and experts that read one norm are solved at different times.
+            not_folded.append(found.norm)
+    for name in (n for n in names if n in layer.experts and layer.experts[n].has_gate):
+        module = layer.experts[name]
+        undo = fold_experts(module, stats.experts[name], layer.schemes[name], settings.scale_dtype)
+        first = f"{name}.{expert_weights(module)[0]}_bias"
+        keep_if_equal(undo, f"{name} (up to down)", {first} if module.has_bias else set())
+
+
+def fold_norm(
+    layer: LayerAtHand, fold: Fold, stats: LayerStats, scale_dtype: torch.dtype
 ) -> tuple[Callable[[], None], set[str]]:
     """Scale the readers' columns up and the norm down, the Hessians with them.
 
@@ -35,17 +73,17 @@ def fold_norm(
     readers = []
     hessians: dict[int, Tensor] = {}
     for name in fold.readers:
-        if name not in schemes:
+        if name not in layer.schemes:
             continue  # a router takes the scale but is not quantized
-        weight = columns(model.get_submodule(name))
+        weight = columns(layer.submodule(name))
         hessian = _input_hessian(stats, name)
         hessians[id(hessian)] = hessian
         assert weight is not None
         there = _stacked(hessian).to(weight.device)
-        readers.append(Reader(_stacked(weight), there, schemes[name]))
+        readers.append(Reader(_stacked(weight), there, layer.schemes[name]))
     s = awq_scales(readers, scale_dtype=scale_dtype, shared=True)[0]
-    norm = model.get_submodule(fold.norm)
-    weights = [w for n in fold.readers if (w := columns(model.get_submodule(n))) is not None]
+    norm = layer.submodule(fold.norm)
+    weights = [w for n in fold.readers if (w := columns(layer.submodule(n))) is not None]
     vectors = list(norm.parameters(recurse=False))
     undo = _apply(
         [(w, s) for w in weights]
@@ -53,7 +91,8 @@ def fold_norm(
         + [(h, 1 / (s[:, None] * s)) for h in hessians.values()]
     )
     scaled = {id(p) for p in [*weights, *vectors]}
-    return undo, {name for name, p in model.named_parameters() if id(p) in scaled}
+    named = layer.module.named_parameters(prefix=layer.name)
+    return undo, {name for name, p in named if id(p) in scaled}
 
 
 def fold_experts(
@@ -76,12 +115,12 @@ def fold_experts(
 
 
 def _apply(changes: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
-    kept = [(tensor, tensor.detach().clone()) for tensor, _ in changes]
+    saved = [(tensor, tensor.detach().clone()) for tensor, _ in changes]
     for tensor, factor in changes:
         tensor.data.mul_(factor.to(tensor.device))
 
     def undo() -> None:
-        for tensor, before in kept:
+        for tensor, before in saved:
             tensor.data.copy_(before)
 
     return undo

@@ -4,71 +4,72 @@ A token that goes to another expert is lost altogether, however small the differ
 sent it there; at 4 bits such tokens, one in a hundred, are half of the KL.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qmoe.calibration.collect import watching_experts
 from qmoe.errors import CalibrationError
-from qmoe.layer.job import Job
+from qmoe.layer.at_hand import LayerAtHand
 from qmoe.model import experts
 
 Parameters = dict[str, Tensor]
 
 
-def router_parameters(job: Job) -> Parameters:
-    """The routers' weight matrices in the layer, by name; a router is what a family has instead of
-    a linear beside its experts, or what the layer's structure calls one."""
-    found: Parameters = {}
-    blocks = {name.rpartition(".")[0] for name in job.layer.experts}
-    layer = job.model.get_submodule(job.layer.name)
-    for name, module in layer.named_modules(prefix=job.layer.name):
-        beside = name.rpartition(".")[0] in blocks and name not in job.layer.experts
-        if job.layer.kept.get(name) == "router" or (beside and not isinstance(module, nn.Linear)):
-            own = module.named_parameters(recurse=False)
-            found |= {f"{name}.{key}": p for key, p in own if p.dim() == 2}
-    return found
+def router_parameters(layer: LayerAtHand) -> Parameters:
+    """The routers' weight matrices in the layer, by name."""
+    return {
+        f"{name}.{key}": parameter
+        for name in layer.structure.routers
+        for key, parameter in layer.submodule(name).named_parameters(recurse=False)
+        if parameter.dim() == 2
+    }
 
 
-def routers(job: Job) -> dict[str, str]:
+def routers(layer: LayerAtHand) -> dict[str, str]:
     """By experts module: the name of its router's weight [E, H], where there is one with a row for
     each expert."""
     found = {}
-    for name in job.layer.experts:
-        block, module = name.rpartition(".")[0] + ".", job.model.get_submodule(name)
+    for name, module in layer.experts.items():
+        block = name.rpartition(".")[0] + "."
         first = experts.rows(module, experts.expert_weights(module)[0])
-        for key, weight in router_parameters(job).items():
+        for key, weight in router_parameters(layer).items():
             fits = len(weight) >= len(first) and weight.shape[1] == first.shape[2]
             if key.startswith(block) and fits:
                 found[name] = key
     return found
 
 
-@contextmanager
-def recording_routes(modules: dict[str, Any]) -> Iterator[dict[str, list[Tensor]]]:
-    """The experts [T, A] that every call of these modules sends its tokens to, by module."""
-    routes: dict[str, list[Tensor]] = {name: [] for name in modules}
+@dataclass
+class Seen:
+    """What the experts modules of a layer were given, by module; `see` for LayerAtHand.run.
 
-    def see(name: str, hidden: Tensor, index: Tensor) -> None:
-        routes[name].append(index.cpu())
+    routes: the chosen experts [T, A] of every call.
+    inputs: the hidden states [T, H] of every call, until `router_logits` takes them.
+    """
 
-    with watching_experts(modules, see):
-        yield routes
+    routes: dict[str, list[Tensor]] = field(default_factory=dict)
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def routed(self, name: str, x: Tensor, ids: Tensor, routing_weights: Tensor) -> None:
+        self.routes.setdefault(name, []).append(ids.cpu())
+
+    def given(self, name: str, x: Tensor, ids: Tensor, routing_weights: Tensor) -> None:
+        self.inputs.setdefault(name, []).append(x)
+
+    def both(self, *what: Any) -> None:
+        self.routed(*what)
+        self.given(*what)
 
 
-@contextmanager
-def recording_inputs(modules: dict[str, Any]) -> Iterator[dict[str, list[Tensor]]]:
-    """What every call of these modules is given, [T, H], by module, until `router_logits`."""
-    inputs: dict[str, list[Tensor]] = {name: [] for name in modules}
-
-    def see(name: str, hidden: Tensor, index: Tensor) -> None:
-        inputs[name].append(hidden)
-
-    with watching_experts(modules, see):
-        yield inputs
+def routes_kept(before: list[Tensor], after: list[Tensor], experts: int) -> float:
+    """Share of the experts chosen for each token, [T, A] a call, that are chosen again."""
+    same = chosen = 0
+    for a, b in zip(before, after, strict=True):
+        again = (a[:, :, None] == b[:, None]).any(2) & (a < experts)
+        same, chosen = same + int(again.sum()), chosen + int((a < experts).sum())
+    return same / max(chosen, 1)
 
 
 def router_logits(

@@ -5,17 +5,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qmoe.calibration.capture import Captured
 from qmoe.calibration.coverage import average_weight, borrow
 from qmoe.calibration.moments import second_moments
-from qmoe.calibration.stats import ExpertStats
+from qmoe.calibration.routed_tokens import RoutedTokens
+from qmoe.calibration.stats import ExpertStats, check_finite
+from qmoe.config import Method, QuantConfig, Scheme
 from qmoe.errors import CalibrationError
 from qmoe.format.grid import dequantize
 from qmoe.format.quantized import Quantized
-from qmoe.layer.job import Job, Result
-from qmoe.layer.solved_cache import Unit
+from qmoe.layer.at_hand import LayerAtHand, LayerSettings, QuantizedLayer
+from qmoe.layer.records import ExpertsRecord, MatrixRecord
+from qmoe.layer.solved_cache import SolvedExperts
+from qmoe.layer.statistics import CollectedStats
 from qmoe.model import experts
 from qmoe.solvers.refit import refit
 from qmoe.solvers.solve import Solved, experts_at_once, join, solve
@@ -23,24 +26,31 @@ from qmoe.system import distributed
 from qmoe.system.devices import CPU
 
 
-def solve_parts(job: Job, names: list[str], result: Result) -> None:
-    """Quantize these modules; the layer then holds their dequantized weights."""
+def solve_modules(
+    layer: LayerAtHand,
+    settings: LayerSettings,
+    names: list[str],
+    stats: CollectedStats,
+    made: QuantizedLayer,
+) -> None:
+    """Quantize the modules `names` into `made`; the layer then holds their dequantized weights."""
     for name in names:
-        module = job.model.get_submodule(name)
-        if name in job.layer.experts:
-            _solve_experts(job, name, module, result)
+        if name in layer.experts:
+            _solve_experts(layer, settings, name, stats.of_experts(name), made)
         else:
-            _solve_linear(job, name, module, result)
+            linear = stats.linears.get(name)
+            hessian = None if linear is None else linear.hessian[None]
+            _solve_linear(layer, settings, name, hessian, made)
 
 
-def hold(job: Job, target: str, quantized: Quantized) -> None:
+def hold(layer: LayerAtHand, target: str, quantized: Quantized) -> None:
     """Have the layer hold the dequantized weights of parameter `target`."""
     name, _, weight = target.rpartition(".")
-    module: Any = job.model.get_submodule(name)
-    if name in job.layer.experts:
-        _put(module, weight, quantized, 0)
+    if name in layer.experts:
+        _put(layer.experts[name], weight, quantized, 0)
     else:
-        module.weight.data.copy_(dequantize(quantized.to(module.weight.device))[0])
+        parameter = layer.linears[name].weight
+        parameter.data.copy_(dequantize(quantized.to(parameter.device))[0])
 
 
 def _put(module: Any, weight: str, quantized: Quantized, start: int) -> None:
@@ -48,98 +58,121 @@ def _put(module: Any, weight: str, quantized: Quantized, start: int) -> None:
     experts.put(module, weight, dequantize(there), start)
 
 
-def _solve_linear(job: Job, name: str, module: Any, result: Result) -> None:
-    linear = result.stats.linears.get(name)
-    hessian = linear.hessian[None] if linear is not None else None
-    solved = _solve(job, name, module.weight[None], hessian)
-    if job.config.tune:
-        result.originals[f"{name}.weight"] = module.weight[None].to(CPU, copy=True)
-    if hessian is None and job.config.method != "rtn":
+def _solve_linear(
+    layer: LayerAtHand,
+    settings: LayerSettings,
+    name: str,
+    hessian: Tensor | None,
+    made: QuantizedLayer,
+) -> None:
+    weight = layer.linears[name].weight[None]
+    solved = _solve(layer, settings, name, weight, hessian)
+    if settings.config.tune:
+        made.originals[f"{name}.weight"] = weight.to(CPU, copy=True)
+    if hessian is None and settings.config.method != "rtn":
         # Its family multiplies with the weight by hand, or no token came to this expert.
         solved = replace(solved, rounded=[0])
-    hold(job, f"{name}.weight", solved.quantized)
-    result.weights[f"{name}.weight"] = solved.quantized
-    result.record["dense"][name] = entry_of(solved, single=True)
+    hold(layer, f"{name}.weight", solved.quantized)
+    made.weights[f"{name}.weight"] = solved.quantized
+    made.record.dense[name] = MatrixRecord.of(solved)
 
 
-def _solve_experts(job: Job, name: str, module: nn.Module, result: Result) -> None:
-    stats = result.stats.experts.get(name) or result.captured.get(name)
-    entry = result.record["experts"].setdefault(name, {})
+def _solve_experts(
+    layer: LayerAtHand,
+    settings: LayerSettings,
+    name: str,
+    stats: ExpertStats | RoutedTokens | None,
+    made: QuantizedLayer,
+) -> None:
+    module, record = layer.experts[name], made.record.experts.setdefault(name, ExpertsRecord())
     if stats is not None:
-        entry |= {"tokens": stats.tokens.tolist(), "gate_mass": stats.gate_mass.tolist()}
+        record.tokens, record.routing_mass = stats.tokens.tolist(), stats.routing_mass.tolist()
     weights = experts.expert_weights(module)
-    if job.config.tune:
-        result.originals |= {
+    if settings.config.tune:
+        made.originals |= {
             f"{name}.{w}": experts.stack(module, w).to(CPU, copy=True) for w in weights
         }
     E, chunk = len(experts.rows(module, weights[0])), _experts_at_once(module)
     starts = range(0, E, chunk)
-    units: list[Unit] = []
+    parts: list[SolvedExperts] = []
     for first in range(0, len(starts), distributed.count()):
         at_once = starts[first : first + distributed.count()]
         mine = at_once[distributed.rank()] if distributed.rank() < len(at_once) else None
-        made = None if mine is None else _unit(job, name, stats, mine, min(mine + chunk, E))
-        for start, unit in zip(at_once, distributed.all_gather_object(made), strict=False):
-            assert unit is not None
-            for weight, solved in zip(weights, unit.solved, strict=True):
+        here = None
+        if mine is not None:
+            here = _solve_part(layer, settings, name, stats, mine, min(mine + chunk, E))
+        for start, part in zip(at_once, distributed.all_gather_object(here), strict=False):
+            assert part is not None
+            for weight, solved in zip(weights, part.solved, strict=True):
                 _put(module, weight, solved.quantized, start)
-            units.append(unit)
-    if stats is not None and not job.config.applies_awq:  # which borrows before it folds
-        entry["borrowed"] = [e for unit in units for e in unit.borrowed]
-    if units[0].fitted is not None:
-        fitted = [unit.fitted for unit in units if unit.fitted is not None]
-        result.originals[f"{name}.{weights[1]}"] = torch.cat(fitted)
+            parts.append(part)
+    if stats is not None and not settings.config.applies_awq:  # which borrows before it folds
+        record.borrowed = [e for part in parts for e in part.borrowed]
+    if parts[0].refitted is not None:
+        refitted = [part.refitted for part in parts if part.refitted is not None]
+        made.originals[f"{name}.{weights[1]}"] = torch.cat(refitted)
     for i, weight in enumerate(weights):
-        whole = join([unit.solved[i] for unit in units])
-        result.weights[f"{name}.{weight}"] = whole.quantized
-        entry[weight] = entry_of(whole, single=False)
+        joined = join([part.solved[i] for part in parts])
+        made.weights[f"{name}.{weight}"] = joined.quantized
+        record.matrices[weight] = MatrixRecord.of(joined)
 
 
-def _experts_at_once(module: nn.Module) -> int:
-    """By sizes alone, so that a run that goes on finds its units; fewer if ranks would idle."""
+def _experts_at_once(module: Any) -> int:
+    """By sizes alone, so that a run that goes on finds its parts; fewer if ranks would idle."""
     shapes = [experts.rows(module, w).shape for w in experts.expert_weights(module)]
     share = -(-shapes[0][0] // distributed.count())
     return min(share, experts_at_once(max(shape[2] for shape in shapes)))
 
 
-def _unit(job: Job, name: str, stats: ExpertStats | Captured | None, start: int, end: int) -> Unit:
+def _solve_part(
+    layer: LayerAtHand,
+    settings: LayerSettings,
+    name: str,
+    stats: ExpertStats | RoutedTokens | None,
+    start: int,
+    end: int,
+) -> SolvedExperts:
     """Experts start to end of a module solved, or as an earlier run solved them."""
-    if job.units is not None:
-        known = job.units.load(name, start, end, job.schemes[name])
+    cache = settings.solved_cache
+    if cache is not None:
+        known = cache.load(name, start, end, layer.schemes[name])
         if known is not None:
             return known
-    module = job.model.get_submodule(name)
-    feedback = job.refits and isinstance(stats, Captured)
-    part = None
-    if isinstance(stats, Captured):
-        part = stats.part(start, end, second=not feedback)
+    module, config = layer.experts[name], settings.config
+    first, second = (experts.stack(module, w, start, end) for w in experts.expert_weights(module))
+    part, borrowed, refitted = None, list[int](), None
+    # Refitted below: a Hessian of what the second matrix gets before the first is quantized is not
+    # needed then.
+    routed = stats if settings.refits and isinstance(stats, RoutedTokens) else None
+    if isinstance(stats, RoutedTokens):
+        part = stats.part(start, end, second=routed is None)
     elif stats is not None:
         part = stats.part(start, end)
-    borrowed: list[int] = []
     if stats is not None and part is not None:
         check_finite(name, part.first, part.second)
-        if not job.config.applies_awq:
-            borrowed = borrow_rare(job, module, part, stats, start)
-    first, second = (experts.stack(module, w, start, end) for w in experts.expert_weights(module))
-    solved = _solve(job, name, first, None if part is None else part.first)
+        if not config.applies_awq:
+            borrowed = borrow_rare(module, part, average_weight(stats), config.min_tokens, start)
+    solved = _solve(layer, settings, name, first, None if part is None else part.first)
     hessian = None if part is None else part.second
-    if isinstance(stats, Captured) and feedback:
+    if routed is not None:
         there = dequantize(solved.quantized.to(first.device))
-        cross, hessian = second_moments(stats, start, there, job.config.min_tokens)
+        cross, hessian = second_moments(routed, start, there, config.min_tokens)
         check_finite(name, cross, hessian)
-        second = refit(second, cross, hessian, job.config.damp)
-    # Contiguous: some families keep their experts transposed, and so is what is fitted then.
-    fitted = second.to(CPU).contiguous() if feedback and job.config.tune else None
-    unit = Unit([solved, _solve(job, name, second, hessian)], borrowed, fitted)
-    if job.units is not None:
-        job.units.save(name, start, end, unit)
-    return unit
+        second = refit(second, cross, hessian, config.damp)
+        # Contiguous: some families keep their experts transposed, and so is what is fitted then.
+        refitted = second.to(CPU).contiguous() if config.tune else None
+    both = [solved, _solve(layer, settings, name, second, hessian)]
+    made = SolvedExperts(both, borrowed, refitted)
+    if cache is not None:
+        cache.save(name, start, end, made)
+    return made
 
 
 def borrow_rare(
-    job: Job, module: nn.Module, part: ExpertStats, whole: ExpertStats | Captured, start: int
+    module: Any, part: ExpertStats, average: float, min_tokens: int, start: int = 0
 ) -> list[int]:
-    """Top up the rare experts of a part that begins at expert `start`; returns which those were."""
+    """Top up the rare experts of a part that begins at expert `start`; returns which those were.
+    average: weight of a token of the layer (calibration/coverage.py)."""
     first = experts.expert_weights(module)[0]
 
     def middle(e: int, x: Tensor) -> Tensor:
@@ -147,52 +180,41 @@ def borrow_rare(
         mid = experts.activation(module, experts.product(module, first, start + e, there))
         return mid.to(x.device)
 
-    rare = borrow(part, middle, job.config.min_tokens, average_weight(whole))
-    return [start + e for e in rare]
+    return [start + e for e in borrow(part, middle, min_tokens, average)]
 
 
-def check_finite(name: str, *moments: Tensor) -> None:
-    """CalibrationError unless all these sums are finite."""
-    if not all(moment.isfinite().all() for moment in moments):
-        raise CalibrationError(f"{name}: calibration gave NaN or Inf; the model overflows on it")
+def _solve(
+    layer: LayerAtHand, settings: LayerSettings, name: str, weight: Tensor, hessian: Tensor | None
+) -> Solved:
+    config = settings.config
+    return solve_as(
+        config, config.method, name, weight, hessian, layer.schemes[name], settings.scale_dtype
+    )
 
 
-def _solve(job: Job, name: str, weight: Tensor, hessian: Tensor | None) -> Solved:
-    config = job.config
+def solve_as(
+    config: QuantConfig,
+    method: Method,
+    name: str,
+    weight: Tensor,
+    hessian: Tensor | None,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+) -> Solved:
+    """`solve` with these settings; CalibrationError unless what was lost is known."""
     solved = solve(
         weight,
         hessian,
-        job.schemes[name],
-        config.method,
-        scale_dtype=job.scale_dtype,
+        scheme,
+        method,
+        scale_dtype=scale_dtype,
         act_order=config.act_order,
         damp=config.damp,
         search_grid=config.search_grid,
     )
-    check_errors(name, solved)
-    return solved
-
-
-def check_errors(name: str, solved: Solved) -> None:
-    """CalibrationError unless what was lost is known."""
     if not all(map(math.isfinite, solved.error)):
         raise CalibrationError(
             f"{name}: its weights times its inputs are too large for float32, so that nothing can "
             "be said of what rounding loses; use --method rtn"
         )
-
-
-def entry_of(solved: Solved, single: bool) -> dict[str, Any]:
-    error = [round(e, 6) for e in solved.error]
-    entry: dict[str, Any] = {}
-    if error:
-        entry["error"] = error[0] if single else error
-    if solved.damped:
-        entry["damped"] = {str(e): amount for e, amount in solved.damped.items()}
-    if solved.rounded:
-        entry["rounded"] = solved.rounded
-    if solved.bounded:
-        dtype = str(solved.quantized.scale.dtype).removeprefix("torch.")
-        rows = {str(e): count for e, count in solved.bounded.items()}
-        entry["bounded"] = {"dtype": dtype, "rows": rows}
-    return entry
+    return solved

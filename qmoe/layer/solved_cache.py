@@ -17,59 +17,59 @@ from qmoe.format.quantized import Quantized, checksum, digest
 from qmoe.solvers.solve import Solved
 from qmoe.system.files import write_safetensors
 
-PATTERN = ".qmoe-unit-{}-{}.safetensors"
+PATTERN = ".qmoe-solved-{}-{}.safetensors"
 
 
 @dataclass(frozen=True)
-class Unit:
+class SolvedExperts:
     """Some neighbouring experts of a module: their first and second stacks, which of them borrowed
-    tokens, and the second stack's weights as they were fitted to the first's, if they are tuned."""
+    tokens, and the second stack's weights as they were refitted, if they are to be tuned."""
 
     solved: list[Solved]
     borrowed: list[int] = field(default_factory=list)
-    fitted: Tensor | None = None
+    refitted: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Units:
-    """The units in a folder of unfinished work."""
+class SolvedCache:
+    """The solved experts in a folder of unfinished work."""
 
     folder: Path
 
-    def load(self, name: str, start: int, end: int, scheme: Scheme) -> Unit | None:
+    def load(self, name: str, start: int, end: int, scheme: Scheme) -> SolvedExperts | None:
         """Experts start to end of module `name`, if they were saved."""
         path = self._path(name, start, end)
         if not path.exists():
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                note = json.loads(file.metadata()["unit"])
+                note = json.loads(file.metadata()["note"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise _damaged(path, str(error)) from error
         solved = [_solved(tensors, i, entry, scheme) for i, entry in enumerate(note["solved"])]
         if [digest(s.quantized) for s in solved] != note["digests"]:
             raise _damaged(path, "its checksum does not fit")
-        fitted = tensors.get("fitted")
-        if fitted is not None and checksum(fitted) != note["fitted"]:
+        refitted = tensors.get("refitted")
+        if refitted is not None and checksum(refitted) != note["refitted"]:
             raise _damaged(path, "its checksum does not fit")
-        return Unit(solved, note["borrowed"], fitted)
+        return SolvedExperts(solved, note["borrowed"], refitted)
 
-    def save(self, name: str, start: int, end: int, unit: Unit) -> None:
+    def save(self, name: str, start: int, end: int, made: SolvedExperts) -> None:
         tensors: dict[str, Tensor] = {}
-        for i, solved in enumerate(unit.solved):
+        for i, solved in enumerate(made.solved):
             parts = vars(solved.quantized).items()
             tensors |= {f"{i}.{key}": part for key, part in parts if isinstance(part, Tensor)}
-        if unit.fitted is not None:
-            tensors["fitted"] = unit.fitted
+        if made.refitted is not None:
+            tensors["refitted"] = made.refitted
         note = {
             "solved": [{"error": s.error, "damped": s.damped, "rounded": s.rounded,
-                        "bounded": s.bounded} for s in unit.solved],
-            "digests": [digest(s.quantized) for s in unit.solved],
-            "borrowed": unit.borrowed,
-            "fitted": None if unit.fitted is None else checksum(unit.fitted),
+                        "bounded": s.bounded} for s in made.solved],
+            "digests": [digest(s.quantized) for s in made.solved],
+            "borrowed": made.borrowed,
+            "refitted": None if made.refitted is None else checksum(made.refitted),
         }  # fmt: skip
-        write_safetensors(self._path(name, start, end), tensors, {"unit": json.dumps(note)})
+        write_safetensors(self._path(name, start, end), tensors, {"note": json.dumps(note)})
 
     def any(self) -> bool:
         return next(self.folder.glob(PATTERN.format("*", "*")), None) is not None

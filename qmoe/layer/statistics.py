@@ -1,91 +1,90 @@
-"""Running one layer on all batches, and gathering what its matrices get there."""
+"""Running a layer on all batches, and collecting what its matrices are given there."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from qmoe.calibration.capture import Captured
-from qmoe.calibration.collect import (
-    Ended,
-    collecting_experts,
-    collecting_linears,
-    ending_at,
-    sampling,
-    watching_experts,
-)
-from qmoe.calibration.stats import LayerStats, LinearStats
+from qmoe.calibration.collect import collecting_linears, sampling_tokens
+from qmoe.calibration.routed_tokens import RoutedTokens
+from qmoe.calibration.stats import ExpertStats, LayerStats, LinearStats, check_finite
 from qmoe.errors import UnsupportedModelError
 from qmoe.layer import unfused
-from qmoe.layer.job import Job, Result
-from qmoe.layer.solve import check_finite
+from qmoe.layer.at_hand import LayerAtHand, LayerSettings
 from qmoe.model.layerwise import Call
-from qmoe.model.structure import Layer
 from qmoe.system import distributed
-from qmoe.system.devices import CPU, moved, whereabouts
 
-Forward = Callable[..., Any]
 SAMPLE = 256  # tokens of the layer kept for experts that saw too few of their own
 EVERY = 4  # of so many batches one says how far a layer that is not tuned is from the original
 
 
-def run_layer(model: nn.Module, layer: Layer, forward: Forward, calls: list[Call]) -> Iterator[Any]:
-    """The layer's output for each batch, with experts run by qmoe: they may be in 16 bits, whatever
-    the activations are. Batches come to where the layer is, and outputs go back."""
-    device = whereabouts(model.get_submodule(layer.name))
-    with collecting_experts([model.get_submodule(n) for n in layer.experts]):
-        for call in calls:
-            args, kwargs = call.moved(device)
-            yield moved(forward(*args, **kwargs), CPU)
+@dataclass
+class CollectedStats(LayerStats):
+    """routed: of experts modules whose statistics are made a few experts at a time, what those are
+    made from."""
+
+    routed: dict[str, RoutedTokens] = field(default_factory=dict)
+
+    def of_experts(self, name: str) -> ExpertStats | RoutedTokens | None:
+        return self.experts.get(name) or self.routed.get(name)
+
+    def add(self, more: "CollectedStats") -> None:
+        """Take over what is known of other matrices of the layer."""
+        for mine, other in zip(vars(self).values(), vars(more).values(), strict=True):
+            mine.update(other)
 
 
-def gather(
-    job: Job, names: list[str], forward: Forward, calls: list[Call], result: Result, keep: bool
-) -> list[Any]:
-    """Run the layer on all batches and add the statistics of `names` to the result. Returns the
-    outputs of some of them if they are to be kept, with None for the others."""
-    experts = [n for n in names if n in job.layer.experts]
-    modules: dict[str, Any] = {name: job.model.get_submodule(name) for name in names}
-    stride = max(1, job.tokens // SAMPLE)
-    for name in experts:
-        # One experts module, nothing behind it that is gathered, no output kept: not computed.
-        last = not keep and names == experts == [name]
-        captured = Captured(modules[name], job.config.routing_weighted, stride, job.scratch, last)
-        result.captured[name] = modules[name]._qmoe_captured = captured
-    linears = {n: m for n, m in modules.items() if n not in experts}
-    lists = unfused.modules_of(job, names)
-    sampled = sampling(lists, stride, result.stats.samples)
-    shared = {n: m for n, m in linears.items() if n in job.layer.dense}
+class _Ended(Exception):
+    """A run of a layer that is to go no further than its experts has come there."""
+
+
+def collect_statistics(
+    layer: LayerAtHand, settings: LayerSettings, names: list[str], calls: list[Call], keep: bool
+) -> tuple[CollectedStats, list[Any]]:
+    """Run the layer on all batches: the statistics of the modules `names`, of all ranks, and if it
+    is to `keep` them the outputs of some batches of this one, with None for the others. Raises
+    UnsupportedModelError if no token came to the experts."""
+    stats, stride = CollectedStats(), max(1, settings.tokens // SAMPLE)
+    if not names:
+        return stats, []
+    weighted, scratch = settings.config.routing_weighted, settings.scratch
+    for name in (n for n in names if n in layer.experts):
+        stats.routed[name] = RoutedTokens(layer.experts[name], weighted, stride, scratch)
+    linears = {n: layer.linears[n] for n in names if n in layer.linears}
+    lists = unfused.modules_of(layer, names)
+    shared = {n: m for n, m in linears.items() if n in layer.structure.dense}
     own = {n: m for n, m in linears.items() if n not in shared}  # an expert's: many, and small sums
-    collected = collecting_linears(shared, result.stats, torch.float64)
-    with sampled, collected, collecting_linears(own, result.stats):
-        if not experts and not lists:
-            outputs = run_some(job, forward, calls, result.stats, keep)
+    # Of one experts module the output is not computed where nothing comes of it.
+    unused = not keep and names == [*stats.routed][:1]
+
+    def see(name: str, x: Tensor, ids: Tensor, routing_weights: Tensor) -> Tensor | None:
+        if name in stats.routed:
+            stats.routed[name].saw(x, ids, routing_weights)
+        return torch.zeros_like(x) if unused and name in stats.routed else None
+
+    sampled = sampling_tokens(lists, stride, stats.samples)
+    collected = collecting_linears(shared, stats, torch.float64)
+    with sampled, collected, collecting_linears(own, stats):
+        if stats.routed or lists:
+            outputs = [scratch.keep(y) if keep else None for y in layer.run(calls, see)]
         else:
-            outputs = [
-                job.scratch.keep(out) if keep else None
-                for out in run_layer(job.model, job.layer, forward, calls)
-            ]
-    _add_ranks(result.stats, list(linears), list(lists))
-    for name in experts:
-        del modules[name]._qmoe_captured
-        _finish(job, name, modules[name], result)
-    for name, tensor in result.stats.tensors()[0].items():
-        check_finite(name.partition("|")[0], tensor)
+            outputs = run_some(layer, settings, calls, stats, keep)
+    _add_ranks(stats, list(linears), list(lists))
+    _finish(layer, settings, stats)
     for name in lists:
-        if not any(unfused.count(job, name, result)):
+        if not any(unfused.count(layer, name, stats)):
             raise UnsupportedModelError(f"{name}: no calibration token reached its experts")
-    return outputs if keep else []
+    return stats, outputs if keep else []
 
 
 def run_some(
-    job: Job, forward: Forward, calls: list[Call], stats: LayerStats, keep: bool
+    layer: LayerAtHand, settings: LayerSettings, calls: list[Call], stats: LayerStats, keep: bool
 ) -> list[Any]:
-    """The outputs of every EVERY-th batch if they are to be kept. The others run as far as there is
-    something to gather: not through the experts, unless a linear behind them adds to `stats`."""
-    modules = {name: job.model.get_submodule(name) for name in job.layer.experts}
+    """The outputs of every EVERY-th batch if it is to `keep` them. The others run as far as there
+    is something to collect: not through the experts, unless a linear behind them adds to `stats`.
+    """
     outputs, ends = [None] * len(calls), False
     at_experts: list[dict[str, int]] = []
     ahead = sum(
@@ -95,16 +94,18 @@ def run_some(
     def tokens() -> dict[str, int]:
         return {name: int(linear.tokens) for name, linear in stats.linears.items()}
 
+    def note(*_: Any) -> None:
+        at_experts.append(tokens())
+
+    def end(*_: Any) -> None:
+        raise _Ended
+
     for i, call in enumerate(calls):
-        watched: AbstractContextManager[None] = nullcontext()
         kept = keep and (ahead + i) % EVERY == 0
-        if i == 0:
-            watched = watching_experts(modules, lambda *_: at_experts.append(tokens()))
-        elif ends and not kept:
-            watched = ending_at(list(modules.values()))
-        with watched, suppress(Ended):
-            [output] = run_layer(job.model, job.layer, forward, [call])
-            outputs[i] = job.scratch.keep(output) if kept else None
+        see = note if i == 0 else end if ends and not kept else None
+        with suppress(_Ended):
+            [output] = layer.run([call], see)
+            outputs[i] = settings.scratch.keep(output) if kept else None
         ends = ends or (i == 0 and at_experts[:1] == [tokens()])
     return outputs
 
@@ -134,14 +135,18 @@ def _add_ranks(stats: LayerStats, linears: list[str], lists: list[str]) -> None:
             stats.samples[name] = torch.cat(found)
 
 
-def _finish(job: Job, name: str, module: nn.Module, result: Result) -> None:
-    """All batches ran: have the statistics of an experts module ready."""
-    captured = result.captured[name]
-    if not captured.called():
-        kind = type(module).__name__
-        raise UnsupportedModelError(f"{name} ({kind}): no calibration token reached its experts")
-    captured.finish()
-    check_finite(name, *captured.received())
-    if job.whole:
-        result.stats.experts[name] = captured.part(0, len(captured.tokens))
-        del result.captured[name]
+def _finish(layer: LayerAtHand, settings: LayerSettings, stats: CollectedStats) -> None:
+    """All batches ran: have the statistics of experts modules ready, and check all of them."""
+    for name, routed in list(stats.routed.items()):
+        if not routed.called():
+            kind = type(layer.experts[name]).__name__
+            raise UnsupportedModelError(
+                f"{name} ({kind}): no calibration token reached its experts"
+            )
+        routed.finish()
+        check_finite(name, *routed.received())
+        if settings.needs_all_hessians:
+            stats.experts[name] = routed.part(0, len(routed.tokens))
+            del stats.routed[name]
+    for name, tensor in stats.tensors()[0].items():
+        check_finite(name.partition("|")[0], tensor)

@@ -12,7 +12,7 @@ and a few huge ones (attention sinks) must not outweigh the rest. To it comes th
 logits, or tuning would send tokens to other experts (routing.py).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,35 +22,38 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qmoe.calibration.collect import collecting_experts
+from qmoe.config import QuantConfig
 from qmoe.errors import CalibrationError
 from qmoe.format.grid import limits, stored_scale
 from qmoe.format.hadamard import rotate
 from qmoe.format.quantized import Quantized
-from qmoe.layer.job import Job, Result
+from qmoe.layer.at_hand import LayerAtHand, LayerSettings, QuantizedLayer
+from qmoe.layer.output_error import hidden, output_error
 from qmoe.layer.routing import (
     Parameters,
+    Seen,
     logits_error,
-    recording_inputs,
     relative_error,
     router_logits,
     router_parameters,
     routers,
+    routes_kept,
 )
 from qmoe.layer.solve import hold
 from qmoe.model import experts
 from qmoe.model.layerwise import Call
-from qmoe.system.devices import whereabouts
+from qmoe.system.devices import CPU, moved
 
 # Adam's rates at the first step; they fall to zero in equal steps. A rate is roughly how far a
 # value moves in a step: integers in units of 1, scales relative to what they are. Norms and routers
 # make up for rounding, whose error halves with every bit: moved further they only add noise.
-INTEGERS, SCALES, KEPT = 0.01, 0.003, 0.0005  # of two bits, the last
+INTEGERS, SCALES, UNQUANTIZED = 0.01, 0.003, 0.0005  # of two bits, the last
 LOGITS = 0.3  # of the routers' error in the loss
 INSIDE = 0.45  # how far from its integer a latent value may start
 BETAS = (0.9, 0.95)
 
 
-class OnGrid(torch.autograd.Function):
+class FakeQuantize(torch.autograd.Function):
     """Latent values [N, K] rounded to a grid; the gradient passes straight through inside it."""
 
     @staticmethod
@@ -100,14 +103,14 @@ class Matrix:
 
     def weight(self) -> Tensor:
         scheme = self.stack.scheme
-        made: Tensor = OnGrid.apply(self.latent, self.scales(), self.zero, scheme.bits)  # type: ignore[no-untyped-call]
+        made: Tensor = FakeQuantize.apply(self.latent, self.scales(), self.zero, scheme.bits)  # type: ignore[no-untyped-call]
         return rotate(made, scheme.rotation)
 
     def integers(self) -> Tensor:
         return self.latent.detach().round().clamp(*limits(self.stack.scheme.bits)).to(torch.int8)
 
 
-class Lazy:
+class LatentExperts:
     """Stands for a weight stack in an experts module: gives matrix e, made when it is asked for."""
 
     def __init__(self, module: Any, name: str, matrices: list[Matrix]):
@@ -118,7 +121,7 @@ class Lazy:
 
 
 @dataclass
-class Aims:
+class TuningTargets:
     """What the original layer gives and chooses. outputs and logits (routing.py): one for each
     batch. routes: the chosen experts [T, A] of every call of an experts module."""
 
@@ -127,61 +130,94 @@ class Aims:
     routes: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
-def tune(
-    job: Job, forward: Callable[..., Any], calls: list[Call], aims: Aims, result: Result
+def tuning_targets(layer: LayerAtHand, settings: LayerSettings, calls: list[Call]) -> TuningTargets:
+    """Run a layer that is not quantized yet. calls: its inputs in the original model."""
+    seen, targets = Seen(), TuningTargets()
+    weights, names = router_parameters(layer), routers(layer)
+    for output in layer.run(calls, seen.both):
+        targets.outputs.append(settings.scratch.keep(output))
+        targets.logits.append(moved(router_logits(seen.inputs, names, weights), CPU))
+    targets.routes = seen.routes
+    return targets
+
+
+def tune_and_record(
+    layer: LayerAtHand,
+    settings: LayerSettings,
+    calls: list[Call],
+    targets: TuningTargets,
+    made: QuantizedLayer,
 ) -> None:
-    """Tune a layer whose weights are solved, for `job.config.tune` steps of one batch each.
+    """Tune, and record before and after: the error of the layer's output, and what share of the
+    original's choices of experts it makes."""
+    for when in ("solved", "tuned"):
+        if when == "tuned":
+            tune(layer, settings, calls, targets, made)
+        seen = Seen()
+        outputs = [settings.scratch.keep(y) for y in layer.run(calls, seen.routed)]
+        made.record.tuning[when] = output_error(layer.name, outputs, targets.outputs)
+        for name, module in layer.experts.items():
+            before, after = targets.routes.get(name, []), seen.routes.get(name, [])
+            share = routes_kept(before, after, module.num_experts)
+            made.record.experts[name].routing_kept[when] = round(share, 6)
+
+
+def tune(
+    layer: LayerAtHand,
+    settings: LayerSettings,
+    calls: list[Call],
+    targets: TuningTargets,
+    made: QuantizedLayer,
+) -> None:
+    """Tune a layer whose weights are solved, for `settings.config.tune` steps of one batch each.
 
     calls: the layer's inputs in the quantized model, one for each batch. Replaces the weights in
-    `result` and in the layer; CalibrationError if it diverges.
+    `made` and in the layer; CalibrationError if it diverges.
     """
-    layer: Any = job.model.get_submodule(job.layer.name)
-    device = whereabouts(layer)
+    device, steps = layer.device, settings.config.tune
     matrices = {
-        target: [Matrix(stack, result.originals[target], e, device) for e in range(len(stack.q))]
-        for target, stack in result.weights.items()
-        if target.startswith(f"{job.layer.name}.")
+        target: [Matrix(stack, made.originals[target], e, device) for e in range(len(stack.q))]
+        for target, stack in made.weights.items()
     }
-    kept = {name: p.detach().clone().requires_grad_() for name, p in _kept(job).items()}
+    unquantized = {n: p.detach().clone().requires_grad_() for n, p in _unquantized(layer).items()}
+    optimizer, schedule = _optimizer(settings.config, matrices, [*unquantized.values()])
+    order = _order(len(calls), steps, settings.config.calibration.seed)
+    seen, names, fixed = Seen(), routers(layer), router_parameters(layer)
+    with (
+        torch.enable_grad(),
+        _latent_experts(layer, matrices),
+        collecting_experts(layer.experts, seen.given),
+        _running(layer),
+    ):
+        for i in order:
+            stored = {n: _as_stored(p, settings.stored_dtype(n)) for n, p in unquantized.items()}
+            given = _linear_weights(layer, matrices) | stored
+            inside = {n.removeprefix(f"{layer.name}."): p for n, p in given.items()}
+            output = functional_call(layer.module, inside, *calls[i].moved(device))
+            logits = router_logits(seen.inputs, names, fixed | given)
+            loss = relative_error(hidden(output), hidden(targets.outputs[i]).to(device))
+            loss = loss + LOGITS * logits_error(logits, targets.logits[i])
+            if not loss.isfinite():
+                raise CalibrationError(f"{layer.name}: tuning gave NaN or Inf; use --tune 0")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    _put_back(layer, settings, matrices, unquantized, made)
+
+
+def _optimizer(
+    config: QuantConfig, matrices: dict[str, list[Matrix]], unquantized: list[Tensor]
+) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
     every = [m for group in matrices.values() for m in group]
     groups = [
         {"params": [m.latent for m in every], "lr": INTEGERS},
         {"params": [m.ratio for m in every], "lr": SCALES},
-        {"params": list(kept.values()), "lr": KEPT * 2.0 ** (2 - job.config.experts.bits)},
+        {"params": unquantized, "lr": UNQUANTIZED * 2.0 ** (2 - config.experts.bits)},
     ]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
-    steps = job.config.tune
-    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    order = _order(len(calls), steps, job.config.calibration.seed)
-    watched = recording_inputs({name: job.model.get_submodule(name) for name in job.layer.experts})
-    names, fixed = routers(job), router_parameters(job)
-    with (
-        torch.enable_grad(),
-        _standing_in(job, matrices),
-        _running(layer, forward),
-        watched as inputs,
-    ):
-        for i in order:
-            stored = {n: _as_stored(p, job.stored(n)) for n, p in kept.items()}
-            given = _plain(job, matrices) | stored
-            inside = {n.removeprefix(f"{job.layer.name}."): p for n, p in given.items()}
-            output = functional_call(layer, inside, *calls[i].moved(device))
-            logits = router_logits(inputs, names, fixed | given)
-            loss = relative_error(hidden(output), hidden(aims.outputs[i]).to(device))
-            loss = loss + LOGITS * logits_error(logits, aims.logits[i])
-            if not loss.isfinite():
-                raise CalibrationError(f"{job.layer.name}: tuning gave NaN or Inf; use --tune 0")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            falling.step()
-    _put_back(job, matrices, kept, result)
-
-
-def hidden(output: Any) -> Tensor:
-    """The hidden states of a layer's output, which some families wrap in a tuple."""
-    states: Tensor = output[0] if isinstance(output, tuple) else output
-    return states
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.tune)
+    return optimizer, falling
 
 
 def _order(calls: int, steps: int, seed: int) -> list[int]:
@@ -193,11 +229,10 @@ def _order(calls: int, steps: int, seed: int) -> list[int]:
     return order
 
 
-def _kept(job: Job) -> dict[str, Tensor]:
+def _unquantized(layer: LayerAtHand) -> dict[str, Tensor]:
     """What stays in 16 bits and may move: norms and routers."""
-    found = router_parameters(job)
-    layer = job.model.get_submodule(job.layer.name)
-    for name, module in layer.named_modules(prefix=job.layer.name):
+    found = router_parameters(layer)
+    for name, module in layer.named_modules():
         if "norm" in type(module).__name__.lower():
             own = module.named_parameters(recurse=False)
             found |= {f"{name}.{key}": p for key, p in own if p.dim() == 1}
@@ -210,26 +245,23 @@ def _as_stored(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     return parameter + (stored - parameter).detach()
 
 
-def _plain(job: Job, matrices: dict[str, list[Matrix]]) -> dict[str, Tensor]:
-    """The weights of linears."""
+def _linear_weights(layer: LayerAtHand, matrices: dict[str, list[Matrix]]) -> dict[str, Tensor]:
     owners = {target: target.rpartition(".")[0] for target in matrices}
     return {
         target: matrices[target][0].weight()
         for target, owner in owners.items()
-        if owner not in job.layer.experts
+        if owner not in layer.experts
     }
 
 
 @contextmanager
-def _standing_in(job: Job, matrices: dict[str, list[Matrix]]) -> Iterator[None]:
-    """Experts modules make their matrices one by one, and run through the collecting function."""
-    modules = {name: job.model.get_submodule(name) for name in job.layer.experts}
+def _latent_experts(layer: LayerAtHand, matrices: dict[str, list[Matrix]]) -> Iterator[None]:
+    """Experts modules make their matrices one by one."""
     with ExitStack() as stack:
-        stack.enter_context(collecting_experts(list(modules.values())))
-        for name, module in modules.items():
+        for name, module in layer.experts.items():
             for weight in experts.expert_weights(module):
-                lazy = Lazy(module, weight, matrices[f"{name}.{weight}"])
-                stack.enter_context(_replaced(module, weight, lazy))
+                latent = LatentExperts(module, weight, matrices[f"{name}.{weight}"])
+                stack.enter_context(_replaced(module, weight, latent))
         yield
 
 
@@ -245,27 +277,32 @@ def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _running(layer: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Calling the layer runs it, though its batches are suspended there."""
-    before = layer.forward
-    layer.forward = forward
+def _running(layer: LayerAtHand) -> Iterator[None]:
+    """Calling the layer's module runs it, though its batches are suspended there."""
+    module: Any = layer.module
+    before = module.forward
+    module.forward = layer.forward
     try:
         yield
     finally:
-        layer.forward = before
+        module.forward = before
 
 
 def _put_back(
-    job: Job, matrices: dict[str, list[Matrix]], kept: dict[str, Tensor], result: Result
+    layer: LayerAtHand,
+    settings: LayerSettings,
+    matrices: dict[str, list[Matrix]],
+    unquantized: dict[str, Tensor],
+    made: QuantizedLayer,
 ) -> None:
     for target, group in matrices.items():
-        old = result.weights[target]
+        old = made.weights[target]
         scale = torch.stack([m.scales().detach().cpu() for m in group]).to(old.scale.dtype)
         q = torch.stack([m.integers().cpu() for m in group])
         new = Quantized(q, scale, old.zero, old.scheme)
-        result.weights[target] = new
-        hold(job, target, new)
-    for name, value in kept.items():
-        parameter = job.model.get_parameter(name)
-        parameter.data.copy_(_as_stored(value, job.stored(name)).detach())
-        result.changed.add(name)
+        made.weights[target] = new
+        hold(layer, target, new)
+    for name, value in unquantized.items():
+        parameter = layer.parameter(name)
+        parameter.data.copy_(_as_stored(value, settings.stored_dtype(name)).detach())
+        made.changed.add(name)

@@ -5,7 +5,6 @@ quantize fused experts; here it is applied to each expert's matrices, so that th
 with NF4 and not with 16-bit experts.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
-from qmoe.checkpoint.folders import resolve
+from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.checkpoint.remote_code import needs_code
 from qmoe.errors import UnsupportedModelError
 from qmoe.kernels.moe import moe_forward
@@ -25,15 +24,14 @@ from qmoe.model.structure import find
 NAME = "qmoe_nf4"
 
 
-def original(path: str | Path, dtype: torch.dtype | None = None, trust: bool = False) -> Any:
-    """The unquantized model as transformers loads it. trust: see checkpoint/remote_code.py."""
-    folder = resolve(path)
-    own = needs_code(folder, trust)
+def original(folder: ModelFolder, dtype: torch.dtype | None = None) -> Any:
+    """The unquantized model as transformers loads it."""
+    own = needs_code(folder.path, folder.trust_remote_code)
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", trust_remote_code=own
+            folder.path, dtype=dtype or "auto", trust_remote_code=own
         )
     finally:
         if shown:
@@ -90,11 +88,9 @@ class Nf4Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def nf4(
-    path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", trust: bool = False
-) -> Any:
+def nf4(folder: ModelFolder, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
     """The original with experts and the dense linears that qmoe quantizes in NF4."""
-    model = original(path, dtype, trust).to(device)
+    model = original(folder, dtype).to(device)
     adapt(model)
     ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
     for layer in find(model).layers:
@@ -108,6 +104,6 @@ def nf4(
             delattr(module, first)
             delattr(module, second)
             module.config._experts_implementation = NAME
-        for name in [*layer.dense, *layer.loose_linears()]:
+        for name in [*layer.dense, *layer.unfused_linears()]:
             model.set_submodule(name, Nf4Linear(model.get_submodule(name)))
     return model

@@ -17,32 +17,32 @@ from typing import Any
 import psutil
 import torch
 
-from qmoe.checkpoint.model_config import read_config
-from qmoe.checkpoint.reader import Checkpoint
+from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.errors import QmoeError
 from qmoe.measure.baselines import nf4, original
 from qmoe.model.experts import is_experts
+from qmoe.model.hooks import hooked
 from qmoe.model.skeleton import build
 from qmoe.packed.load import load
 from qmoe.packed.modules import packed_stacks
-from qmoe.system.progress import Track
+from qmoe.system.progress import progress
 
 KINDS: dict[str, Callable[..., Any]] = {
-    "qmoe": lambda path, trust: load(path, trust_remote_code=trust)[0],
+    "qmoe": lambda folder: load(folder.path, trust_remote_code=folder.trust_remote_code)[0],
     "original": original,
     "nf4": nf4,
 }
 
 
 def speed(
-    models: dict[str, Any], *, prompt: int, tokens: int, repeats: int, track: Track
+    models: dict[str, Any], *, prompt: int, tokens: int, repeats: int
 ) -> dict[str, dict[str, float]]:
     """Median prefill and decode tokens/s, first-token latency in ms and bytes read per token.
 
     prompt: tokens of the (random) prompt; tokens: tokens decoded after it, greedily, one sequence.
     """
     timings: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    for i in track(range(repeats + 1), "timing"):
+    for i in progress(range(repeats + 1), "timing"):
         for name, model in models.items():
             measured = _run(model, prompt, tokens)
             if i:  # the first round warms up
@@ -88,14 +88,13 @@ def bytes_per_token(model: Any) -> int:
     """Weight bytes one decoded token reads: its experts' share of each stack, all else whole but
     the input embedding (one row) unless it is tied to the output."""
     active: dict[str, int] = {}
-    handles = [
-        m.register_forward_pre_hook(lambda m, args, n=name: active.update({n: args[1].shape[-1]}))
+    hooks = [
+        (m, lambda m, args, n=name: active.update({n: args[1].shape[-1]}))
         for name, m in model.named_modules()
         if is_experts(m)
     ]
-    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
-    for handle in handles:
-        handle.remove()
+    with hooked(hooks):
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
     table = model.get_input_embeddings().weight
     tied = (
         model.get_output_embeddings() is not None and model.get_output_embeddings().weight is table
@@ -116,29 +115,31 @@ def bytes_per_token(model: Any) -> int:
     return int(total)
 
 
-def memory(kind: str, path: Path, trust: bool = False) -> dict[str, int]:
+def memory(kind: str, folder: ModelFolder) -> dict[str, int]:
     """Resident bytes of a fresh process before and after loading a model, and its peak while the
     model answers a prompt of 128 tokens. Raises QmoeError if the process fails."""
-    call = f"report_memory({kind!r}, {str(path)!r}, {trust})"
+    call = f"report_memory({kind!r}, {str(folder.path)!r}, {folder.trust_remote_code})"
     code = f"from qmoe.measure.bench import report_memory; {call}"
     command = [sys.executable, "-P", "-W", "ignore", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise QmoeError(f"measuring the memory of {path} failed:\n{done.stderr.strip()[-2000:]}")
+        raise QmoeError(
+            f"measuring the memory of {folder.path} failed:\n{done.stderr.strip()[-2000:]}"
+        )
     result: dict[str, int] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 
 
-def report_memory(kind: str, path: str, trust: bool) -> None:
+def report_memory(kind: str, path: str, trust_remote_code: bool) -> None:
     """Runs in the process that `memory` starts; prints JSON."""
-    process = psutil.Process()
+    process, folder = psutil.Process(), ModelFolder(Path(path), trust_remote_code)
     # Thread pools, the model's code and its skeleton without data are part of a process without a
     # model: have them before the first reading.
     torch.ones(64, 64).bfloat16() @ torch.ones(64, 64).bfloat16()
-    build(read_config(Checkpoint(Path(path)), trust), torch.bfloat16)
+    build(folder.config(), torch.bfloat16)
     gc.collect()
     before = process.memory_info().rss
-    model = KINDS[kind](Path(path), trust=trust)
+    model = KINDS[kind](folder)
     gc.collect()
     loaded = process.memory_info().rss
     _run(model, 128, 1)

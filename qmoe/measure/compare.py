@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from qmoe.calibration.text import load_texts
-from qmoe.checkpoint.folders import read_json, resolve
-from qmoe.checkpoint.model_config import read_config
-from qmoe.checkpoint.reader import Checkpoint
-from qmoe.checkpoint.tokenizer import check_vocabulary, open_tokenizer
+from qmoe.checkpoint.folders import read_json
+from qmoe.checkpoint.model_folder import ModelFolder
+from qmoe.checkpoint.tokenizer import check_vocabulary
 from qmoe.config import QuantConfig
 from qmoe.errors import ConfigError
 from qmoe.measure.baselines import nf4, original
@@ -37,7 +36,7 @@ from qmoe.packed.modules import packed_stacks
 from qmoe.packed.report import REPORT, read_report
 from qmoe.pipeline.checks import check_seqlen
 from qmoe.pipeline.quantize import quantize
-from qmoe.system.progress import Track, silent
+from qmoe.system.progress import progress
 
 BASELINES = ("rtn", "nf4")
 IN_FLOAT32 = Loading(torch.float32)
@@ -45,15 +44,16 @@ AS_STORED = Loading()
 
 
 @contextmanager
-def rtn_twin(path: Path, against: str | Path, track: Track, trust: bool) -> Iterator[Path]:
+def rtn_twin(path: Path, against: ModelFolder) -> Iterator[ModelFolder]:
     """A temporary folder with the original rounded to nearest in the schemes of `path`, but for a
     rotation."""
     config = QuantConfig.from_dict(read_report(path)["config"]).rotated_by(0)
     config = replace(config, method="rtn", tune=0, rotate="off")
     with tempfile.TemporaryDirectory(prefix="qmoe-rtn-") as folder:
         rtn = Path(folder) / "rtn"
-        quantize(against, rtn, config, track=track, trust_remote_code=trust)
-        yield rtn
+        trust = against.trust_remote_code
+        quantize(against.path, rtn, config, trust_remote_code=trust)
+        yield ModelFolder(rtn, trust)
 
 
 def _check(baselines: Sequence[str], against: str | Path | None, **least_one: int) -> None:
@@ -67,11 +67,10 @@ def _check(baselines: Sequence[str], against: str | Path | None, **least_one: in
         raise ConfigError("baselines are made from the original model; give it with --against")
 
 
-def check_same_model(
-    folder: Path, original_folder: Path, track: Track = silent, trust: bool = False
-) -> None:
+def check_same_model(folder: Path, against: ModelFolder) -> None:
     """Raises ConfigError unless config and weights are those `folder` was made from (without a
     report, the config alone). Reads all weights."""
+    original_folder = against.path
     ours, theirs = read_json(folder / "config.json"), read_json(original_folder / "config.json")
     if theirs.get("quantization_config") is not None:
         raise ConfigError(f"{original_folder}: is quantized itself; give the original")
@@ -88,8 +87,8 @@ def check_same_model(
         )
     if not (folder / REPORT).is_file():
         return
-    checkpoint = open_source(original_folder, torch.float32, trust).checkpoint
-    if checkpoint.check_finite(track) != read_report(folder).get("source_sha256"):
+    checkpoint = open_source(against, torch.float32).checkpoint
+    if checkpoint.check_finite() != read_report(folder).get("source_sha256"):
         raise ConfigError(
             f"{original_folder}: is not the original of {folder}: same config, other weights"
         )
@@ -105,7 +104,6 @@ def evaluate(
     seqlen: int = 256,
     batch: int = 8,
     loading: Loading = IN_FLOAT32,
-    track: Track = silent,
 ) -> dict[str, Any]:
     """Perplexity by domain of a quantized folder; with `against`, also KL and top-1 agreement.
 
@@ -121,24 +119,25 @@ def evaluate(
     _check(baselines, against, samples=samples, batch=batch)
     if seqlen < 2:
         raise ConfigError(f"seqlen: expected at least 2 tokens, got {seqlen}")
-    folder, trust = resolve(path), loading.trust_remote_code
-    config = read_config(Checkpoint(folder), trust)
+    folder = ModelFolder.find(path, loading.trust_remote_code)
+    config = folder.config()
     check_seqlen(config, seqlen)
-    if against is not None:
-        check_same_model(folder, resolve(against), track, trust)
-    tokenizer = open_tokenizer(folder, config, trust)
+    other = None if against is None else ModelFolder.find(against, loading.trust_remote_code)
+    if other is not None:
+        check_same_model(folder.path, other)
+    tokenizer = folder.tokenizer(config)
     texts = load_texts(text)
     batches, notes = make_batches(tokenizer, texts, samples=samples, seqlen=seqlen, batch=batch)
     check_vocabulary(config, torch.cat([ids for _, ids in batches]))
-    models, disk = _models(folder, against, baselines, loading, track)
+    models, disk = _models(folder.path, other, baselines, loading)
     dtype = models["qmoe"].config.dtype
     reference: Logits | None = None
-    if against is not None:
-        source = open_source(against, dtype, trust)
+    if other is not None:
+        source = open_source(other, dtype)
         disk["original"] = source.checkpoint.nbytes()
-        reference = streamed(source, batches, dtype, track)
+        reference = streamed(source, batches, dtype)
     logits = {name: resident(model, batches) for name, model in models.items()}
-    found = score(batches, reference, logits, track, dtype)
+    found = score(batches, reference, logits, dtype)
     scores = summaries(found, with_reference=reference is not None)
     return {
         "scores": scores,
@@ -152,22 +151,19 @@ def evaluate(
 
 
 def _models(
-    folder: Path,
-    against: str | Path | None,
-    baselines: Sequence[str],
-    loading: Loading,
-    track: Track,
+    folder: Path, against: ModelFolder | None, baselines: Sequence[str], loading: Loading
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """The quantized model and its baselines by name, and their bytes on disk."""
     models: dict[str, Any] = {}
-    trust, disk = loading.trust_remote_code, {"qmoe": _disk(folder)}
+    disk = {"qmoe": _disk(folder)}
     if "rtn" in baselines:
         assert against is not None
-        with rtn_twin(folder, against, track, trust) as twin:
-            models["rtn"], disk["rtn"] = loading(twin, track), _disk(twin)
-    ours = loading(folder, track)
+        with rtn_twin(folder, against) as twin:
+            models["rtn"], disk["rtn"] = loading(twin.path), _disk(twin.path)
+    ours = loading(folder)
     if "nf4" in baselines:
-        models["nf4"] = nf4(str(against), ours.config.dtype, loading.device, trust)
+        assert against is not None
+        models["nf4"] = nf4(against, ours.config.dtype, loading.device)
     return models | {"qmoe": ours}, disk
 
 
@@ -180,7 +176,6 @@ def benchmark(
     tokens: int = 32,
     repeats: int = 5,
     loading: Loading = AS_STORED,
-    track: Track = silent,
 ) -> dict[str, dict[str, float]]:
     """Speed and memory of a quantized folder beside the original and baselines, by model name.
 
@@ -188,28 +183,28 @@ def benchmark(
     peak memory are those of a CPU process, so only measured there.
     """
     _check(baselines, against, prompt=prompt, tokens=tokens, repeats=repeats)
-    folder, trust = resolve(path), loading.trust_remote_code
-    if against is not None:
-        check_same_model(folder, resolve(against), track, trust)
-    models = {"qmoe": loading(folder, track)}
+    folder = ModelFolder.find(path, loading.trust_remote_code)
+    source = None if against is None else ModelFolder.find(against, loading.trust_remote_code)
+    if source is not None:
+        check_same_model(folder.path, source)
+    models = {"qmoe": loading(folder.path)}
     measured = [("qmoe", "qmoe", folder)]
     used = {}
     with ExitStack() as stack:
-        if against is not None:
-            source = resolve(against)
-            models["original"] = original(source, trust=trust).to(loading.device)
+        if source is not None:
+            models["original"] = original(source).to(loading.device)
             measured.append(("original", "original", source))
             if "nf4" in baselines:
-                models["nf4"] = nf4(source, device=loading.device, trust=trust)
+                models["nf4"] = nf4(source, device=loading.device)
                 measured.append(("nf4", "nf4", source))
             if "rtn" in baselines:
-                twin = stack.enter_context(rtn_twin(folder, source, track, trust))
-                models["rtn"] = loading(twin)
+                twin = stack.enter_context(rtn_twin(folder.path, source))
+                models["rtn"] = loading(twin.path)
                 measured.append(("rtn", "qmoe", twin))
         if loading.device == "cpu":
-            for name, kind, place in track(measured, "measuring memory"):
-                used[name] = memory(kind, place, trust)
-    timed = speed(models, prompt=prompt, tokens=tokens, repeats=repeats, track=track)
+            for name, kind, place in progress(measured, "measuring memory"):
+                used[name] = memory(kind, place)
+    timed = speed(models, prompt=prompt, tokens=tokens, repeats=repeats)
     for name, figures in timed.items():
         figures["weights_in_memory"] = weights_in_memory(models[name])
         if name not in used:
@@ -217,7 +212,7 @@ def benchmark(
         m = used[name]
         figures["resident_over_bare_process"] = m["loaded"] - m["without_model"]
         figures["peak_over_bare_process"] = m["peak"] - m["without_model"]
-    timed["qmoe"]["bytes_on_disk"] = _disk(folder)
+    timed["qmoe"]["bytes_on_disk"] = _disk(folder.path)
     return timed
 
 

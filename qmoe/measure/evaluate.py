@@ -18,10 +18,9 @@ from torch import Tensor
 from qmoe.calibration.batches import samples_of, shortage, too_short
 from qmoe.calibration.text import Texts
 from qmoe.errors import CalibrationError
-from qmoe.model.layerwise import Call, suspended
-from qmoe.model.skeleton import free
+from qmoe.model.layerwise import Waiting, suspended
 from qmoe.model.source import Source
-from qmoe.system.progress import Track
+from qmoe.system.progress import progress
 
 Batches = list[tuple[str, Int[Tensor, "_ _"]]]
 Logits = Iterator[Float[Tensor, "_ _ _"]]
@@ -79,34 +78,31 @@ def resident(model: Any, batches: Batches) -> Logits:
         yield logits  # not inside, which would leave gradients off in whoever asks
 
 
-def streamed(source: Source, batches: Batches, dtype: torch.dtype, track: Track) -> Logits:
+def streamed(source: Source, batches: Batches, dtype: torch.dtype) -> Logits:
     """Logits of an original model with one of its layers in memory at a time."""
-    weights, modules = source.weights, source.stages()
-    layers = iter(track(source.structure.layers, "running the original"))
-
-    def visit(i: int, forward: Any, calls: list[Call]) -> list[Any]:
-        weights.load(weights.sources(next(layers).name), dtype)
-        outputs = [forward(*c.args, **c.kwargs) for c in calls]
-        free(modules[i])
-        return outputs
-
+    layers = iter(progress(source.structure.layers, "running the original"))
     inputs = [{"input_ids": ids, "use_cache": False} for _, ids in batches]
-    outputs = suspended(source.model, modules, inputs, visit)
+    passes = suspended(source.model, source.stages(), inputs)
     with torch.no_grad():
-        weights.load(source.resident(), dtype)
-        weights.tie()
-    for _ in batches:
-        with torch.no_grad():
-            output = next(outputs)
-        yield output.logits
-    next(layers, None)
+        source.weights.load(source.resident(), dtype)
+        source.weights.tie()
+    while True:
+        with torch.no_grad():  # not around the yield, which would leave gradients off for others
+            event = next(passes, None)
+            if isinstance(event, Waiting):
+                with source.loaded(next(layers).name, dtype):
+                    event.go_on([event.forward(*c.args, **c.kwargs) for c in event.calls])
+                continue
+        if event is None:
+            break
+        yield event.output.logits
+    next(layers, None)  # lets the progress bar close
 
 
 def score(
     batches: Batches,
     reference: Logits | None,
     models: dict[str, Logits],
-    track: Track,
     dtype: torch.dtype | None = None,
 ) -> dict[str, dict[str, Score]]:
     """Score by model and domain; the reference, if there is one, is scored as "original". dtype:
@@ -116,7 +112,7 @@ def score(
     scores: dict[str, dict[str, Score]] = {
         name: {domain: Score() for domain, _ in batches} for name in named
     }
-    for domain, ids in track(batches, "evaluating"):
+    for domain, ids in progress(batches, "evaluating"):
         base: Tensor | None = None
         for name, logits in named.items():
             given = next(logits)[:, :-1]

@@ -168,8 +168,8 @@ def layout(family: Family) -> str:
     model = build(tiny_config(family), torch.float32)
     words: dict[str, None] = {}
     for layer in find(model).layers:
-        words |= dict.fromkeys(["a module per expert"] * bool(layer.loose))
-        vectors = any(isinstance(model.get_submodule(n), nn.Embedding) for n in layer.kept)
+        words |= dict.fromkeys(["a module per expert"] * bool(layer.unfused))
+        vectors = any(isinstance(model.get_submodule(n), nn.Embedding) for n in layer.unquantized)
         words |= dict.fromkeys(["vectors, kept in 16 bits"] * vectors)
         for name in layer.experts:
             module = model.get_submodule(name)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qmoe.checkpoint.model_config import model_class
+from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.config import CHANNEL, CalibrationConfig, QuantConfig, Scheme
 from qmoe.errors import AuditError
 from qmoe.format.grid import dequantize
@@ -141,7 +142,7 @@ def _apart(one: Ran, other: Ran) -> tuple[float, float]:
 def _check_rotated(folder: Path, what: str) -> None:
     """Raises AuditError unless a rotated model gives what it did, on more tokens than those that
     the rotation was proved on, with all its layers, before anything is rounded."""
-    source = open_source(folder, torch.float32)
+    source = open_source(ModelFolder(folder), torch.float32)
     residual = find_residual(source)
     inputs = inputs_of(source.model, torch.arange(400)[None] * 37 % 509)
     logits = []
@@ -168,7 +169,7 @@ def _compare(what: str, found: Tensor, expected: Tensor) -> None:
 def dequantize_into(twin: Any, quantized: Path, dtype: torch.dtype, all_else: bool = False) -> None:
     """Every quantized weight, dequantized, and all else if it changed too, into the original as
     transformers loaded it."""
-    packed = open_packed(quantized, dtype)
+    packed = open_packed(ModelFolder(quantized), dtype)
     packed.weights.load(packed.weights.names(), dtype)
     known = dict(twin.named_parameters(remove_duplicate=False)) if all_else else {}
     for name, parameter in packed.model.named_parameters():

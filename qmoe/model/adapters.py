@@ -209,7 +209,7 @@ def _doge(module: Any) -> None:
     """Thousands of experts of one vector in and one out, rows of two tables of which a token reads
     its own: no product with a matrix that could run packed."""
     reason = "an expert of this family is a pair of vectors that is looked up, not a matrix"
-    module.qmoe_kept = {"router_gate": "router", "down_embed": reason, "up_embed": reason}
+    module.qmoe_unquantized = {"router_gate": "router", "down_embed": reason, "up_embed": reason}
 
 
 ADAPTERS: dict[str, Callable[[Any], Made | None]] = {
@@ -223,7 +223,7 @@ ADAPTERS: dict[str, Callable[[Any], Made | None]] = {
 }
 
 
-def loose_experts(module: nn.Module) -> bool:
+def unfused_experts(module: nn.Module) -> bool:
     """Whether a module is a list of small MLPs, one per expert, as older families and code that
     comes with a model have them: at least two children of one class, of linears and nothing else
     with weights."""

@@ -6,7 +6,6 @@ the instance (`is_transposed`, `is_concatenated`, `has_bias`, `has_gate`); those
 read, shapes are never guessed at. adapters.py gives them to classes that lack them.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -121,11 +120,10 @@ def _concatenated(both: Tensor) -> Tensor:
     return torch.cat([both[:, 0::2], both[:, 1::2]], dim=1)
 
 
-def packed_parameters(model: Any, names: Iterable[str]) -> set[str]:
-    """The parameters of these modules, linears and experts, that are stored packed."""
+def packed_parameters(modules: dict[str, nn.Module]) -> set[str]:
+    """The parameters of these modules, linears and experts by name, that are stored packed."""
     found = set()
-    for name in names:
-        module = model.get_submodule(name)
+    for name, module in modules.items():
         weights = expert_weights(module) if is_experts(module) else ("weight",)
         found |= {f"{name}.{weight}" for weight in weights}
     return found

@@ -7,11 +7,13 @@ be made up for in all of them.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from qmoe.model.experts import expert_weights, is_experts, rows
+from qmoe.model.hooks import hooked
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,10 @@ def find_folds(modules: dict[str, nn.Module], run: Callable[[], Any]) -> list[Fo
 
         return hook
 
-    handles = [m.register_forward_pre_hook(before(n)) for n, m in modules.items()]
-    handles += [m.register_forward_hook(after(n)) for n, m in modules.items()]
-    try:
+    with hooked(
+        [(m, before(n)) for n, m in modules.items()], [(m, after(n)) for n, m in modules.items()]
+    ):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     folds = [Fold(norm, _innermost(readers)) for norm, readers in read.items()]
     return [fold for fold in folds if _fits(modules, fold.norm, fold.readers)]
 
@@ -71,25 +70,21 @@ def origins_of(modules: dict[str, nn.Module], run: Callable[[], Any]) -> dict[st
     origins: dict[str, str | None] = {}
     alive: list[Tensor] = []  # so that no address is used twice
 
-    def before(name: str, args: tuple[Any, ...]) -> None:
+    def before(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         origins[name] = None
         if args and isinstance(args[0], Tensor):
             origins[name] = wrote.get(args[0].untyped_storage().data_ptr())
 
-    def after(name: str, output: Any) -> None:
+    def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
             alive.append(output)
             wrote[output.untyped_storage().data_ptr()] = name
 
-    hooks = []
-    for n, m in modules.items():
-        hooks.append(m.register_forward_pre_hook(lambda _, args, n=n: before(n, args)))
-        hooks.append(m.register_forward_hook(lambda _, args, output, n=n: after(n, output)))
-    try:
+    with hooked(
+        [(m, partial(before, n)) for n, m in modules.items()],
+        [(m, partial(after, n)) for n, m in modules.items()],
+    ):
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return origins
 
 

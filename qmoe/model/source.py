@@ -1,27 +1,32 @@
-"""An unquantized model: its checkpoint, a skeleton without weights, and where its parts are."""
+"""An opened model folder: its checkpoint, a skeleton without weights, and where its parts are."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from qmoe.checkpoint.folders import resolve
-from qmoe.checkpoint.model_config import read_config
+from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.checkpoint.reader import Checkpoint
 from qmoe.config import QuantConfig, Scheme
 from qmoe.errors import CheckpointError, UnsupportedModelError
+from qmoe.model.experts import expert_weights, is_experts
 from qmoe.model.leftovers import complaint, wrapped
-from qmoe.model.skeleton import WeightMap, build
+from qmoe.model.skeleton import WeightMap, build, free
 from qmoe.model.structure import Layer, Structure, find
 from qmoe.model.tensor_names import original_names, stored_fused
+from qmoe.system.devices import CPU, place
 
 
 @dataclass
 class Source:
-    """An unquantized model: its checkpoint, a skeleton of it on the meta device, and the map."""
+    """folder: where it lies. checkpoint: its tensors. model: a skeleton of it on the meta device,
+    with places for packed weights if it is quantized (packed/skeleton.py). weights: which tensor
+    goes where. structure: the decoder layers."""
 
+    folder: ModelFolder
     checkpoint: Checkpoint
     model: Any
     weights: WeightMap
@@ -31,28 +36,73 @@ class Source:
         """The modules whose weights are loaded one at a time, in running order."""
         return [self.model.get_submodule(layer.name) for layer in self.structure.layers]
 
+    @contextmanager
+    def loaded(
+        self, name: str, dtype: torch.dtype, experts_dtype: torch.dtype | None = None
+    ) -> Iterator[Any]:
+        """The module of that name with its weights in memory. Afterwards they are freed, and so are
+        the files they came from. dtype: where a parameter has none of its own; experts_dtype: of
+        routed experts, most of the bytes of a layer, if it is another."""
+        with self.freed_after(name) as module:
+            stacks = [] if experts_dtype is None else self.expert_stacks(name)
+            for target in stacks:
+                # transformers keeps to the parameter's dtype.
+                self.make_stack(target, experts_dtype or dtype, "meta")
+                self.weights.load(self.weights.targets[target], experts_dtype)
+                self.checkpoint.release()
+            done = {stored for target in stacks for stored in self.weights.targets[target]}
+            names = [n for n in self.weights.sources(name) if n not in done]
+            self.weights.load(names, dtype)
+            self.checkpoint.release()
+            yield module
+
+    @contextmanager
+    def freed_after(self, name: str) -> Iterator[Any]:
+        """The module of that name. Afterwards it holds no weights, and its buffers, which the rest
+        of the model may share, are in the machine's own memory."""
+        module = self.model.get_submodule(name)
+        try:
+            yield module
+        finally:
+            free(module)
+            place(module, CPU)
+            self.checkpoint.release()
+
+    def expert_stacks(self, name: str) -> list[str]:
+        """Parameters below module `name` that hold fused routed experts."""
+        inside = self.model.get_submodule(name).named_modules(prefix=name)
+        return [f"{n}.{w}" for n, m in inside if is_experts(m) for w in expert_weights(m)]
+
+    def make_stack(self, target: str, dtype: torch.dtype, device: str) -> tuple[Any, str]:
+        """Put an empty parameter where a stack of experts is; returns its module and name there."""
+        owner, _, weight = target.rpartition(".")
+        module: Any = self.model.get_submodule(owner)
+        empty = torch.zeros_like(getattr(module, weight), dtype=dtype, device=device)
+        module._parameters[weight] = nn.Parameter(empty, requires_grad=False)
+        return module, weight
+
     def weight_dtype(self) -> torch.dtype:
         """Of the routed experts as stored; scales are stored in it too, as engines expect."""
         layers = self.structure.layers
-        experts = [e for layer in layers for e in [*layer.experts, *layer.loose]]
-        kept = [name for layer in layers for name in layer.kept]
-        return self.checkpoint.dtype(self.weights.sources([*experts, *kept][0])[0])
+        experts = [e for layer in layers for e in [*layer.experts, *layer.unfused]]
+        others = [name for layer in layers for name in layer.unquantized]
+        return self.checkpoint.dtype(self.weights.sources([*experts, *others][0])[0])
 
-    def kept_linears(self, config: QuantConfig) -> list[str]:
+    def unquantized_linears(self, config: QuantConfig) -> list[str]:
         """Everything with a linear's weight that is not quantized, by model and checkpoint name:
         routers and other linears, so that no engine takes them for packed ones."""
         quantized = {n for layer in self.structure.layers for n in schemes_of(self, layer, config)}
         if config.lm_head is not None:
             quantized.add(str(self.structure.lm_head))
-        kept: set[str] = set()
+        found: set[str] = set()
         for name, module in self.model.named_modules():
             weight = getattr(module, "weight", None)
             if name in quantized or isinstance(module, nn.Embedding) or weight is None:
                 continue
             if weight.dim() == 2:
                 stored = original_names(self.model, f"{name}.weight", weight)
-                kept |= {name, *(n.removesuffix(".weight") for n in stored)}
-        return sorted(kept)
+                found |= {name, *(n.removesuffix(".weight") for n in stored)}
+        return sorted(found)
 
     def embedding(self) -> str:
         """The module that turns token ids into the first hidden states."""
@@ -60,7 +110,7 @@ class Source:
         embedding = self.model.get_input_embeddings()
         return next(name for name, module in modules.items() if module is embedding)
 
-    def adds_head(self, config: QuantConfig) -> bool:
+    def adds_lm_head(self, config: QuantConfig) -> bool:
         """Whether an output projection is stored that the checkpoint does not have: a rotation
         unties it from the embedding."""
         head = self.structure.lm_head
@@ -73,12 +123,12 @@ class Source:
         return [n for names in self.weights.targets.values() for n in names if n not in layered]
 
 
-def open_source(path: str | Path, dtype: torch.dtype, trust: bool = False) -> Source:
-    """Open an unquantized MoE model folder (or hub name) and find its parts; loads no weights.
-    trust: see checkpoint/remote_code.py."""
-    checkpoint = Checkpoint(resolve(path))
+def open_source(folder: ModelFolder, dtype: torch.dtype) -> Source:
+    """Open an unquantized MoE model and find its parts; loads no weights. dtype: of parameters that
+    have none of their own."""
+    checkpoint = folder.checkpoint()
     checkpoint.decode()
-    config = read_config(checkpoint, trust)
+    config = folder.config(checkpoint)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the tensors are shown decoded
     model = build(config, dtype, checkpoint)
@@ -92,7 +142,7 @@ def open_source(path: str | Path, dtype: torch.dtype, trust: bool = False) -> So
         checkpoint.dtype(name)
     stored_fused(model)  # refuses families whose experts cannot be told apart on disk
     check_routing(model, structure)
-    return Source(checkpoint, model, weights, structure)
+    return Source(folder, checkpoint, model, weights, structure)
 
 
 def check_complete(weights: WeightMap) -> None:
@@ -137,7 +187,7 @@ def check_routing(model: Any, structure: Structure) -> None:
 
 def schemes_of(source: Source, layer: Layer, config: QuantConfig) -> dict[str, Scheme]:
     """Scheme of every weight to quantize in a layer: experts modules and dense linears by name."""
-    found = dict.fromkeys([*layer.experts, *layer.loose_linears()], config.experts)
+    found = dict.fromkeys([*layer.experts, *layer.unfused_linears()], config.experts)
     if config.dense is not None:
         found |= dict.fromkeys(layer.dense, config.dense)
     return found

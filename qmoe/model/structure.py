@@ -1,36 +1,39 @@
 """Where the quantizable parts of a model are, found without code per model."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from qmoe.errors import UnsupportedModelError
-from qmoe.model.adapters import each_expert, linears_of, loose_experts
+from qmoe.model.adapters import each_expert, linears_of, unfused_experts
 from qmoe.model.experts import is_experts
 from qmoe.model.precision import ever_in_float32
+
+ROUTER = "router"  # why a linear beside the experts stays as it is
 
 
 @dataclass(frozen=True)
 class Layer:
     """One decoder layer. Names are relative to the model.
 
-    experts: fused experts modules. loose: lists of experts that are modules of their own, and the
+    experts: fused experts modules. unfused: lists of experts that are modules of their own, and the
     linears of each. dense: linears to quantize with the dense scheme, in module order. in_block:
-    those of `dense` inside the block that holds the experts (shared experts). kept: modules that
-    stay as they are, with the reason.
+    those of `dense` inside the block that holds the experts (shared experts). unquantized: modules
+    that stay as they are, with the reason. routers: those that decide where tokens go.
     """
 
     name: str
     experts: list[str]
-    loose: dict[str, list[list[str]]]
+    unfused: dict[str, list[list[str]]]
     dense: list[str]
     in_block: list[str]
-    kept: dict[str, str]
+    unquantized: dict[str, str]
+    routers: list[str] = field(default_factory=list)
 
-    def loose_linears(self) -> list[str]:
-        return [n for experts in self.loose.values() for linears in experts for n in linears]
+    def unfused_linears(self) -> list[str]:
+        return [n for experts in self.unfused.values() for linears in experts for n in linears]
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ def find(model: nn.Module) -> Structure:
     Raises UnsupportedModelError for a dense model and for experts in a form that is not known.
     """
     modules = dict(model.named_modules())
-    experts = [n for n, m in modules.items() if _holds_experts(n, m) or hasattr(m, "qmoe_kept")]
+    experts = [
+        n for n, m in modules.items() if _holds_experts(n, m) or hasattr(m, "qmoe_unquantized")
+    ]
     if not experts:
         raise UnsupportedModelError(
             f"{type(model).__name__}: found no routed experts; it is a dense model, or an MoE "
@@ -65,14 +70,14 @@ def find(model: nn.Module) -> Structure:
         if holder in lists:
             names = [f"{holder}.{i}" for i in range(len(modules[holder]))]
             layers += [_layer(name, modules, fixed) for name in names]
-    head = next(
+    lm_head = next(
         (n for n, m in modules.items() if n == "lm_head" and isinstance(m, nn.Linear)), None
     )
-    return Structure(layers, head)
+    return Structure(layers, lm_head)
 
 
 def _holds_experts(name: str, module: nn.Module) -> bool:
-    return is_experts(module) or (name.endswith("experts") and loose_experts(module))
+    return is_experts(module) or (name.endswith("experts") and unfused_experts(module))
 
 
 def _outermost_list(name: str, modules: dict[str, nn.Module]) -> str:
@@ -88,30 +93,44 @@ def _layer(name: str, modules: dict[str, nn.Module], fixed: set[str]) -> Layer:
     inside = {n: m for n, m in modules.items() if n.startswith(name + ".")}
     holders = {n: m for n, m in inside.items() if _holds_experts(n, m)}
     experts = [n for n, m in holders.items() if is_experts(m)]
-    loose = {n: list(_each_expert(n, m)) for n, m in holders.items() if n not in experts}
-    taken = {n for experts in loose.values() for linears in experts for n in linears}
+    unfused = {n: list(_each_expert(n, m)) for n, m in holders.items() if n not in experts}
+    taken = {n for experts in unfused.values() for linears in experts for n in linears}
     blocks = {n.rpartition(".")[0]: m for n, m in holders.items()}
     # What an adapter says of experts that are no matrices, and of their router.
-    named = {n: getattr(m, "qmoe_kept", {}).items() for n, m in inside.items()}
-    kept = {f"{n}.{part}": reason for n, parts in named.items() for part, reason in parts}
+    named = {n: getattr(m, "qmoe_unquantized", {}).items() for n, m in inside.items()}
+    unquantized = {f"{n}.{part}": reason for n, parts in named.items() for part, reason in parts}
     dense, in_block = [], []
     for linear, module in inside.items():
-        if not isinstance(module, nn.Linear) or linear in taken or linear in kept:
+        if not isinstance(module, nn.Linear) or linear in taken or linear in unquantized:
             continue
         block = next((b for b in blocks if linear.startswith(b + ".")), None)
         if block is not None and module.out_features in _choices(blocks[block]):
-            kept[linear] = "router"
+            unquantized[linear] = ROUTER
             continue
         if linear in fixed:
-            kept[linear] = "its class keeps it in float32"
+            unquantized[linear] = "its class keeps it in float32"
             continue
         if type(module).forward is not nn.Linear.forward:
-            kept[linear] = f"{type(module).__name__} multiplies in its own way"
+            unquantized[linear] = f"{type(module).__name__} multiplies in its own way"
             continue
         dense.append(linear)
         if block is not None:
             in_block.append(linear)
-    return Layer(name, experts, loose, dense, in_block, kept)
+    routers = [n for n, reason in unquantized.items() if reason == ROUTER]
+    routers += [n for n, m in inside.items() if _is_router_module(n, m, holders, unquantized)]
+    return Layer(name, experts, unfused, dense, in_block, unquantized, routers)
+
+
+def _is_router_module(
+    name: str, module: nn.Module, holders: dict[str, nn.Module], unquantized: dict[str, str]
+) -> bool:
+    """What a family has instead of a linear: a module with parameters of its own beside the
+    experts."""
+    if isinstance(module, nn.Linear) or name in holders or name in unquantized:
+        return False
+    beside = {holder.rpartition(".")[0] for holder in holders}
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return bool(own) and name.rpartition(".")[0] in beside
 
 
 def _each_expert(name: str, container: nn.Module) -> Iterator[list[str]]:

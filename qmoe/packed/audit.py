@@ -4,22 +4,22 @@ that is not as promised is a finding. No finding is ever a warning: `AuditError`
 
 import hashlib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.errors import AuditError, ConfigError
 from qmoe.format.compressed_tensors import SUFFIXES
 from qmoe.format.quantized import digest
 from qmoe.model.experts import is_experts
 from qmoe.model.precision import in_float32
-from qmoe.model.skeleton import free
+from qmoe.model.source import Source
 from qmoe.model.tensor_names import all_original_names
 from qmoe.packed.modules import PackedLinear, held, packed_experts, take_stored
-from qmoe.packed.skeleton import PackedSource, open_packed
-from qmoe.system.progress import Track, silent
+from qmoe.packed.skeleton import open_packed
+from qmoe.system.progress import progress
 
 KINDS = (
     "experts packed", "experts scales", "experts 16-bit",
@@ -35,7 +35,7 @@ class Audit:
 
     bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     findings: list[str] = field(default_factory=list)
-    kept: str = ""
+    unpacked_sha256: str = ""
 
     def require_clean(self, where: str) -> None:
         if self.findings:
@@ -47,20 +47,15 @@ class Audit:
 
 
 def audit_folder(
-    path: Path,
-    digests: dict[str, str] | None = None,
-    kept: str | None = None,
-    track: Track = silent,
-    trust: bool = False,
+    folder: ModelFolder, digests: dict[str, str] | None = None, unpacked_sha256: str | None = None
 ) -> Audit:
     """Read a quantized folder as the loader does, layer by layer; AuditError on any finding.
 
-    digests: `types.digest` of every quantized stack by parameter name, as it was solved; the
-    decoded bytes must be those. kept: `Audit.kept` of an earlier audit, likewise. trust: see
-    checkpoint/remote_code.py.
+    digests: `format.quantized.digest` of every quantized stack by parameter name, as it was solved;
+    the decoded bytes must be those. unpacked_sha256: that of an earlier audit, likewise.
     """
-    audit = Audit()
-    source = open_packed(path, torch.float32, trust)
+    audit, where = Audit(), str(folder.path)
+    source = open_packed(folder, torch.float32)
     names = source.weights
     audit.findings += [f"missing: {n}" for n in names.missing()]
     audit.findings += names.doubled()
@@ -84,73 +79,60 @@ def audit_folder(
                 and not (tensor.float() > 0).all()
             ):
                 audit.findings.append(f"has a scale that is not positive: {name}")
-        if kind == "experts 16-bit" and not _is_kept(source, owner):
+        if kind == "experts 16-bit" and not _is_unquantized(source, owner):
             audit.findings.append(f"routed experts left unquantized: {stored[0]} ({target})")
         source.checkpoint.release()
-    audit.kept = sha.hexdigest()
-    if kept is not None and kept != audit.kept:
+    audit.unpacked_sha256 = sha.hexdigest()
+    if unpacked_sha256 not in (None, audit.unpacked_sha256):
         audit.findings.append("an unpacked tensor is not the one that was written")
-    audit.require_clean(str(path))
-    found = _decode(source, track)
+    audit.require_clean(where)
+    found = _decode(source)
     if digests is not None:
         audit.findings += [
             f"decodes to other weights than were solved: {target}"
             for target in sorted(set(digests) | set(found))
             if digests.get(target) != found.get(target)
         ]
-    audit.require_clean(str(path))
+    audit.require_clean(where)
     return audit
 
 
-def _decode(source: PackedSource, track: Track) -> dict[str, str]:
+def _decode(source: Source) -> dict[str, str]:
     """Digest of every packed weight, read through the loader's own path, one layer at a time."""
     found = {}
     roots = [layer.name for layer in source.structure.layers]
-    for root in track([*roots, *filter(None, [source.structure.lm_head])], "auditing"):
-        source.weights.load(source.weights.sources(root), torch.float32)
-        module = source.model.get_submodule(root)
-        for name, part in module.named_modules(prefix=root):
-            for weight, quantized in take_stored(part, name).items():
-                found[f"{name}.{weight}"] = digest(quantized)
-        free(module)
-        source.checkpoint.release()
+    for root in progress([*roots, *filter(None, [source.structure.lm_head])], "auditing"):
+        with source.loaded(root, torch.float32) as module:
+            for name, part in module.named_modules(prefix=root):
+                for weight, quantized in take_stored(part, name).items():
+                    found[f"{name}.{weight}"] = digest(quantized)
     return found
 
 
-def _kind(source: PackedSource, owner: str, parameter: str, rank: int) -> str:
+def _kind(source: Source, owner: str, parameter: str, rank: int) -> str:
     module = source.model.get_submodule(owner)
     suffix = next((s for s in SUFFIXES if parameter.endswith(s)), None)
     experts = is_experts(module)
-    loose = any(owner in layer.loose_linears() for layer in source.structure.layers)
-    if experts or loose or isinstance(module, PackedLinear):
-        tier = "experts" if experts or loose else "dense"
+    unfused = any(owner in layer.unfused_linears() for layer in source.structure.layers)
+    if experts or unfused or isinstance(module, PackedLinear):
+        tier = "experts" if experts or unfused else "dense"
         if suffix is not None:
             return f"{tier} packed" if suffix == "_packed" else f"{tier} scales"
         # Biases of experts are a matrix [E, N], weights never less than one for each expert.
         vector = parameter == "bias" or (experts and rank < 3 and parameter.endswith("_bias"))
         return "norms and other" if vector else f"{tier} 16-bit"
-    kept = [layer.kept[owner] for layer in source.structure.layers if owner in layer.kept]
-    if kept and isinstance(module, nn.Embedding):
+    if _is_unquantized(source, owner) and isinstance(module, nn.Embedding):
         return "experts 16-bit"
     if isinstance(module, nn.Embedding) or owner == source.structure.lm_head:
         return "embeddings"
-    if "router" in kept or _is_router(source, owner):
+    if any(owner in layer.routers for layer in source.structure.layers):
         return "router"
     return "dense 16-bit" if isinstance(module, nn.Linear) else "norms and other"
 
 
-def _is_kept(source: PackedSource, owner: str) -> bool:
+def _is_unquantized(source: Source, owner: str) -> bool:
     """Whether this was said, with a reason, before the work began; the report repeats it."""
-    return any(owner in layer.kept for layer in source.structure.layers)
-
-
-def _is_router(source: PackedSource, owner: str) -> bool:
-    """Whatever has parameters beside the experts, is not a linear, and scores them is a router."""
-    module: Any = source.model.get_submodule(owner)
-    block = owner.rpartition(".")[0]
-    experts = [e for n in source.structure.layers for e in [*n.experts, *n.loose]]
-    beside = any(e.rpartition(".")[0] == block for e in experts)
-    return beside and not isinstance(module, nn.Linear)
+    return any(owner in layer.unquantized for layer in source.structure.layers)
 
 
 def audit_model(model: nn.Module, where: str) -> Audit:
@@ -180,7 +162,9 @@ def audit_model(model: nn.Module, where: str) -> Audit:
             elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 audit.findings.append(f"holds NaN or Inf: {name}.{key}")
     seen: set[int] = set()
-    vectors = {f"{n}.{k}" for n, m in model.named_modules() for k in getattr(m, "qmoe_kept", {})}
+    vectors = {
+        f"{n}.{k}" for n, m in model.named_modules() for k in getattr(m, "qmoe_unquantized", {})
+    }
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
@@ -193,19 +177,19 @@ def audit_model(model: nn.Module, where: str) -> Audit:
     return audit
 
 
-def audit_kept(source: PackedSource, where: str) -> None:
+def audit_unpacked(source: Source, where: str) -> None:
     """Check a loaded model against its folder: all that is not packed has the dtype in which
     transformers' own class would run it, and the stored values, rounded to that once. ConfigError
     for numbers that this dtype does not have."""
     model, weights = source.model, source.weights
     dtype = model.config.dtype
     packed = {parameter for parameter, _ in weights.packed.values()}
-    kept = sorted({*weights.targets, *weights.split_targets()} - packed)
-    in_full = in_float32(model, dtype, kept)
+    unpacked = sorted({*weights.targets, *weights.split_targets()} - packed)
+    in_full = in_float32(model, dtype, unpacked)
     findings: list[str] = []
     roots = [layer.name + "." for layer in source.structure.layers]
     parts: dict[str, dict[str, Tensor]] = {}  # by layer: names of a layer depend on each other
-    for target in kept:
+    for target in unpacked:
         tensor = held(model, target)
         if tensor is None:
             findings.append(f"is not in the loaded model: {target}")

@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-from qmoe.checkpoint.folders import resolve
 from qmoe.checkpoint.model_config import generation_config
-from qmoe.checkpoint.tokenizer import has_tokenizer, open_tokenizer
+from qmoe.checkpoint.model_folder import ModelFolder
+from qmoe.checkpoint.tokenizer import has_tokenizer
 from qmoe.errors import ConfigError, OutputError
 from qmoe.kernels import uses_arena
-from qmoe.model.source import check_complete
-from qmoe.packed.audit import audit_kept, audit_model
+from qmoe.model.source import Source, check_complete
+from qmoe.packed.audit import audit_model, audit_unpacked
 from qmoe.packed.modules import PackedLinear, finish_experts
 from qmoe.packed.offload import offload_experts
-from qmoe.packed.skeleton import PackedSource, open_packed
+from qmoe.packed.skeleton import open_packed
 from qmoe.system.devices import find_device
 from qmoe.system.host_memory import return_freed
-from qmoe.system.progress import Track, silent
+from qmoe.system.progress import progress
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Loading:
     expert_memory: int | None = None
     trust_remote_code: bool = False
 
-    def __call__(self, path: str | Path, track: Track = silent) -> Any:
+    def __call__(self, path: str | Path) -> Any:
         """The model alone."""
         options: dict[str, Any] = {**vars(self)}
-        return load(path, options.pop("dtype"), track=track, **options)[0]
+        return load(path, options.pop("dtype"), **options)[0]
 
 
 @torch.no_grad()
@@ -44,7 +44,6 @@ def load(
     *,
     device: str | torch.device = "cpu",
     expert_memory: int | None = None,
-    track: Track = silent,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Load a quantized model (folder or hub name) and its tokenizer, None if the folder has none.
@@ -65,15 +64,15 @@ def load(
     home = None if expert_memory is None else torch.device("cpu")
     if expert_memory is not None and not uses_arena(place):
         raise ConfigError(f"expert_memory: of use with a GPU only, the device is {device}")
-    folder = resolve(path)
-    source = open_packed(folder, dtype, trust_remote_code)
+    folder = ModelFolder.find(path, trust_remote_code)
+    source = open_packed(folder, dtype)
     check_complete(source.weights)
     tokenizer = None
-    if has_tokenizer(folder):
-        tokenizer = open_tokenizer(folder, source.model.config, trust_remote_code)
-    generation = generation_config(folder)
+    if has_tokenizer(folder.path):
+        tokenizer = folder.tokenizer(source.model.config)
+    generation = generation_config(folder.path)
     in_layers: set[str] = set()
-    for layer in track(source.structure.layers, "loading layers"):
+    for layer in progress(source.structure.layers, "loading layers"):
         names = source.weights.sources(layer.name)
         in_layers.update(names)
         source.weights.load(names, dtype)
@@ -82,11 +81,11 @@ def load(
     source.weights.tie()
     _finish(source, "", place, home)
     if expert_memory is not None:
-        offload_experts(source.model, source.structure, place, expert_memory, folder)
+        offload_experts(source.model, source.structure, place, expert_memory, folder.path)
     source.model.to(place).requires_grad_(False)
     if generation is not None:
         source.model.generation_config = generation
-    audit_kept(source, str(path))
+    audit_unpacked(source, str(path))
     audit_model(source.model, str(path))
     return_freed()
     source.model.save_pretrained = _refuse_to_save
@@ -136,9 +135,7 @@ def usable_device(device: str | torch.device) -> torch.device:
     return place
 
 
-def _finish(
-    source: PackedSource, prefix: str, device: torch.device, home: torch.device | None
-) -> None:
+def _finish(source: Source, prefix: str, device: torch.device, home: torch.device | None) -> None:
     experts = {n for layer in source.structure.layers for n in layer.experts}
     for name, module in source.model.named_modules():
         if prefix and not name.startswith(prefix + "."):

@@ -9,19 +9,21 @@ from qmoe.checkpoint.folders import read_json
 from qmoe.checkpoint.tokenizer import has_tokenizer
 from qmoe.config import QuantConfig
 from qmoe.errors import CheckpointError
+from qmoe.layer.records import ExpertsRecord, LayerRecord, MatrixRecord
 from qmoe.model.source import Source
+from qmoe.model.structure import ROUTER
 from qmoe.packed.audit import Audit
 
 REPORT = "qmoe_report.json"
 SHOWN = 8  # experts named in a line
 # What is read again, beside what is only shown.
-KEYS = {"config": dict, "fallbacks": list, "layers": list, "digests": dict, "kept_sha256": str}
+KEYS = {"config": dict, "fallbacks": list, "layers": list, "digests": dict, "unpacked_sha256": str}
 
 
 def build_report(
-    config: QuantConfig, source: Source, records: list[dict[str, Any]], audit: Audit, version: str
+    config: QuantConfig, source: Source, records: list[LayerRecord], audit: Audit, version: str
 ) -> dict[str, Any]:
-    """The report of a run; records come from qmoe/layer/quantize.py, one per layer."""
+    """The report of a run; records: one for each layer, and for an lm_head that is quantized."""
     return {
         "qmoe_version": version,
         "model_type": source.checkpoint.config.get("model_type"),
@@ -34,7 +36,7 @@ def build_report(
         + _no_tokenizer(source),
         "bytes": audit.bytes,
         "source_bytes": source.checkpoint.nbytes(),
-        "layers": records,
+        "layers": [record.to_json() for record in records],
     }
 
 
@@ -48,38 +50,40 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def expert_rows(folder: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per layer and expert of a report: errors, tokens, gate mass, whether it borrowed.
+    """One row per layer and expert of a report: errors, tokens, routing mass, whether it borrowed.
     CheckpointError for a report that does not hold them as it should."""
     try:
-        return [row for layer in report["layers"] for row in _layer_rows(layer)]
+        records = [LayerRecord.from_json(layer) for layer in report["layers"]]
+        return [row for record in records for row in _layer_rows(record)]
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise _damaged(folder, f"in its layers, {type(error).__name__}: {error}") from error
 
 
-def _layer_rows(layer: Any) -> list[dict[str, Any]]:
+def _layer_rows(layer: LayerRecord) -> list[dict[str, Any]]:
     rows = []
-    for name, entry in layer.get("experts", {}).items():
-        for e, errors in enumerate(_errors(name, entry, layer["dense"])):
-            row = {"experts": name, "expert": e, "errors": list(map(float, errors))}
-            if "tokens" in entry:
-                row["tokens"] = int(entry["tokens"][e])
-            if "gate_mass" in entry:
-                row["gate_mass"] = float(entry["gate_mass"][e])
-            rows.append(row | {"borrowed": e in entry.get("borrowed", [])})
+    for name, record in layer.experts.items():
+        for e, errors in enumerate(_errors(name, record, layer.dense)):
+            row = {"experts": name, "expert": e, "errors": errors}
+            if record.tokens is not None:
+                row["tokens"] = record.tokens[e]
+            if record.routing_mass is not None:
+                row["routing_mass"] = record.routing_mass[e]
+            rows.append(row | {"borrowed": e in (record.borrowed or [])})
     return rows
 
 
-def _errors(name: str, entry: dict[str, Any], linears: dict[str, Any]) -> list[list[float]]:
+def _errors(
+    name: str, record: ExpertsRecord, linears: dict[str, MatrixRecord]
+) -> list[list[float]]:
     """Of every expert, what its matrices lost; empty where plain rounding measured nothing."""
-    parts = [part for part in entry.values() if isinstance(part, dict)]
-    if parts:
-        errors = [part["error"] for part in parts if "error" in part]
+    if record.matrices:
+        errors = [part.error for part in record.matrices.values() if part.error]
         return [list(each) for each in zip(*errors, strict=True)]
     found: dict[str, list[float]] = {}  # experts that are modules are recorded linear by linear
     for linear, part in linears.items():
-        if linear.startswith(f"{name}.") and "error" in part:
+        if linear.startswith(f"{name}.") and part.error:
             expert = linear.removeprefix(f"{name}.").partition(".")[0]
-            found.setdefault(expert, []).append(part["error"])
+            found.setdefault(expert, []).extend(part.error)
     return list(found.values())
 
 
@@ -119,42 +123,39 @@ def left_behind(names: list[str]) -> list[str]:
     return [f"not copied, weights in another form or of another model: {_list(names)}"]
 
 
-def fallbacks(record: dict[str, Any]) -> list[str]:
+def fallbacks(layer: LayerRecord) -> list[str]:
     """In words, everything in a layer that did not go the regular way."""
     lines = []
-    for name, entry in record.get("experts", {}).items():
-        if borrowed := entry.get("borrowed"):
-            tokens = entry["tokens"]
-            saw = [f"{tokens[e]} (expert {e})" for e in sorted(borrowed, key=lambda e: tokens[e])]
+    for name, record in layer.experts.items():
+        if record.borrowed:
+            tokens = record.tokens or []
+            rarest = sorted(record.borrowed, key=lambda e: tokens[e])
             lines.append(
-                f"{name}: {len(borrowed)} of {len(tokens)} experts borrowed tokens of their layer, "
-                f"having seen too few: {_list(saw)}"
+                f"{name}: {len(rarest)} of {len(tokens)} experts borrowed tokens of their layer, "
+                f"having seen too few: {_list([f'{tokens[e]} (expert {e})' for e in rarest])}"
             )
-        for weight, part in entry.items():
-            if isinstance(part, dict):
-                lines += _trouble(f"{name}.{weight}", part)
-    for name, part in record.get("dense", {}).items():
+        for weight, part in record.matrices.items():
+            lines += _trouble(f"{name}.{weight}", part)
+    for name, part in layer.dense.items():
         lines += _trouble(name, part)
-    if record.get("unreached"):
-        lines.append(f"{record['name']}: no text reaches it; rounded to nearest")
-    for name, reason in record.get("kept", {}).items():
-        if reason != "router":
+    if layer.unreached:
+        lines.append(f"{layer.name}: no text reaches it; rounded to nearest")
+    for name, reason in layer.unquantized.items():
+        if reason != ROUTER:
             lines.append(f"{name}: not quantized, {reason}")
-    for name in record.get("not_folded", []):
-        lines.append(f"{name}: no AWQ scale folded in")
-    return lines
+    return lines + [f"{name}: no AWQ scale folded in" for name in layer.not_folded]
 
 
-def _trouble(name: str, part: dict[str, Any]) -> list[str]:
+def _trouble(name: str, part: MatrixRecord) -> list[str]:
     lines = []
-    if damped := part.get("damped"):
-        lines.append(f"{name}: damping raised for {_list(list(damped))}")
-    if rounded := part.get("rounded"):
-        lines.append(f"{name}: rounded to nearest, no usable statistics: {_list(rounded)}")
-    if bounded := part.get("bounded"):
-        rows = [f"{count} (matrix {e})" for e, count in bounded["rows"].items()]
+    if part.damped:
+        lines.append(f"{name}: damping raised for {_list(list(part.damped))}")
+    if part.rounded:
+        lines.append(f"{name}: rounded to nearest, no usable statistics: {_list(part.rounded)}")
+    if part.bounded:
+        rows = [f"{count} (matrix {e})" for e, count in part.bounded.items()]
         lines.append(
-            f"{name}: rows too small or too large for scales in {bounded['dtype']}, coarser than "
+            f"{name}: rows too small or too large for scales in {part.scale_dtype}, coarser than "
             f"their bits: {_list(rows)}"
         )
     return lines

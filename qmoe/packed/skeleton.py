@@ -1,44 +1,31 @@
 """A quantized folder as a model skeleton with places for its packed tensors."""
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from qmoe.checkpoint.model_config import read_config
+from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.checkpoint.reader import Checkpoint
 from qmoe.config import Scheme
 from qmoe.errors import CheckpointError
 from qmoe.format.compressed_tensors import Schemes
 from qmoe.model.experts import expert_weights, stack
 from qmoe.model.skeleton import WeightMap, build
-from qmoe.model.source import check_routing
-from qmoe.model.structure import Structure, find
+from qmoe.model.source import Source, check_routing
+from qmoe.model.structure import find
 from qmoe.model.tensor_names import packed_names
 from qmoe.packed.modules import PackedLinear, declare_experts, stored_stacks
 
 
-@dataclass
-class PackedSource:
-    """A quantized checkpoint, its skeleton on the meta device, and which tensor goes where."""
-
-    checkpoint: Checkpoint
-    model: Any
-    weights: WeightMap
-    structure: Structure
-
-
-def open_packed(path: Path, dtype: torch.dtype | None = None, trust: bool = False) -> PackedSource:
-    """Open a quantized folder; loads no weights. dtype None is the checkpoint's own. trust: see
-    checkpoint/remote_code.py.
+def open_packed(folder: ModelFolder, dtype: torch.dtype | None = None) -> Source:
+    """Open a quantized folder; loads no weights. dtype None is the checkpoint's own.
 
     Raises CheckpointError if it is not pack-quantized, or in a scheme qmoe cannot run.
     """
-    checkpoint = Checkpoint(path)
-    schemes = Schemes(checkpoint.config, str(path))
-    config = read_config(checkpoint, trust)
+    checkpoint, where = folder.checkpoint(), str(folder.path)
+    schemes = Schemes(checkpoint.config, where)
+    config = folder.config(checkpoint)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton is built plain; qmoe puts the packed parts in
     model: Any = build(config, dtype or config.dtype or _scales_dtype(checkpoint), checkpoint)
@@ -46,7 +33,7 @@ def open_packed(path: Path, dtype: torch.dtype | None = None, trust: bool = Fals
     check_routing(model, structure)
     for layer in structure.layers:
         for name in layer.experts:
-            scheme = _stack_scheme(model, name, schemes, str(path))
+            scheme = _stack_scheme(model, name, schemes, where)
             declare_experts(model.get_submodule(name), scheme)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
@@ -55,7 +42,7 @@ def open_packed(path: Path, dtype: torch.dtype | None = None, trust: bool = Fals
             if linear_scheme is not None:
                 model.set_submodule(name, PackedLinear(module, linear_scheme, len(stored)))
     weights = WeightMap(model, checkpoint, stored_stacks(model))
-    return PackedSource(checkpoint, model, weights, structure)
+    return Source(folder, checkpoint, model, weights, structure)
 
 
 def _scales_dtype(checkpoint: Checkpoint) -> torch.dtype:

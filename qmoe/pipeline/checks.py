@@ -4,64 +4,57 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from qmoe.calibration.batches import choose_samples
 from qmoe.calibration.text import load_texts
 from qmoe.checkpoint.folders import companions
 from qmoe.checkpoint.model_config import generation_config
-from qmoe.checkpoint.tokenizer import check_vocabulary, has_tokenizer, open_tokenizer
-from qmoe.config import CHANNEL, GROUPS, QuantConfig, Scheme
+from qmoe.checkpoint.tokenizer import check_vocabulary, has_tokenizer
+from qmoe.config import CHANNEL, GROUPS, CalibrationConfig, QuantConfig, Scheme
 from qmoe.errors import ConfigError
 from qmoe.format.hadamard import block_for
 from qmoe.model.experts import expert_weights, stack
 from qmoe.model.precision import ever_in_float32
-from qmoe.model.source import Source, open_source, schemes_of
+from qmoe.model.source import Source, schemes_of
 from qmoe.pipeline.output import check_destination
 from qmoe.system import distributed
-from qmoe.system.progress import Track
 
 
-def prepare(
-    src: str | Path,
-    dst: Path,
-    config: QuantConfig,
-    *,
-    text: bool,
-    track: Track,
-    trust: bool = False,
-) -> tuple[Source, Tensor, list[str], str]:
-    """Check source, settings, text and destination; returns the source, the calibration samples, in
-    words what of the text was not as asked for, and the SHA-256 of the source.
-
-    Raises a QmoeError that names the problem. Nothing is written.
-    """
-    source = open_source(src, torch.float32, trust)
-    check_schemes(source, rotated(source, config))
+def check_space(source: Source, config: QuantConfig, dst: Path) -> None:
+    """The destination can be made, and its disk has room."""
     folder = source.checkpoint.path
     copied = sum((folder / file).stat().st_size for file in companions(folder)[0])
     check_destination(dst, estimate_bytes(source, config) + copied)
-    samples, notes = torch.empty(0, 0, dtype=torch.long), list[str]()
-    # Without text too: what loads the result opens both.
-    generation_config(folder)
-    if text or has_tokenizer(folder):
-        tokenizer = open_tokenizer(folder, source.model.config, trust)
-    if text:
-        c = config.calibration
-        check_seqlen(source.model.config, c.seqlen)
-        texts = load_texts(c.text)
-        samples, notes = choose_samples(tokenizer, texts, c.samples, c.seqlen, c.seed)
-        check_vocabulary(source.model.config, samples)
-        if (batches := -(-len(samples) // c.batch)) < distributed.count():
-            raise ConfigError(
-                f"calibration: {distributed.count()} processes cannot share {batches} batches of "
-                f"{c.batch} samples; give more samples or a smaller batch"
-            )
-    return source, samples, notes, source.checkpoint.check_finite(track)
+
+
+def check_companions(source: Source, uses_text: bool) -> Any:
+    """generation_config.json and the tokenizer must be whole, or absent if no text is used: what
+    loads the result opens them. Returns the tokenizer, None if there is none."""
+    generation_config(source.folder.path)
+    if uses_text or has_tokenizer(source.folder.path):
+        return source.folder.tokenizer(source.model.config)
+    return None
+
+
+def choose_text(
+    source: Source, tokenizer: Any, c: CalibrationConfig
+) -> tuple[Int[Tensor, "n L"], list[str]]:
+    """The calibration samples, and in words what of the text was not as asked for."""
+    check_seqlen(source.model.config, c.seqlen)
+    samples, notes = choose_samples(tokenizer, load_texts(c.text), c.samples, c.seqlen, c.seed)
+    check_vocabulary(source.model.config, samples)
+    if (batches := -(-len(samples) // c.batch)) < distributed.count():
+        raise ConfigError(
+            f"calibration: {distributed.count()} processes cannot share {batches} batches of "
+            f"{c.batch} samples; give more samples or a smaller batch"
+        )
+    return samples, notes
 
 
 def check_combination(
-    config: QuantConfig, given: list[Path], saved: str | Path | None, dst: Path
+    config: QuantConfig, given: list[Path], saved: Path | None, dst: Path
 ) -> None:
     """Refuse sources of statistics that the method cannot use."""
     if config.method == "rtn" and (given or saved is not None):
@@ -76,7 +69,7 @@ def check_combination(
         raise ConfigError(f"tune: runs in one process, this is one of {distributed.count()}")
     if given and config.lm_head is not None:
         raise ConfigError("saved statistics do not cover lm_head; leave it out or use text")
-    if saved is not None and Path(saved).resolve() == dst.resolve():
+    if saved is not None and saved.resolve() == dst.resolve():
         raise ConfigError(f"{dst}: the model and its statistics need different folders")
 
 
@@ -89,7 +82,7 @@ def check_seqlen(config: Any, seqlen: int) -> None:
         )
 
 
-def rotated(source: Source, config: QuantConfig) -> QuantConfig:
+def with_block(source: Source, config: QuantConfig) -> QuantConfig:
     """The settings with the block that a rotation has in this model."""
     if config.rotate != "online":
         return config
@@ -156,7 +149,7 @@ def estimate_bytes(source: Source, config: QuantConfig) -> int:
                 size = sum(map(source.checkpoint.tensor_bytes, source.weights.targets[target]))
                 numel = torch.Size(shape).numel()
                 total += int(numel * scheme.bits_per_weight(shape[-1]) / 8) - size
-    if source.adds_head(config):
+    if source.adds_lm_head(config):
         embedding = source.weights.sources(source.embedding())
         total += sum(map(source.checkpoint.tensor_bytes, embedding))
     return max(total, 0)

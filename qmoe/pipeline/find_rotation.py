@@ -17,16 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from qmoe.errors import ConfigError, UnsupportedModelError
-from qmoe.layer.statistics import run_layer
-from qmoe.layer.tune import hidden
+from qmoe.layer.at_hand import LayerAtHand
+from qmoe.layer.output_error import hidden
 from qmoe.model.experts import is_experts
-from qmoe.model.layerwise import Call, suspended
+from qmoe.model.layerwise import Call, Finished, suspended
 from qmoe.model.norm_readers import Fold, find_folds, origins_of, with_weights
 from qmoe.model.skeleton import free, inputs_of
 from qmoe.model.source import Source
 from qmoe.model.structure import Layer
-from qmoe.pipeline.fused_rotation import Norm, Part, Residual, block_of, rotate_part, turn
-from qmoe.pipeline.shard import load_layer
+from qmoe.pipeline.fused_rotation import FusedRotation, Norm, Part, block_of, rotate_part, turn
 
 LENGTHS = (32, 512, 4096)  # in tokens; the next one if something does not matter to fewer
 TOLERANCE = 1e-3  # relative, of 19 in 20 tokens: float32 rounding may explain that
@@ -37,15 +36,15 @@ class _Idle(Exception):
     """A module that does not matter to the tokens at hand."""
 
 
-def find_residual(source: Source) -> Residual:
+def find_residual(source: Source) -> FusedRotation:
     """What touches the residual stream. One layer is in memory at a time, in float32, and none
     afterwards. Raises UnsupportedModelError if the model does not compute the same on a rotated
     stream, ConfigError if its size is odd."""
     model, structure = source.model, source.structure
     if model.config.is_encoder_decoder:
         raise _refusal("the model", "has an encoder and a decoder")
-    if loose := [name for layer in structure.layers for name in layer.loose]:
-        raise _refusal(loose[0], "its experts are modules of their own")
+    if unfused := [name for layer in structure.layers for name in layer.unfused]:
+        raise _refusal(unfused[0], "its experts are modules of their own")
     for name in (name for layer in structure.layers for name in layer.experts):
         experts = model.get_submodule(name)
         if getattr(experts, "router_outputs", 0) > experts.num_experts:
@@ -82,7 +81,7 @@ class _Search:
         drawn = torch.Generator().manual_seed(0)
         self.ids = torch.randint(config.vocab_size, (1, length), generator=drawn)
 
-    def found(self) -> Residual:
+    def found(self) -> FusedRotation:
         source, model = self.source, self.source.model
         names = {layer.name for layer in source.structure.layers}
         within = tuple(f"{name}." for name in names)
@@ -100,7 +99,7 @@ class _Search:
             raise _refusal(other, "lies outside the layers and is none of head, norm and embedding")
         embedding, head = model.get_input_embeddings(), source.structure.lm_head
         tied = head is not None and model.get_submodule(head).weight is embedding.weight
-        residual = Residual(self.layers, part, head if tied else None)
+        residual = FusedRotation(self.layers, part, head if tied else None)
         residual.rotate_outside(model)
         turned = self._run(self._rotated)
         _check("the model's output", turned, logits[0], logits[0])
@@ -108,14 +107,11 @@ class _Search:
 
     def _run(self, visit: Callable[[int, Any, Call], Any]) -> Tensor:
         model = self.source.model
-        passes = suspended(
-            model,
-            self.source.stages(),
-            [inputs_of(model, self.ids)],
-            lambda i, forward, calls: [visit(i, forward, calls[0])],
-        )
-        [output] = passes
-        logits: Tensor = output.logits
+        for event in suspended(model, self.source.stages(), [inputs_of(model, self.ids)]):
+            if isinstance(event, Finished):
+                logits: Tensor = event.output.logits
+            else:
+                event.go_on([visit(event.index, event.forward, event.calls[0])])
         return logits
 
     def _original(self, i: int, forward: Any, call: Call) -> Any:
@@ -133,21 +129,23 @@ class _Search:
 
     def _layer(self, layer: Layer, module: nn.Module, forward: Any, call: Call) -> Any:
         """Run one as it is and rotated; returns its output, and leaves what it found."""
-        load_layer(self.source, layer, torch.float32)
+
+        at_hand = LayerAtHand.of(self.source.model, layer, forward)
 
         def run(given: Call) -> Any:
-            return next(iter(run_layer(self.source.model, layer, forward, [given])))
+            [output] = at_hand.run([given])
+            return output
 
-        kept: list[Any] = []
+        outputs: list[Any] = []
         modules = with_weights(module, layer.name)
-        part = self._part(layer.name, modules, lambda: kept.append(run(call)))
-        self._all_matter(modules, hidden(kept[0]), lambda: hidden(run(call)))
-        rotate_part(self.source.model, part)
-        before, after = hidden(kept[0]), hidden(run(_with_states(call, turn(_states(call)))))
+        with self.source.loaded(layer.name, torch.float32, torch.float32):
+            part = self._part(layer.name, modules, lambda: outputs.append(run(call)))
+            self._all_matter(modules, hidden(outputs[0]), lambda: hidden(run(call)))
+            rotate_part(self.source.model, part)
+            before, after = hidden(outputs[0]), hidden(run(_with_states(call, turn(_states(call)))))
         _check(layer.name, after, turn(before), before - _states(call))
         self.layers[layer.name] = part
-        free(module)
-        return kept[0]
+        return outputs[0]
 
     def _all_matter(
         self, modules: dict[str, nn.Module], output: Tensor, run: Callable[[], Tensor]

@@ -41,12 +41,13 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Residual:
-    """layers: by the layer's name. head: the output projection, if it has to be untied."""
+class FusedRotation:
+    """layers: by the layer's name. untied: the output projection, if it is tied to the embedding,
+    from which the rotation sets it off."""
 
     layers: dict[str, Part]
     outside: Part
-    head: str | None
+    untied: str | None
 
     def rotate_layer(self, model: nn.Module, name: str) -> set[str]:
         """Rotate a layer that is in memory; the names of the parameters that changed."""
@@ -54,9 +55,9 @@ class Residual:
 
     def rotate_outside(self, model: nn.Module) -> set[str]:
         """The same for what lies outside the layers; a tied head gets a weight of its own."""
-        if self.head is not None:
-            head: Any = model.get_submodule(self.head)
-            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        if self.untied is not None:
+            lm_head: Any = model.get_submodule(self.untied)
+            lm_head.weight = nn.Parameter(lm_head.weight.detach().clone(), requires_grad=False)
         return rotate_part(model, self.outside)
 
 

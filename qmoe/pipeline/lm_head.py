@@ -1,56 +1,55 @@
 """The output projection, where it is to be quantized: its inputs come when batches finish."""
 
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qmoe.calibration.stats import LinearStats
-from qmoe.config import Method, QuantConfig
+from qmoe.config import Method
 from qmoe.format.quantized import Quantized
-from qmoe.layer.solve import check_errors, entry_of
-from qmoe.model.source import Source
-from qmoe.solvers.solve import solve
+from qmoe.layer.records import LayerRecord, MatrixRecord
+from qmoe.layer.solve import solve_as
+from qmoe.model.hooks import hooked
+from qmoe.pipeline.plan import Plan
+from qmoe.pipeline.self_text import CalibrationText
 from qmoe.system import distributed
 
 
-class Head:
-    """Made before the batches run. skipped: how many finish first that are the original model's."""
+@contextmanager
+def collecting_lm_head(plan: Plan, text: CalibrationText) -> Iterator[LinearStats | None]:
+    """What the output projection is given while batches finish; None if it is not to be
+    quantized."""
+    if plan.config.lm_head is None:
+        yield None
+        return
+    module: Any = plan.source.model.get_submodule(str(plan.source.structure.lm_head))
+    stats, finished = LinearStats.empty(module.in_features), itertools.count()
+    # If layers are tuned, the batches of the original model finish first.
+    skipped = len(text.batches(plan.config.calibration)) if plan.config.tune else 0
 
-    def __init__(self, source: Source, config: QuantConfig, skipped: int):
-        assert config.lm_head is not None
-        self.name, self.config, self.scheme = str(source.structure.lm_head), config, config.lm_head
-        self.dtype = source.weight_dtype()
-        self.module: Any = source.model.get_submodule(self.name)
-        self.stats = LinearStats.empty(self.module.in_features)
-        self.skipped = skipped
-        self.module.register_forward_pre_hook(self._gather)
+    def collect(module: Any, args: tuple[Tensor]) -> None:
+        if next(finished) >= skipped:
+            stats.add(args[0].reshape(-1, args[0].shape[-1]))
 
-    def _gather(self, module: Any, args: tuple[Tensor]) -> None:
-        if self.skipped:
-            self.skipped -= 1
-        else:
-            self.stats.add(args[0].reshape(-1, args[0].shape[-1]))
+    with hooked([(module, collect)]):
+        yield stats
 
-    def solve(self) -> tuple[Quantized, dict[str, Any]]:
-        """All batches of all ranks ran: the projection's weights, and what the report says."""
-        distributed.all_reduce(self.stats.tokens)
-        distributed.all_reduce(self.stats.hessian)
-        # Nothing before it can take AWQ's scale: GPTQ serves it instead, and the record says so.
-        method: Method = "gptq" if self.config.applies_awq else self.config.method
-        weight: torch.Tensor = self.module.weight
-        solved = solve(
-            weight[None],
-            self.stats.hessian[None],
-            self.scheme,
-            method,
-            scale_dtype=self.dtype,
-            act_order=self.config.act_order,
-            damp=self.config.damp,
-            search_grid=self.config.search_grid,
-        )
-        check_errors(self.name, solved)
-        entry = entry_of(solved, single=True)
-        record = {"name": self.name, "error": solved.error[0], "method": method}
-        record["dense"] = {self.name: entry}
-        return solved.quantized, record
+
+def solve_lm_head(plan: Plan, stats: LinearStats) -> tuple[Quantized, LayerRecord]:
+    """All batches of all ranks ran: the projection's weights, and what the report says."""
+    distributed.all_reduce(stats.tokens)
+    distributed.all_reduce(stats.hessian)
+    config, name = plan.config, str(plan.source.structure.lm_head)
+    assert config.lm_head is not None
+    # Nothing before it can take AWQ's scale: GPTQ serves it instead, and the record says so.
+    method: Method = "gptq" if config.applies_awq else config.method
+    weight: Tensor = plan.source.model.get_submodule(name).weight
+    dtype = plan.source.weight_dtype()
+    solved = solve_as(
+        config, method, name, weight[None], stats.hessian[None], config.lm_head, dtype
+    )
+    record = MatrixRecord.of(solved)
+    return solved.quantized, LayerRecord(name, solved.error[0], dense={name: record}, method=method)

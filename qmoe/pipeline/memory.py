@@ -36,16 +36,16 @@ class Need:
     activations: int
 
 
-def needed(source: Source, config: QuantConfig, tokens: int, whole: bool = False) -> Need:
-    """What quantizing takes in a process. tokens: of calibration text, of all ranks. whole: whether
-    statistics of all experts of a layer are there at once, as AWQ always has them."""
+def needed(source: Source, config: QuantConfig, tokens: int, all_hessians: bool = False) -> Need:
+    """What quantizing takes in a process. tokens: of calibration text, of all ranks. all_hessians:
+    whether those of all experts of a layer are there at once, as AWQ always has them."""
     widest = 4 if config.experts_in_float32 else torch.finfo(source.weight_dtype()).bits // 8
     layers = sum(map(_elements, source.stages()))
     resident = 4 * (_elements(source.model) - layers)
-    if source.adds_head(config):
+    if source.adds_lm_head(config):
         resident += 4 * _elements(source.model.get_input_embeddings())
     layer = max(_layer_bytes(source, layer, widest) for layer in source.structure.layers)
-    if whole or config.applies_awq:
+    if all_hessians or config.applies_awq:
         layer += max(_hessian_bytes(source, layer) for layer in source.structure.layers)
     if config.tune:
         layer += TUNING * max(map(_elements, source.stages()))
@@ -54,7 +54,7 @@ def needed(source: Source, config: QuantConfig, tokens: int, whole: bool = False
     # have of all text.
     streams = 2 if config.tune else 1
     activations = 4 * hidden * (3 * streams * tokens // distributed.count() + tokens)
-    if config.refit and config.method == "gptq" and not whole:
+    if config.refit and config.method == "gptq" and not all_hessians:
         # What dense linears got, in bfloat16; more than is kept, as those at the front are not.
         activations += (
             2
@@ -140,6 +140,6 @@ def _solver_bytes(source: Source, config: QuantConfig) -> int:
             shapes = [experts.rows(module, w).shape for w in experts.expert_weights(module)]
             for E, _, K in shapes:
                 most = max(most, min(E, experts_at_once(K)) * K**2)
-        for name in [*layer.dense, *layer.loose_linears()]:
+        for name in [*layer.dense, *layer.unfused_linears()]:
             most = max(most, source.model.get_submodule(name).in_features ** 2)
     return 0 if config.method == "rtn" else 4 * WORKSPACE * most

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,15 +16,30 @@ from torch import Tensor
 
 from qmoe.checkpoint.folders import INDEX, SINGLE, companions
 from qmoe.errors import CheckpointError, OutputError, QmoeError
-from qmoe.layer.solved_cache import Units
+from qmoe.layer.records import LayerRecord
+from qmoe.layer.solved_cache import SolvedCache
 from qmoe.system import distributed
 from qmoe.system.files import sha256, write_safetensors
 from qmoe.system.lock import NAME, Lock
 
 MARKER = ".qmoe-partial"  # what is being written
 NOTE = ".qmoe-shard-{}.json"  # what was done for a finished shard
-WRITTEN = ".qmoe-written.safetensors"  # text that the model wrote
-WRITER = ".qmoe-writer"  # a small copy of the model while it writes
+SELF_TEXT = ".qmoe-self-text.safetensors"  # calibration text sampled from the model
+COPY = ".qmoe-copy"  # a small copy of the model while it is sampled from
+# Of what lies in an unfinished folder; another number wherever an older one would be misread.
+LAYOUT = "2"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of the model as it is stored. index: its place, 0-based. tensors: by name. record:
+    what was done to it, if it was quantized. digests: of every quantized stack as it was solved, by
+    parameter, to be compared with what was written."""
+
+    index: int
+    tensors: dict[str, Tensor]
+    record: LayerRecord | None
+    digests: dict[str, str]
 
 
 def check_destination(dst: Path, needed: int) -> None:
@@ -55,23 +71,24 @@ def make_folder(path: Path) -> None:
 class OutputFolder:
     """A folder under a temporary name beside `dst`, renamed to it when the `with` block ends well.
 
-    Each finished shard is there whole, with a note of what was done for it, and units of the one
-    being worked on. If the block is interrupted, the disk fills or the source cannot be read, the
-    folder stays, and a later run with the same fingerprint (source, settings, text, versions) goes
-    on from there. After any other error, or with nothing finished, it is removed. It is locked all
-    the while (system/lock.py), and so is the folder `saved` of statistics. Of several processes
-    rank 0 writes; the others see the same folder.
+    Each finished shard is there whole, with a note of what was done for it, and so are the solved
+    experts of the one being worked on. If the block is interrupted, the disk fills or the source
+    cannot be read, the folder stays, and a later run with the same fingerprint (source, settings,
+    text, versions) goes on from there. After any other error, or with nothing finished, it is
+    removed. It is locked all the while (system/lock.py), and so is the folder `saved` of
+    statistics. Of several processes rank 0 writes; the others see the same folder.
     """
 
     def __init__(
         self, dst: Path, shards: int, fingerprint: dict[str, str], saved: Path | None = None
     ):
-        self.dst, self.shards, self.fingerprint = dst, shards, fingerprint
+        self.dst, self.shards, self.fingerprint = dst, shards, {"layout": LAYOUT} | fingerprint
         self.path = dst.with_name(dst.name + ".partial")
-        self.units = Units(self.path)
+        self.solved_cache = SolvedCache(self.path)
+        self.saved = saved
         self.locks = [Lock(folder) for folder in (self.path, saved) if folder is not None]
         self.leads = distributed.rank() == 0  # of several processes, one writes
-        self.done: list[int] = []  # shards that an earlier run finished
+        self.finished: frozenset[int] = frozenset()  # shards of an earlier run
         self._weight_map: dict[str, str] = {}
         self._bytes = 0
 
@@ -87,9 +104,7 @@ class OutputFolder:
                     self.path.rmdir()
         if (said := distributed.broadcast(refused)) is not None:
             raise said
-        self.done = distributed.broadcast(
-            [i for i in range(self.shards) if self._note(i) is not None]
-        )
+        self.finished = distributed.broadcast(frozenset(self._notes()))
         return self
 
     def _begin(self) -> None:
@@ -102,6 +117,7 @@ class OutputFolder:
             if os.path.lexists(self.dst):
                 raise OutputError(f"{self.dst}: another run has just made it")
             self._go_on_with(self._leftover())
+            self._check_statistics()
             self._replace(MARKER, json.dumps({"fingerprint": self.fingerprint}))
         except OSError as error:
             raise OutputError(f"{self.dst}: cannot write beside it: {error}") from error
@@ -119,6 +135,11 @@ class OutputFolder:
 
     def _go_on_with(self, before: dict[str, str]) -> None:
         """Unfinished work must be on the same thing; with nothing finished it does not matter."""
+        if before and before.get("layout") != LAYOUT:
+            raise OutputError(
+                f"{self.path}: holds unfinished work of another version of qmoe, which this one "
+                "cannot go on with; finish it with that version, or remove the folder"
+            )
         differing = [k for k, v in self.fingerprint.items() if before.get(k) != v]
         if differing and not self.begun():
             self._empty()
@@ -129,6 +150,14 @@ class OutputFolder:
                 f"{self.path}: holds unfinished work that differs ({changes}); repeat that to go "
                 "on with it, or remove the folder"
             )
+
+    def _check_statistics(self) -> None:
+        """Statistics of an earlier run are in the way, unless this run goes on with it."""
+        folder = self.saved
+        if folder is None or self.begun():
+            return
+        if any(path.name != NAME for path in folder.iterdir()):
+            raise OutputError(f"{folder}: is not empty; statistics of two runs must not mix")
 
     def _empty(self) -> None:
         """Remove all but the lock, which is held."""
@@ -156,9 +185,9 @@ class OutputFolder:
 
     def _end(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
         if kind is None:
-            self.units.clear()
-            (self.path / WRITTEN).unlink(missing_ok=True)
-            for copy in self.path.glob(WRITER + "*"):
+            self.solved_cache.clear()
+            (self.path / SELF_TEXT).unlink(missing_ok=True)
+            for copy in self.path.glob(COPY + "*"):
                 shutil.rmtree(copy)
             for note in self.path.glob(NOTE.format("*")):
                 note.unlink()
@@ -182,8 +211,8 @@ class OutputFolder:
             raise OutputError(f"{self.dst}: {error}") from error
 
     def begun(self) -> bool:
-        """Whether any shard or unit is finished, by this run or one that it goes on with."""
-        return self.units.any() or any(self._note(i) is not None for i in range(self.shards))
+        """Whether any shard or experts are finished, by this run or one that it goes on with."""
+        return self.solved_cache.any() or bool(self._notes())
 
     def unlocked(self) -> list[str]:
         """In words, the folders that nothing keeps a second run out of."""
@@ -193,22 +222,35 @@ class OutputFolder:
             if not lock.works
         ]
 
-    def finished(self, i: int) -> dict[str, Any] | None:
-        """The note of shard i if an earlier run finished it."""
-        return self._note(i) if i in self.done else None
+    def records(self) -> list[LayerRecord]:
+        """What was done to every shard that was quantized, in order."""
+        records = [note["record"] for note in self._notes().values()]
+        return [LayerRecord.from_json(record) for record in records if record is not None]
 
-    def _note(self, i: int) -> dict[str, Any] | None:
-        try:
-            note: dict[str, Any] = json.loads((self.path / NOTE.format(i)).read_text())
-        except FileNotFoundError:
-            return None
+    def digests(self) -> dict[str, str]:
+        """Those of all shards, by parameter."""
+        return {
+            target: digest
+            for note in self._notes().values()
+            for target, digest in note["digests"].items()
+        }
+
+    def _notes(self) -> dict[int, dict[str, Any]]:
+        """The notes of finished shards, in order."""
+        return {i: self._note(i) for i in range(self.shards) if self._note_path(i).exists()}
+
+    def _note(self, i: int) -> dict[str, Any]:
+        note: dict[str, Any] = json.loads(self._note_path(i).read_text())
         return note
+
+    def _note_path(self, i: int) -> Path:
+        return self.path / NOTE.format(i)
 
     def read_shard(self, i: int) -> dict[str, Tensor]:
         """The tensors of a finished shard; they count as written."""
         path = self.path / self._file(i)
         try:
-            if sha256(path) != (self._note(i) or {}).get("sha256"):
+            if sha256(path) != self._note(i)["sha256"]:
                 raise OSError("its checksum does not fit")
             tensors: dict[str, Tensor] = load_file(path)
         except (OSError, SafetensorError) as error:
@@ -218,15 +260,20 @@ class OutputFolder:
         self._count(i, tensors)
         return tensors
 
-    def write_shard(self, i: int, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
-        """Write shard i (0-based) of the model, then its note; either is whole or absent. The units
-        it was made of are not needed any more."""
-        file = self._file(i)
-        whole = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    def write_shard(self, shard: Shard) -> None:
+        """Write a shard, then its note; either is whole or absent. The solved experts that it was
+        made of are not needed any more."""
+        file = self._file(shard.index)
+        whole = {name: tensor.contiguous() for name, tensor in sorted(shard.tensors.items())}
         write_safetensors(self.path / file, whole, {"format": "pt"})
-        self._replace(NOTE.format(i), json.dumps(note | {"sha256": sha256(self.path / file)}))
-        self.units.clear()
-        self._count(i, whole)
+        note = {
+            "record": None if shard.record is None else shard.record.to_json(),
+            "digests": shard.digests,
+            "sha256": sha256(self.path / file),
+        }
+        self._replace(NOTE.format(shard.index), json.dumps(note))
+        self.solved_cache.clear()
+        self._count(shard.index, whole)
 
     def _file(self, i: int) -> str:
         return f"model-{i + 1:05d}-of-{self.shards:05d}.safetensors" if self.shards > 1 else SINGLE

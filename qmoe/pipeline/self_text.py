@@ -12,6 +12,7 @@ no such text. The report says so.
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,56 +22,75 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qmoe.checkpoint.model_config import CONFIG_ERRORS, first_line
-from qmoe.checkpoint.tokenizer import open_tokenizer
 from qmoe.config import CHANNEL, CalibrationConfig, QuantConfig, Scheme
 from qmoe.model.experts import expert_weights, rows
 from qmoe.model.source import Source, open_source
 from qmoe.packed.load import load
-from qmoe.pipeline.output import WRITER, WRITTEN, OutputFolder
+from qmoe.pipeline.output import COPY, SELF_TEXT, OutputFolder
+from qmoe.pipeline.plan import Plan
 from qmoe.system import distributed
 from qmoe.system.devices import CPU, place
 from qmoe.system.files import write_safetensors
 from qmoe.system.host_memory import free
+from qmoe.system.progress import shown
 
 TEXTS = 2  # in a sample; longer ones take more steps and bring no more
 ROWS = 128  # texts written at once
 ROOM = 1.3  # times the model's bytes: its weights, caches of attention, activations
-COPY = 0.6  # bytes per weight of experts in the copy, zero points and scales included
+PER_WEIGHT = 0.6  # bytes per weight of experts in the copy, zero points and scales included
 
 Way = Literal["original", "copy", "none"]
 Quantize = Callable[[Path, Path, QuantConfig], Any]
 
 
-def self_sampled(
-    source: Source,
-    config: QuantConfig,
-    out: OutputFolder,
-    device: torch.device,
-    allowed: int | None,
-    trust: bool,
-    quantize: Quantize,
-) -> tuple[Int[Tensor, "n L"], str]:
-    """What the model writes, and why not the original wrote it ("" if it did); no samples if
-    nothing could. Kept with the unfinished work, so that a run that goes on has the same, whatever
-    memory it finds. Of several processes one writes. quantize: makes a quantized copy of a model
-    folder in another."""
-    path = out.path / WRITTEN
+@dataclass(frozen=True)
+class CalibrationText:
+    """samples: the text at hand, and behind it `self_samples` that the model wrote. fallback: in
+    words, why the original did not write those, "" if it did or none were asked for."""
+
+    samples: Int[Tensor, "n L"]
+    self_samples: int = 0
+    fallback: str = ""
+
+    def batches(self, c: CalibrationConfig) -> list[Int[Tensor, "B L"]]:
+        """Those of this process."""
+        return distributed.shard(self.samples.split(c.batch)) if len(self.samples) else []
+
+
+def calibration_text(plan: Plan, out: OutputFolder, quantize: Quantize) -> CalibrationText:
+    """All text that runs through the model. What the model writes is kept with the unfinished work,
+    so that a run that goes on has the same, whatever memory it finds. Of several processes one
+    writes. quantize: makes a quantized copy of a model folder in another."""
+    asked = plan.config.calibration.self_samples
+    if not len(plan.samples) or not asked:
+        return CalibrationText(plan.samples)
+    path = out.path / SELF_TEXT
     if not distributed.broadcast(path.exists()):
-        way, why = distributed.broadcast(find_way(source, device, allowed))
-        if way == "copy":
-            _make_copy(source.checkpoint.path, out.path / WRITER, config, quantize)
-        if out.leads:
-            own = torch.empty(0, config.calibration.seqlen, dtype=torch.long)
-            if way != "none":
-                try:
-                    own = _write(source, config, out.path / WRITER, way, device, trust)
-                except CONFIG_ERRORS as error:  # transformers cannot continue text in this family
-                    why = f"generating failed: {type(error).__name__}: {first_line(error)}"
-            write_safetensors(path, {"samples": own}, {"why": why})
-            shutil.rmtree(out.path / WRITER, ignore_errors=True)
+        way, why = distributed.broadcast(find_way(plan.source, plan.device, plan.max_memory))
+        with shown(False):
+            if way == "copy":
+                _make_copy(plan.source.folder.path, out.path / COPY, plan.config, quantize)
+            if out.leads:
+                _write_to(path, plan, out.path / COPY, way, why)
         distributed.all_gather_object(0)  # the others wait until it is there
     with safe_open(path, framework="pt") as file:
-        return file.get_tensor("samples"), file.metadata()["why"]
+        own, why = file.get_tensor("samples"), file.metadata()["why"]
+    if why:
+        what = "a copy with 4-bit experts wrote text" if len(own) else "no text was written"
+        why = f"{what}, {asked} samples asked for: {why}"
+    return CalibrationText(torch.cat([plan.samples, own]), len(own), why)
+
+
+def _write_to(path: Path, plan: Plan, copy: Path, way: Way, why: str) -> None:
+    """Sample from the model, or from its copy, which is then removed, into a file."""
+    own = torch.empty(0, plan.config.calibration.seqlen, dtype=torch.long)
+    if way != "none":
+        try:
+            own = _sample(plan, copy, way)
+        except CONFIG_ERRORS as error:  # transformers cannot continue text in this family
+            why = f"generating failed: {type(error).__name__}: {first_line(error)}"
+    write_safetensors(path, {"samples": own}, {"why": why})
+    shutil.rmtree(copy, ignore_errors=True)
 
 
 def find_way(source: Source, device: torch.device, allowed: int | None) -> tuple[Way, str]:
@@ -96,7 +116,7 @@ def _bytes(source: Source) -> tuple[int, int]:
     every = sum(parameter.numel() for parameter in source.model.parameters())
     modules = [source.model.get_submodule(n) for x in source.structure.layers for n in x.experts]
     routed = sum(rows(m, weight).numel() for m in modules for weight in expert_weights(m))
-    return every * each, int(routed * COPY) + (every - routed) * each
+    return every * each, int(routed * PER_WEIGHT) + (every - routed) * each
 
 
 def _make_copy(original: Path, folder: Path, config: QuantConfig, quantize: Quantize) -> None:
@@ -108,20 +128,19 @@ def _make_copy(original: Path, folder: Path, config: QuantConfig, quantize: Quan
     quantize(original, folder, QuantConfig("rtn", experts, config.dense and Scheme(8, CHANNEL)))
 
 
-def _write(
-    source: Source, config: QuantConfig, copy: Path, way: Way, device: torch.device, trust: bool
-) -> Int[Tensor, "n L"]:
-    folder, dtype = source.checkpoint.path, source.weight_dtype()
+def _sample(plan: Plan, copy: Path, way: Way) -> Int[Tensor, "n L"]:
+    folder, dtype = plan.source.folder, plan.source.weight_dtype()
     if way == "copy":
-        model, tokenizer = load(copy, dtype, device=device, trust_remote_code=trust)
+        trust = folder.trust_remote_code
+        model, tokenizer = load(copy, dtype, device=plan.device, trust_remote_code=trust)
     else:
-        tokenizer = open_tokenizer(folder, source.model.config, trust)
-        whole = open_source(folder, dtype, trust)
-        whole.weights.load(whole.weights.names(), dtype)
-        whole.weights.tie()
-        model = whole.model
-        place(model, device)
-    return write(model, tokenizer, config.calibration)
+        tokenizer = folder.tokenizer(plan.source.model.config)
+        original = open_source(folder, dtype)
+        original.weights.load(original.weights.names(), dtype)
+        original.weights.tie()
+        model = original.model
+        place(model, plan.device)
+    return write(model, tokenizer, plan.config.calibration)
 
 
 def write(model: Any, tokenizer: Any, config: CalibrationConfig) -> Int[Tensor, "n L"]:

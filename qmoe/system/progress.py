@@ -1,25 +1,30 @@
-"""Progress with time left, on a terminal; nothing anywhere else."""
+"""Progress with time left, on a terminal and only where it was asked for."""
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol, TypeVar, runtime_checkable
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
 
 T = TypeVar("T")
+_shown = ContextVar("shown", default=False)
 
 
-@runtime_checkable
-class Track(Protocol):
-    """Iterates over items, showing how far it is with `what`."""
-
-    def __call__(self, items: Iterable[T], what: str) -> Iterable[T]: ...
-
-
-def silent(items: Iterable[T], what: str) -> Iterator[T]:
-    """Iterate without a word."""
-    yield from items
+@contextmanager
+def shown(wanted: bool = True) -> Iterator[None]:
+    """Inside, `progress` shows bars, or none, whatever is asked for outside."""
+    token = _shown.set(wanted)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
 
 
-def on_terminal(items: Iterable[T], what: str) -> Iterator[T]:
-    """A bar on standard error if that is a terminal."""
+def progress(items: Iterable[T], what: str) -> Iterator[T]:
+    """Iterate over items; a bar named `what` stands on standard error if bars are shown and that is
+    a terminal."""
+    if not _shown.get():
+        yield from items
+        return
     from rich.console import Console  # here, so that the library works where rich is missing
     from rich.progress import track
 

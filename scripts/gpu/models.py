@@ -10,6 +10,7 @@ import qmoe
 from gpu.generate import generate
 from gpu.record import Record
 from gpu.uninstalled import ROOT
+from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.config import CalibrationConfig, QuantConfig
 from qmoe.measure.baselines import original
 from qmoe.model.source import open_source
@@ -32,7 +33,7 @@ def models(record: Record, device: torch.device, folder: Path, windows: int) -> 
         qmoe.quantize(DEMO, made[where.type], config, device=str(where), progress=False)
         if where.type == "cuda":
             peak = torch.cuda.max_memory_allocated(where)
-            promised = on_device(open_source(DEMO, torch.float32), config)
+            promised = on_device(open_source(ModelFolder(DEMO), torch.float32), config)
             record.row(what="peak while quantizing", GB=peak / 1e9, promised_GB=promised / 1e9)
             if peak > promised:
                 record.problem(f"quantizing took {peak} bytes of the GPU, promised {promised}")
@@ -58,7 +59,7 @@ def same_logits(record: Record, device: torch.device, cpu: Path, gpu: Path) -> N
     plain, tokenizer = qmoe.load(cpu, torch.float32, progress=False)
     ids = torch.tensor(tokenizer(HELDOUT.read_text()[:20000]).input_ids[:2048]).view(-1, 256)
     wanted = plain(input_ids=ids).logits
-    base = original(DEMO, torch.float32)(input_ids=ids).logits.log_softmax(-1)
+    base = original(ModelFolder(DEMO), torch.float32)(input_ids=ids).logits.log_softmax(-1)
     moved = qmoe.load(cpu, torch.float32, device=str(device), progress=False)[0]
     got = moved(input_ids=ids.to(device)).logits.cpu()
     off = float((got - wanted).norm() / wanted.norm())

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from qmoe.calibration.text import load_texts
+from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.measure.baselines import original
 from qmoe.measure.evaluate import Batches, make_batches
 from qmoe.model.structure import find
@@ -69,7 +70,7 @@ def open_result(folder: Path) -> Any:
     """A result as a model in float32: packed by qmoe.load if it is one of ours."""
     if (folder / "qmoe_report.json").is_file():
         return load(folder, torch.float32)[0]
-    return original(folder, torch.float32)
+    return original(ModelFolder(folder), torch.float32)
 
 
 def make_reference(model: Path, batches: Batches, folder: Path) -> None:
@@ -78,7 +79,7 @@ def make_reference(model: Path, batches: Batches, folder: Path) -> None:
     if done.is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    found = run(original(model, torch.float32), [ids for _, ids in batches])
+    found = run(original(ModelFolder(model), torch.float32), [ids for _, ids in batches])
     for i, (log_p, routes) in enumerate(found):
         save_file({"log_p": log_p.contiguous(), "routes": routes}, _batch(folder, i))
     done.touch()
@@ -112,7 +113,7 @@ def _kept(before: Tensor, after: Tensor) -> Tensor:
 
 def expert_counts(model: Path, tokens: Tensor) -> Tensor:
     """How many of these tokens [n, L] the original sends to each expert [layers, E]."""
-    loaded = original(model, torch.float32)
+    loaded = original(ModelFolder(model), torch.float32)
     experts = loaded.get_submodule(find(loaded).layers[0].experts[0]).num_experts
     counts: Tensor | int = 0
     for _, routes in run(loaded, list(tokens.split(BATCH))):

@@ -6,9 +6,9 @@ from helpers import FAMILIES, assert_close
 from transformers import AutoModelForCausalLM
 
 from qmoe.calibration import stats as statistics
-from qmoe.calibration.capture import Captured
 from qmoe.calibration.collect import collecting_experts, collecting_linears
 from qmoe.calibration.coverage import average_weight, borrow
+from qmoe.calibration.routed_tokens import RoutedTokens
 from qmoe.calibration.stats import ExpertStats, LayerStats, LinearStats
 from qmoe.errors import CalibrationError
 from qmoe.system.spill import Scratch
@@ -24,14 +24,13 @@ def experts():
 
 
 def gather(experts, x, ids, gates, routing_weighted):
-    captured = experts._qmoe_captured = Captured(experts, routing_weighted, 4, Scratch())
-    with collecting_experts([experts]):
+    routed = RoutedTokens(experts, routing_weighted, 4, Scratch())
+    with collecting_experts({"": experts}, lambda name, *given: routed.saw(*given)):
         batches = zip(x.split(9), ids.split(9), gates.split(9), strict=True)
         out = torch.cat([experts(*batch) for batch in batches])
-    del experts._qmoe_captured
-    captured.finish()
-    assert all(received.isfinite().all() for received in captured.received())
-    return captured, out
+    routed.finish()
+    assert all(received.isfinite().all() for received in routed.received())
+    return routed, out
 
 
 @pytest.mark.parametrize("routing_weighted", [True, False])
@@ -39,12 +38,12 @@ def test_counts_gates_and_hessians_equal_brute_force(experts, routing_weighted):
     x, ids, gates = torch.randn(20, 64), torch.randint(0, 5, (20, 2)), torch.rand(20, 2)
     ids[:, 1] = (ids[:, 0] + 1) % 5  # a token never goes twice to an expert; expert 5 stays empty
     ids[3] = 6  # the sentinel
-    captured, out = gather(experts, x, ids, gates, routing_weighted)
-    stats = captured.part(0, 6)
-    for name in ("tokens", "gate_mass", "weight"):
-        assert_close(getattr(captured, name), getattr(stats, name))
+    routed, out = gather(experts, x, ids, gates, routing_weighted)
+    stats = routed.part(0, 6)
+    for name in ("tokens", "routing_mass", "weight"):
+        assert_close(getattr(routed, name), getattr(stats, name))
     for start, end in ((0, 2), (2, 6)):  # experts a few at a time: the same bits
-        part = captured.part(start, end)
+        part = routed.part(start, end)
         assert torch.equal(part.first, stats.first[start:end])
         assert torch.equal(part.second, stats.part(start, end).second)
     for e in range(6):
@@ -55,7 +54,7 @@ def test_counts_gates_and_hessians_equal_brute_force(experts, routing_weighted):
         rows = x[[t for t, _ in mine]]
         gate, up = (rows @ experts.gate_up_proj[e].T).chunk(2, -1)
         mid = experts.act_fn(gate) * up
-        assert_close(stats.gate_mass[e], g.sum())
+        assert_close(stats.routing_mass[e], g.sum())
         assert_close(stats.weight[e], w.sum())
         assert_close(stats.first[e], (rows.T * w) @ rows)
         assert_close(stats.second[e], (mid.T * w) @ mid)

@@ -1,0 +1,79 @@
+"""What is written beside the shards, once all of them are there: config.json, the files that belong
+to the model, and the report, after an audit."""
+
+from copy import deepcopy
+from typing import Any
+
+from qmoe._version import __version__
+from qmoe.calibration.batches import fingerprint
+from qmoe.checkpoint.model_folder import ModelFolder
+from qmoe.format.compressed_tensors import quantization_config
+from qmoe.packed.audit import audit_folder
+from qmoe.packed.report import REPORT, build_report, left_behind
+from qmoe.pipeline.output import OutputFolder
+from qmoe.pipeline.plan import Plan
+from qmoe.pipeline.self_text import CalibrationText
+
+
+def finish(plan: Plan, text: CalibrationText, out: OutputFolder) -> dict[str, Any]:
+    """Write what goes beside the shards, audit the folder, and return its report. AuditError if the
+    folder is not what was promised."""
+    source = plan.source
+    out.write_index()
+    left = out.copy_companions(source.folder.path)
+    out.write_json("config.json", new_config(plan))
+    folder = ModelFolder(out.path, source.folder.trust_remote_code)
+    digests = out.digests()
+    audit = audit_folder(folder, digests)
+    report = build_report(plan.config, source, out.records(), audit, __version__)
+    report |= {
+        "fallbacks": [
+            *_fallbacks(plan, text), *report["fallbacks"], *left_behind(left), *out.unlocked()
+        ],
+        "source_sha256": plan.source_sha256,
+        "digests": digests,
+        "unpacked_sha256": audit.unpacked_sha256,
+        "calibration": _calibration(plan, text),
+    }  # fmt: skip
+    out.write_json(REPORT, report)
+    return report
+
+
+def new_config(plan: Plan) -> dict[str, Any]:
+    """The source's config.json with `quantization_config` added."""
+    config = deepcopy(plan.source.checkpoint.config)
+    config.pop("transformers_weights", None)  # names what was read, not what is written
+    c = plan.config
+    unquantized = plan.source.unquantized_linears(c)
+    if plan.rotation is not None and plan.rotation.untied is not None:
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict):
+                part["tie_word_embeddings"] = False
+    config["quantization_config"] = quantization_config(c.experts, c.dense, c.lm_head, unquantized)
+    return config
+
+
+def _fallbacks(plan: Plan, text: CalibrationText) -> list[str]:
+    """In words, what of the whole run did not go the regular way."""
+    lines = list(plan.notes)
+    if text.fallback:
+        lines.append(text.fallback)
+    if plan.config.refit and plan.config.method == "gptq" and not plan.refits:
+        lines.append("no feedback between matrices: statistics come from files or go to files")
+    if plan.rotation is not None and (lm_head := plan.rotation.untied) is not None:
+        untied = f"{lm_head}: stored apart from the embedding, from which the rotation sets it off"
+        lines.insert(0, untied)
+    return lines
+
+
+def _calibration(plan: Plan, text: CalibrationText) -> dict[str, Any]:
+    """What the statistics come from."""
+    if plan.statistics_from:
+        return {"statistics": [str(folder) for folder in plan.statistics_from]}
+    if not len(text.samples):
+        return {}
+    return {
+        "samples": list(text.samples.shape),
+        "self_samples": text.self_samples,
+        "sha256": fingerprint(text.samples),
+    }
