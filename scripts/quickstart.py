@@ -15,8 +15,9 @@ from rich.console import Console
 
 import qmoe
 from qmoe.cli.tables import show, size
-from qmoe.measure.compare import benchmark, evaluate
-from qmoe.measure.evaluate import overall
+from qmoe.measure.bench import benchmark
+from qmoe.measure.evaluate import evaluate
+from qmoe.measure.scores import overall
 from qmoe.system.progress import on_terminal
 
 DEMO = Path(__file__).resolve().parents[1] / "tests" / "data" / "demo-moe"

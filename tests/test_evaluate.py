@@ -12,8 +12,8 @@ import qmoe
 from qmoe import QuantConfig, Scheme
 from qmoe.cli.commands import show_eval
 from qmoe.errors import CalibrationError
-from qmoe.measure.compare import evaluate
-from qmoe.measure.evaluate import Score, not_better, overall, score, summaries
+from qmoe.measure.evaluate import evaluate
+from qmoe.measure.scores import Score, not_better, overall, score, summaries
 from qmoe.packed.load import Loading
 from qmoe.system.progress import silent
 

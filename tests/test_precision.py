@@ -18,10 +18,10 @@ from qmoe.checkpoint.model_config import model_class
 from qmoe.config import CHANNEL, CalibrationConfig
 from qmoe.errors import AuditError, ConfigError
 from qmoe.measure.baselines import original
-from qmoe.measure.compare import evaluate
-from qmoe.measure.evaluate import resident, streamed
+from qmoe.measure.evaluate import evaluate
 from qmoe.measure.families import families, save_tiny
 from qmoe.measure.family_check import check, check_in_bfloat16, dequantize_into, run
+from qmoe.measure.logits import resident, streamed
 from qmoe.model import precision
 from qmoe.model.skeleton import inputs_of
 from qmoe.model.source import open_source

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.errors import CalibrationError, ConfigError
-from qmoe.measure.compare import evaluate
+from qmoe.measure.evaluate import evaluate
 from qmoe.packed.report import fallbacks
 
 SMALL = CalibrationConfig(samples=8)

@@ -12,7 +12,7 @@ import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.errors import CalibrationError, ConfigError, UnsupportedModelError
 from qmoe.format.hadamard import rotate
-from qmoe.measure.compare import evaluate
+from qmoe.measure.evaluate import evaluate
 from qmoe.measure.families import families, save_tiny
 from qmoe.measure.family_check import check
 from qmoe.model.source import open_source

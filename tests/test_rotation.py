@@ -15,7 +15,7 @@ from qmoe.errors import CheckpointError, ConfigError
 from qmoe.format.compressed_tensors import Schemes, unpacked_tensors
 from qmoe.format.grid import dequantize
 from qmoe.format.hadamard import block_for, rotate, rotate_moments
-from qmoe.measure.compare import rtn_twin
+from qmoe.measure.baselines import rounded_to_nearest
 from qmoe.measure.families import families
 from qmoe.measure.family_check import check
 from qmoe.packed.audit import audit_folder
@@ -103,7 +103,7 @@ def test_a_tuned_model_and_its_lm_head(tmp_path, demo):
 
 
 def test_rounding_it_is_compared_with_is_not_rotated(folder):
-    with rtn_twin(folder, folder.parent / "source", silent, trust=False) as twin:
+    with rounded_to_nearest(folder, folder.parent / "source", silent, trust=False) as twin:
         assert "transform_config" not in (twin / "config.json").read_text()
 
 

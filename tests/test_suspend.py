@@ -5,7 +5,7 @@ import torch
 from helpers import FAMILIES, save_random
 from transformers import AutoModelForCausalLM
 
-from qmoe.measure.evaluate import streamed
+from qmoe.measure.logits import streamed
 from qmoe.model.layerwise import suspended
 from qmoe.model.source import open_source
 from qmoe.system.progress import silent

@@ -14,7 +14,7 @@ from qmoe.errors import CalibrationError, ConfigError
 from qmoe.format.grid import limits
 from qmoe.layer.routing import logits_error, relative_error
 from qmoe.layer.tune import OnGrid
-from qmoe.measure.compare import evaluate
+from qmoe.measure.evaluate import evaluate
 from qmoe.model.source import open_source
 from qmoe.packed.report import read_report
 from qmoe.pipeline.self_text import _bytes

@@ -1,4 +1,5 @@
-"""Speed and memory of models here: prefill, first token, decode, resident and peak bytes.
+"""`benchmark`: speed and memory of models here: prefill, first token, decode, resident and peak
+bytes.
 
 Models take turns inside every repeat and medians are reported, because clocks drift. Memory is
 measured in a process of its own per model, against the same process before the model was loaded.
@@ -9,7 +10,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,21 +19,84 @@ from typing import Any
 import psutil
 import torch
 
+from qmoe.checkpoint.folders import resolve
 from qmoe.checkpoint.model_config import read_config
 from qmoe.checkpoint.reader import Checkpoint
 from qmoe.errors import QmoeError
-from qmoe.measure.baselines import nf4, original
+from qmoe.measure.baselines import (
+    bytes_on_disk,
+    check_baselines,
+    check_counts,
+    nf4,
+    original,
+    rounded_to_nearest,
+)
+from qmoe.measure.compare import check_same_model
 from qmoe.model.experts import is_experts
 from qmoe.model.skeleton import build
-from qmoe.packed.load import load
+from qmoe.packed.load import Loading, load
 from qmoe.packed.modules import packed_stacks
-from qmoe.system.progress import Track
+from qmoe.system.progress import Track, silent
 
 KINDS: dict[str, Callable[..., Any]] = {
-    "qmoe": lambda path, trust: load(path, trust_remote_code=trust)[0],
+    "qmoe": lambda path, trust: load(path, progress=False, trust_remote_code=trust)[0],
     "original": original,
     "nf4": nf4,
 }
+
+
+AS_STORED = Loading()
+
+
+def benchmark(
+    path: str | Path,
+    *,
+    against: str | Path | None = None,
+    baselines: Sequence[str] = (),
+    prompt: int = 256,
+    tokens: int = 32,
+    repeats: int = 5,
+    loading: Loading = AS_STORED,
+    track: Track = silent,
+) -> dict[str, dict[str, float]]:
+    """Speed and memory of a quantized folder beside the original and baselines, by model name.
+
+    See `speed` and `memory` for the figures and their units. Resident and
+    peak memory are those of a CPU process, so only measured there.
+    """
+    check_baselines(baselines, against)
+    check_counts(prompt=prompt, tokens=tokens, repeats=repeats)
+    folder, trust = resolve(path), loading.trust_remote_code
+    if against is not None:
+        check_same_model(folder, resolve(against), track, trust)
+    models = {"qmoe": loading(folder, track)}
+    measured = [("qmoe", "qmoe", folder)]
+    used = {}
+    with ExitStack() as stack:
+        if against is not None:
+            source = resolve(against)
+            models["original"] = original(source, trust=trust).to(loading.device)
+            measured.append(("original", "original", source))
+            if "nf4" in baselines:
+                models["nf4"] = nf4(source, device=loading.device, trust=trust)
+                measured.append(("nf4", "nf4", source))
+            if "rtn" in baselines:
+                twin = stack.enter_context(rounded_to_nearest(folder, source, track, trust))
+                models["rtn"] = loading(twin)
+                measured.append(("rtn", "qmoe", twin))
+        if loading.device == "cpu":
+            for name, kind, place in track(measured, "measuring memory"):
+                used[name] = memory(kind, place, trust)
+    timed = speed(models, prompt=prompt, tokens=tokens, repeats=repeats, track=track)
+    for name, figures in timed.items():
+        figures["weights_in_memory"] = weights_in_memory(models[name])
+        if name not in used:
+            continue
+        m = used[name]
+        figures["resident_over_bare_process"] = m["loaded"] - m["without_model"]
+        figures["peak_over_bare_process"] = m["peak"] - m["without_model"]
+    timed["qmoe"]["bytes_on_disk"] = bytes_on_disk(folder)
+    return timed
 
 
 def speed(
@@ -114,6 +179,12 @@ def bytes_per_token(model: Any) -> int:
             if parameter is not table or (tied and module is model.get_output_embeddings()):
                 total += share * parameter.nbytes
     return int(total)
+
+
+def weights_in_memory(model: Any) -> int:
+    """Bytes of all weights of a loaded model, packed or not; shared ones once."""
+    total: dict[int, int] = {id(p): p.nbytes for p in model.parameters()}
+    return sum(total.values()) + sum(int(stack.nbytes()) for _, stack in packed_stacks(model))
 
 
 def memory(kind: str, path: Path, trust: bool = False) -> dict[str, int]:

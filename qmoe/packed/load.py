@@ -1,4 +1,4 @@
-"""`load`: a quantized folder as a transformers model that runs packed."""
+"""`qmoe.load`: a quantized folder as a transformers model that runs packed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ from qmoe.packed.offload import offload_experts
 from qmoe.packed.skeleton import PackedSource, open_packed
 from qmoe.system.devices import find_device
 from qmoe.system.host_memory import return_freed
-from qmoe.system.progress import Track, silent
+from qmoe.system.progress import Track, on_terminal, silent
+from qmoe.system.sizes import parse_size
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,14 @@ class Loading:
 
     dtype: torch.dtype | None = None
     device: str = "cpu"
-    expert_memory: int | None = None
+    expert_memory: str | int | None = None
     trust_remote_code: bool = False
 
     def __call__(self, path: str | Path, track: Track = silent) -> Any:
         """The model alone."""
         options: dict[str, Any] = {**vars(self)}
-        return load(path, options.pop("dtype"), track=track, **options)[0]
+        shown = track is not silent
+        return load(path, options.pop("dtype"), progress=shown, **options)[0]
 
 
 @torch.no_grad()
@@ -43,34 +45,52 @@ def load(
     dtype: torch.dtype | None = None,
     *,
     device: str | torch.device = "cpu",
-    expert_memory: int | None = None,
-    track: Track = silent,
+    expert_memory: str | int | None = None,
+    progress: bool = True,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Load a quantized model (folder or hub name) and its tokenizer, None if the folder has none.
+    """Load a quantized model that runs packed, and its tokenizer (None if the folder has none).
 
+    path: a quantized folder or a hub name.
     dtype: of activations and unquantized weights; None is the checkpoint's own. bfloat16 is the
-    fast one on CPUs (kernels/stack.py). device: "cpu", or a GPU ("cuda", "cuda:1"), where packed
-    weights run through the Triton kernels. expert_memory: bytes of the GPU for routed experts; if
-    they need more they stay in pinned host memory, and those in use are copied to slots of that
-    size in all (qmoe/packed/offload.py). trust_remote_code: code that lies beside the weights may
-    run, where transformers has no class for the model. Layers are loaded and repacked one at a
-    time, so memory stays near the checkpoint's size. Raises CheckpointError for a folder that is
+        fast one on CPUs (kernels/stack.py).
+    device: "cpu", or a GPU ("cuda", "cuda:1"), where packed weights run through the Triton kernels.
+    expert_memory: the GPU's memory for routed experts, in bytes or as a size ("6GB"). If they need
+        more they stay in pinned host memory, and those in use are copied to the GPU
+        (qmoe/packed/offload.py). None keeps all of them on the GPU.
+    progress: show a bar on standard error, if that is a terminal.
+    trust_remote_code: allow code that lies beside the weights to run, where transformers has no
+        class for the model.
+
+    Returns a transformers model and a transformers tokenizer. Layers are loaded and repacked one at
+    a time, so memory stays near the checkpoint's size. Raises CheckpointError for a folder that is
     not a complete quantized model, ConfigError for a device that is not there, and AuditError if
     anything is left unpacked or without data.
     """
     if not isinstance(dtype, torch.dtype | None):
         raise ConfigError(f"dtype: expected a torch.dtype or None, got {dtype!r}")
+    memory = None if expert_memory is None else parse_size("expert_memory", expert_memory)
     place = usable_device(device)
-    home = None if expert_memory is None else torch.device("cpu")
-    if expert_memory is not None and not uses_arena(place):
-        raise ConfigError(f"expert_memory: of use with a GPU only, the device is {device}")
-    folder = resolve(path)
-    source = open_packed(folder, dtype, trust_remote_code)
+    if memory is not None and not uses_arena(place):
+        raise ConfigError(f"expert_memory: is of use with a GPU only, the device is {device}")
+    track = on_terminal if progress else silent
+    return _load(resolve(path), dtype, place, memory, track, trust_remote_code)
+
+
+def _load(
+    folder: Path,
+    dtype: torch.dtype | None,
+    place: torch.device,
+    memory: int | None,
+    track: Track,
+    trust: bool,
+) -> tuple[Any, Any]:
+    home = None if memory is None else torch.device("cpu")
+    source = open_packed(folder, dtype, trust)
     check_complete(source.weights)
     tokenizer = None
     if has_tokenizer(folder):
-        tokenizer = open_tokenizer(folder, source.model.config, trust_remote_code)
+        tokenizer = open_tokenizer(folder, source.model.config, trust)
     generation = generation_config(folder)
     in_layers: set[str] = set()
     for layer in track(source.structure.layers, "loading layers"):
@@ -81,13 +101,13 @@ def load(
     source.weights.load([n for n in source.weights.names() if n not in in_layers], dtype)
     source.weights.tie()
     _finish(source, "", place, home)
-    if expert_memory is not None:
-        offload_experts(source.model, source.structure, place, expert_memory, folder)
+    if memory is not None:
+        offload_experts(source.model, source.structure, place, memory, folder)
     source.model.to(place).requires_grad_(False)
     if generation is not None:
         source.model.generation_config = generation
-    audit_kept(source, str(path))
-    audit_model(source.model, str(path))
+    audit_kept(source, str(folder))
+    audit_model(source.model, str(folder))
     return_freed()
     source.model.save_pretrained = _refuse_to_save
     _keep_dtypes(source.model)

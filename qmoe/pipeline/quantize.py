@@ -1,4 +1,4 @@
-"""`quantize`: the whole way from a model folder to a quantized one."""
+"""`qmoe.quantize`: the whole way from a model folder to a quantized one."""
 
 import os
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import transformers
 from qmoe._version import __version__
 from qmoe.calibration.batches import fingerprint
 from qmoe.checkpoint.remote_code import code_digest
-from qmoe.config import QuantConfig
+from qmoe.config import QuantConfig, expect
 from qmoe.errors import OutputError
 from qmoe.model.source import Source
 from qmoe.pipeline.checks import check_combination, prepare, rotated
@@ -24,49 +24,85 @@ from qmoe.pipeline.self_text import self_sampled
 from qmoe.system import distributed
 from qmoe.system.devices import find_device
 from qmoe.system.lock import NAME
-from qmoe.system.progress import Track, silent
+from qmoe.system.progress import Track, on_terminal, silent
+from qmoe.system.sizes import parse_size
 
 
 @torch.no_grad()
 def quantize(
     src: str | Path,
     dst: str | Path,
-    config: QuantConfig,
+    config: QuantConfig | None = None,
     *,
     statistics_from: Sequence[str | Path] = (),
     save_statistics: str | Path | None = None,
     device: str | torch.device = "cpu",
-    max_memory: int | None = None,
-    track: Track = silent,
+    max_memory: str | int | None = None,
+    progress: bool = True,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Quantize the MoE model in `src` (folder or hub name) into the new folder `dst`.
+    """Quantize the MoE model in `src` into the new folder `dst`.
 
-    statistics_from: folders written by `save_statistics` on the same model; they are summed and
-    used instead of running text through the model. device: where layers are run and solved, one at
-    a time, "cpu" or a GPU ("cuda", "cuda:1"; with several ranks "cuda" is a GPU for each); numbers
-    differ in the last digits between kinds of device. max_memory: bytes of the machine's memory one
-    process may take, None for what is free; activations that do not fit wait in files beside `dst`.
-    trust_remote_code: code that lies beside the weights may run, where transformers has no class
-    for the model. Returns the report, also written to `dst/qmoe_report.json`. Raises a QmoeError
-    before any long work if something cannot work, and AuditError if the result is not what was
-    promised; `dst` then does not exist. A run that was killed or interrupted leaves `dst.partial`;
-    the same call goes on from there and writes the same bytes. In several processes
+    src: a model folder or a hub name.
+    config: what to do; None is `QuantConfig()`, the preset "balanced".
+    statistics_from: folders that `save_statistics` wrote for the same model. Their statistics are
+        summed and replace running text through the model.
+    save_statistics: a folder in which the statistics are kept.
+    device: where layers are run and solved, one at a time: "cpu" or a GPU ("cuda", "cuda:1"; with
+        several processes "cuda" is a GPU for each). Numbers differ in the last digits between
+        kinds of device.
+    max_memory: the machine's memory that one process may take, in bytes or as a size ("12GB"); None
+        is what is free. Activations that do not fit wait in files beside `dst`.
+    progress: show a bar on standard error, if that is a terminal.
+    trust_remote_code: allow code that lies beside the weights to run, where transformers has no
+        class for the model.
+
+    Returns the report, which is also written to `dst/qmoe_report.json`. Raises a QmoeError before
+    any long work if something cannot work, and AuditError if the result is not what was promised;
+    `dst` then does not exist. A run that was killed or interrupted leaves `dst.partial`; the same
+    call goes on from there and writes the same bytes. In several processes
     (qmoe/system/distributed.py) each does its share.
     """
-    dst = Path(os.path.expanduser(dst))
-    given = [Path(p) for p in statistics_from]
-    check_combination(config, given, save_statistics, dst)
+    expect("dst", dst, str, Path)
+    expect("config", config, QuantConfig, type(None))
+    expect("save_statistics", save_statistics, str, Path, type(None))
+    expect("statistics_from", statistics_from, list, tuple)
+    for folder in statistics_from:
+        expect("statistics_from", folder, str, Path)
+    return _quantize(
+        src,
+        Path(os.path.expanduser(dst)),
+        config or QuantConfig(),
+        given=[Path(p) for p in statistics_from],
+        saved=None if save_statistics is None else Path(save_statistics),
+        where=find_device(device),
+        allowed=None if max_memory is None else parse_size("max_memory", max_memory),
+        track=on_terminal if progress else silent,
+        trust=trust_remote_code,
+    )
+
+
+def _quantize(
+    src: str | Path,
+    dst: Path,
+    config: QuantConfig,
+    *,
+    given: list[Path],
+    saved: Path | None,
+    where: torch.device,
+    allowed: int | None,
+    track: Track,
+    trust: bool,
+) -> dict[str, Any]:
+    """The same with arguments that were read. given: saved statistics; allowed: bytes."""
+    check_combination(config, given, saved, dst)
     text = not given and config.method != "rtn"
-    trust = trust_remote_code
-    where = find_device(device)
     source, samples, notes, sha = prepare(src, dst, config, text=text, track=track, trust=trust)
     config = rotated(source, config)
     c = config.calibration
     tokens = samples.numel() + (c.self_samples * c.seqlen if text else 0)
-    saved = None if save_statistics is None else Path(save_statistics)
     whole = bool(given) or saved is not None
-    spill = spills(needed(source, config, tokens, whole), max_memory)
+    spill = spills(needed(source, config, tokens, whole), allowed)
     check_fits(source, config, where)
     residual = find_residual(source) if config.rotate == "fused" else None
     if saved is not None:
@@ -80,8 +116,16 @@ def quantize(
         run = Run(source, residual, config, given, saved, out, spill, where)
         run.notes += notes
         if text and c.self_samples:
-            copy = partial(quantize, device=where, max_memory=max_memory, trust_remote_code=trust)
-            own, why = self_sampled(source, config, out, where, max_memory, trust, copy)
+            copy = partial(
+                _quantize,
+                given=[],
+                saved=None,
+                where=where,
+                allowed=allowed,
+                track=silent,
+                trust=trust,
+            )
+            own, why = self_sampled(source, config, out, where, allowed, trust, copy)
             run.self_samples, run.not_original = len(own), why
             samples = torch.cat([samples, own])
         run.all_shards(samples, track)

@@ -2,7 +2,6 @@
 
 import json
 from copy import deepcopy
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -198,7 +197,7 @@ class Run:
             else (lambda stats: statistics.save(stats, saved / _stats_file(i), about))
         )
         blind = not calls and not self.given
-        config = replace(self.config, method="rtn", tune=0) if blind else self.config
+        config = self.config.rounded_to_nearest() if blind else self.config
         units = self.out.units if config.method == "gptq" else None
         job = Job(
             source.model, layer, config, schemes, source.weight_dtype(), self.tokens,

@@ -31,6 +31,7 @@ from qmoe.system import distributed
 from qmoe.system.devices import CPU, place
 from qmoe.system.files import write_safetensors
 from qmoe.system.host_memory import free
+from qmoe.system.sizes import format_size
 
 TEXTS = 2  # in a sample; longer ones take more steps and bring no more
 ROWS = 128  # texts written at once
@@ -82,12 +83,12 @@ def find_way(source: Source, device: torch.device, allowed: int | None) -> tuple
     if device.type == "cuda":
         limit = min(limit, torch.cuda.mem_get_info(device)[0])
     whole, copy = (int(ROOM * n) for n in _bytes(source))
-    found = f"{limit / 1e9:.1f} GB can be had"
+    found = f"{format_size(limit)} can be had"
     if whole <= limit:
         return "original", ""
     if copy <= limit:
-        return "copy", f"the original takes {whole / 1e9:.1f} GB of memory, {found}"
-    return "none", f"that takes {copy / 1e9:.1f} GB of memory even with 4-bit experts, {found}"
+        return "copy", f"the original takes {format_size(whole)} of memory, {found}"
+    return "none", f"that takes {format_size(copy)} of memory even with 4-bit experts, {found}"
 
 
 def _bytes(source: Source) -> tuple[int, int]:
@@ -113,7 +114,7 @@ def _write(
 ) -> Int[Tensor, "n L"]:
     folder, dtype = source.checkpoint.path, source.weight_dtype()
     if way == "copy":
-        model, tokenizer = load(copy, dtype, device=device, trust_remote_code=trust)
+        model, tokenizer = load(copy, dtype, device=device, progress=False, trust_remote_code=trust)
     else:
         tokenizer = open_tokenizer(folder, source.model.config, trust)
         whole = open_source(folder, dtype, trust)

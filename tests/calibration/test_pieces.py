@@ -14,7 +14,7 @@ from qmoe.calibration.pieces import Part, Piece, Reading, choose, plain
 from qmoe.calibration.text import Texts, load_texts, merged
 from qmoe.config import CalibrationConfig, QuantConfig
 from qmoe.errors import CalibrationError, ConfigError
-from qmoe.measure.evaluate import make_batches
+from qmoe.measure.logits import make_batches
 
 
 @pytest.fixture(scope="module")

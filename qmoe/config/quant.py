@@ -1,71 +1,36 @@
-"""What to do to a model: frozen dataclasses, checked when they are made, strict when read back."""
+"""What to do to a model: frozen dataclasses, checked when they are made."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, cast, get_args
 
+from qmoe.config.scheme import CHANNEL, UNQUANTIZED, Scheme, expect
+from qmoe.config.tables import check_keys, overlay, strict
 from qmoe.errors import ConfigError
 
 Method = Literal["rtn", "gptq", "awq", "awq-gptq"]
 Rotate = Literal["off", "fused", "online"]
-BITS = (2, 3, 4, 8)
-GROUPS = (32, 64, 128)
-CHANNEL = -1
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """How one weight matrix is stored.
-
-    bits: 2, 3, 4 or 8. group_size: input features that share a scale, 32, 64 or 128, or -1 for one
-    scale per output channel. symmetric: without zero points. Only symmetric weights can be loaded
-    by plain transformers and by vLLM's Marlin kernels; asymmetric ones lose less and run in qmoe.
-    rotation: 0, or the block of a Hadamard rotation that is in the stored weights and that inputs
-    go through at run time (qmoe/format/hadamard.py); such weights run in qmoe only.
-    """
-
-    bits: int = 4
-    group_size: int = 128
-    symmetric: bool = True
-    rotation: int = 0
-
-    def __post_init__(self) -> None:
-        expect("bits", self.bits, int)
-        expect("group size", self.group_size, int)
-        expect("symmetric", self.symmetric, bool)
-        expect("rotation", self.rotation, int)
-        if self.rotation < 0 or self.rotation & (self.rotation - 1):
-            raise ConfigError(f"rotation: expected 0 or a power of two, got {self.rotation}")
-        if self.bits not in BITS:
-            raise ConfigError(f"bits: expected one of {BITS}, got {self.bits}")
-        if self.group_size not in (*GROUPS, CHANNEL):
-            raise ConfigError(
-                f"group size: expected one of {GROUPS} or {CHANNEL} (one scale per output "
-                f"channel), got {self.group_size}"
-            )
-
-    def groups(self, in_features: int) -> int:
-        """Number of groups G along an input dimension of `in_features`, which must divide."""
-        return 1 if self.group_size == CHANNEL else in_features // self.group_size
-
-    def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
-        """Stored bits per weight, scale and zero point included."""
-        per_group = scale_bits + (0 if self.symmetric else self.bits)
-        return self.bits + per_group * self.groups(in_features) / in_features
-
-    def __str__(self) -> str:
-        group = "channel" if self.group_size == CHANNEL else f"g{self.group_size}"
-        rotated = f" rotated by {self.rotation}" if self.rotation else ""
-        return f"int{self.bits} {group} {'sym' if self.symmetric else 'asym'}{rotated}"
-
-
-# What quality may cost. fast: GPTQ on min-max grids. balanced: better grids and integers, and half
-# of the text written by the model itself. best: more of both kinds of text, and each layer tuned.
+DENSE = Scheme(8, CHANNEL)
+# What each preset changes of the defaults. fast: GPTQ on min-max grids, without text that the model
+# writes. best: more text of both kinds, and each layer tuned.
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"search_grid": False, "refit": False, "tune": 0, "samples": 128, "self_samples": 0},
-    "balanced": {"search_grid": True, "refit": True, "tune": 0, "samples": 64, "self_samples": 64},
-    "best": {"search_grid": True, "refit": True, "tune": 200, "samples": 128, "self_samples": 128},
+    "fast": {
+        "search_grid": False,
+        "refit": False,
+        "calibration": {"samples": 128, "self_samples": 0},
+    },
+    "balanced": {},
+    "best": {"tune": 200, "calibration": {"samples": 128, "self_samples": 128}},
 }
+# Methods that a step is part of. A default of None is replaced by whether the method has the step.
+STEPS: dict[str, tuple[str, ...]] = {
+    "search_grid": ("gptq", "awq-gptq"),
+    "refit": ("gptq",),
+    "tune": ("gptq", "awq-gptq"),
+}
+BY_METHOD: Any = None
 
 
 @dataclass(frozen=True)
@@ -76,16 +41,17 @@ class CalibrationConfig:
     table or folder, or "hf:NAME[/CONFIG][:SPLIT[:COLUMN]]" for any `datasets` name
     (calibration/text.py); several in one string with commas between them, or in a list. samples x
     seqlen tokens are used, spread evenly over the domains. batch: samples per forward pass.
-    self_samples: samples more that the model writes itself (pipeline/self_text.py), in the
-    languages and domains it knows, whatever the text is.
+    seed: of the choice of samples, and of what the model writes. self_samples: samples more that
+    the model writes itself (pipeline/self_text.py), in the languages and domains it knows, whatever
+    the text is; 0 leaves them out.
     """
 
     text: str | Sequence[str] = "bundled"
-    samples: int = 128
+    samples: int = 64
     seqlen: int = 256
     batch: int = 8
     seed: int = 0
-    self_samples: int = 0
+    self_samples: int = 64
 
     def __post_init__(self) -> None:
         expect("calibration text", self.text, str, list, tuple)
@@ -108,22 +74,25 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """Everything `qmoe.quantize` can be told.
+    """Everything `qmoe.quantize` can be told. The defaults are the preset "balanced".
 
-    method: how experts and dense linears are rounded; awq-gptq folds AWQ's scales and then solves
-        by GPTQ.
+    method: how experts and dense linears are rounded. "gptq" (the default) uses second-order
+        statistics of the calibration text. "awq" scales channels by their activations and rounds
+        to nearest. "awq-gptq" scales as AWQ does and then solves by GPTQ. "rtn" rounds to nearest
+        and uses no text.
     experts: the routed experts' scheme.
-    dense: of attention, shared experts and dense MLPs; None leaves them in 16 bits.
-    lm_head: of the output projection; None leaves it in 16 bits.
+    dense: the scheme of attention, shared experts and dense MLPs; None leaves them in 16 bits.
+    lm_head: the scheme of the output projection; None leaves it in 16 bits.
     act_order: GPTQ visits columns by falling Hessian diagonal, with group scales fixed from the
         original weights, so nothing extra is stored.
-    damp: share of the mean Hessian diagonal that is added to the diagonal.
-    routing_weighted: weigh each routed token's contribution to its expert's Hessian by the square
-        of its routing weight.
-    search_grid: search grids and integers that GPTQ's one pass on min-max grids leaves out
-        (solvers/search.py).
-    refit: fit matrices behind quantized ones to what those give (solvers/refit.py). Statistics
-        from files or for files leave it out, since it takes text in between.
+    damp: the share of the mean Hessian diagonal that is added to the diagonal.
+    routing_weighted: each routed token's contribution to its expert's Hessian is weighted by the
+        square of its routing weight.
+    search_grid: grids and integers are searched that GPTQ's one pass on min-max grids leaves out
+        (solvers/search.py). By default it is on where the method ends in GPTQ.
+    refit: matrices behind quantized ones are fitted to the inputs that those give
+        (solvers/refit.py). By default it is on with the method "gptq", and no other method has it.
+        Runs that save or reuse statistics leave it out, because it needs text between matrices.
     tune: steps of tuning each layer against the original's output after it is solved
         (qmoe/layer/tune.py); 0 is none.
     rotate: a Hadamard rotation of what quantized weights read. "online" rotates all of it, in the
@@ -133,31 +102,37 @@ class QuantConfig:
         (qmoe/pipeline/find_rotation.py). Neither goes with AWQ.
     min_tokens: an expert with fewer calibration tokens borrows tokens of its layer (see
         calibration/coverage.py).
+    calibration: the text that statistics are gathered on.
     """
 
     method: Method = "gptq"
-    experts: Scheme = field(default_factory=Scheme)
-    dense: Scheme | None = field(default_factory=lambda: Scheme(8, CHANNEL, True))
+    experts: Scheme = Scheme()
+    dense: Scheme | None = DENSE
     lm_head: Scheme | None = None
     act_order: bool = True
     damp: float = 0.01
     routing_weighted: bool = True
-    search_grid: bool = True
-    refit: bool = True
+    search_grid: bool = BY_METHOD
+    refit: bool = BY_METHOD
     tune: int = 0
     rotate: Rotate = "off"
     min_tokens: int = 256
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    calibration: CalibrationConfig = CalibrationConfig()
 
     def __post_init__(self) -> None:
         for name in ("experts", "dense", "lm_head"):
             value = getattr(self, name)
             if not isinstance(value, Scheme) and (value is not None or name == "experts"):
-                raise ConfigError(f"{name}: expected a Scheme, got {value!r}")
+                raise ConfigError(f"{name}: expected a Scheme or its table, got {value!r}")
         if not isinstance(self.calibration, CalibrationConfig):
-            raise ConfigError(f"calibration: expected its config, got {self.calibration!r}")
+            raise ConfigError(
+                f"calibration: expected a CalibrationConfig or its table, got {self.calibration!r}"
+            )
         if self.method not in get_args(Method):
             raise ConfigError(f"method: expected one of {get_args(Method)}, got {self.method!r}")
+        for name in ("search_grid", "refit"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.method in STEPS[name])
         for name in ("act_order", "routing_weighted", "search_grid", "refit"):
             expect(name, getattr(self, name), bool)
         for name in ("min_tokens", "tune"):
@@ -165,8 +140,12 @@ class QuantConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         expect("damp", self.damp, float)
-        if self.tune and not self.method.endswith("gptq"):
-            raise ConfigError(f"tune: starts from gptq's weights, the method is {self.method}")
+        for name, methods in STEPS.items():
+            if getattr(self, name) and self.method not in methods:
+                raise ConfigError(
+                    f"{name}: is a step of the method {' or '.join(methods)}, the method is "
+                    f"{self.method}; leave {name} out or choose such a method"
+                )
         if self.rotate not in get_args(Rotate):
             raise ConfigError(f"rotate: expected one of {get_args(Rotate)}, got {self.rotate!r}")
         if len({scheme.rotation for scheme in self._schemes()}) > 1:
@@ -185,13 +164,12 @@ class QuantConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "QuantConfig":
-        """The settings of "fast", "balanced" (the command's default) or "best", with `changes` to
-        fields of this class or of CalibrationConfig."""
-        if name not in PRESETS:
-            raise ConfigError(f"preset: expected one of {tuple(PRESETS)}, got {name!r}")
-        values = PRESETS[name] | changes
-        text = {f.name: values.pop(f.name) for f in fields(CalibrationConfig) if f.name in values}
-        return cast(QuantConfig, _strict(cls, {"calibration": CalibrationConfig(**text)} | values))
+        """The settings of "fast", "balanced" (which `QuantConfig()` is) or "best", with `changes`
+        to fields of this class or of CalibrationConfig. Raises ConfigError for a preset whose steps
+        the method does not have: "rtn" and "awq" go with "fast", or with no preset."""
+        check_preset(name, changes.get("method", "gptq"))
+        text = {f.name: changes.pop(f.name) for f in fields(CalibrationConfig) if f.name in changes}
+        return cls.from_dict(overlay(PRESETS[name], {"calibration": text}, changes))
 
     @property
     def symmetric(self) -> bool:
@@ -220,32 +198,57 @@ class QuantConfig:
             self, **{n: replace(s, rotation=block) for n, s in schemes.items() if s is not None}
         )
 
+    def rounded_to_nearest(self) -> "QuantConfig":
+        """The same schemes and rotation with the method that needs no text."""
+        return replace(self, method="rtn", search_grid=False, refit=False, tune=0)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "QuantConfig":
-        """The inverse of `to_dict`; raises ConfigError on a key it does not know."""
+        """The inverse of `to_dict`. Keys that are left out have their defaults; those of `lm_head`
+        are then the ones of `dense`. Tables of `dense` and `lm_head` with 16 bits leave these in
+        16 bits. Raises ConfigError on a key it does not know, naming the nearest."""
         expect("config", values, dict)
         values = dict(values)
-        for name in ("experts", "dense", "lm_head"):
+        schemes = {"experts": Scheme(), "dense": DENSE, "lm_head": DENSE}
+        for name, default in schemes.items():
             if isinstance(values.get(name), dict):
-                values[name] = _strict(Scheme, values[name])
+                values[name] = _scheme(name, values[name], default)
+            if name == "dense" and isinstance(values.get(name), Scheme):
+                schemes["lm_head"] = values[name]
         if isinstance(values.get("calibration"), dict):
-            values["calibration"] = _strict(CalibrationConfig, values["calibration"])
-        return cast(QuantConfig, _strict(cls, values))
+            values["calibration"] = strict(
+                CalibrationConfig, values["calibration"], "calibration.", setting_names()
+            )
+        return cast(QuantConfig, strict(cls, values, "", setting_names()))
 
 
-def expect(name: str, value: Any, *kinds: type) -> None:
-    """Raises ConfigError unless `value` is one of `kinds`; True and False are no numbers."""
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
-        raise ConfigError(f"{name}: expected {wanted}, got {repr(value)[:200]}")
+def check_preset(name: str, method: str) -> None:
+    """Raises ConfigError for a preset that does not exist, or contradicts the method."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset: expected one of {tuple(PRESETS)}, got {name!r}")
+    if name != "fast" and method not in STEPS["tune"]:
+        raise ConfigError(
+            f"preset: {name} is made of steps of GPTQ, the method is {method}; leave the preset "
+            "out, take fast, or choose the method gptq or awq-gptq"
+        )
 
 
-def _strict(cls: type, values: dict[str, Any]) -> Any:
-    known = [f.name for f in fields(cls)]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ConfigError(f"{cls.__name__}: unknown key {unknown[0]!r}; known keys are {known}")
-    return cls(**values)
+def _scheme(name: str, values: dict[str, Any], default: Scheme) -> Scheme | None:
+    if values.get("bits") == UNQUANTIZED and name != "experts":
+        check_keys(Scheme, values, f"{name}.", setting_names())
+        return None
+    return cast(Scheme, strict(Scheme, asdict(default) | values, f"{name}.", setting_names()))
+
+
+def setting_names() -> list[str]:
+    """Every setting by its dotted name, as in `experts.bits`."""
+    tables = dict.fromkeys(("experts", "dense", "lm_head"), Scheme)
+    classes: dict[str, type] = {**tables, "calibration": CalibrationConfig}
+    return [
+        f"{f.name}.{inner.name}" if inner is not None else f.name
+        for f in fields(QuantConfig)
+        for inner in (fields(classes[f.name]) if f.name in classes else (None,))
+    ]
