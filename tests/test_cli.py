@@ -3,7 +3,8 @@ import json
 import pytest
 
 from qmoe.cli.main import main
-from qmoe.cli.options import build_parser, config_from
+from qmoe.cli.options import build_parser
+from qmoe.cli.settings import config_from
 
 
 def test_options_become_the_config():

@@ -16,7 +16,7 @@ from qmoe.model.source import open_source
 from qmoe.pipeline.memory import needed, spills
 from qmoe.system.spill import Scratch
 
-TEXT = CalibrationConfig(ONE_DOMAIN, samples=6, seqlen=128, batch=2)
+TEXT = CalibrationConfig(ONE_DOMAIN, samples=6, seqlen=128, batch=2, self_samples=0)
 CONFIG = QuantConfig(experts=Scheme(4, 64), search_grid=False, calibration=TEXT)
 
 

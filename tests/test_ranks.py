@@ -11,7 +11,16 @@ from safetensors import safe_open
 
 from qmoe.system import distributed
 
-OPTIONS = ("--samples", "10", "--batch", "2", "--self-samples", "6", "--no-search")
+OPTIONS = (
+    "--samples",
+    "10",
+    "--set",
+    "calibration.batch=2",
+    "--self-samples",
+    "6",
+    "--set",
+    "search_grid=false",
+)
 
 
 def quantize(demo, out, *launcher):

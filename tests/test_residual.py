@@ -20,7 +20,7 @@ from qmoe.pipeline.checks import estimate_bytes
 from qmoe.pipeline.find_rotation import find_residual
 from qmoe.pipeline.fused_rotation import turn
 
-LITTLE = CalibrationConfig(text=ONE_DOMAIN, samples=4, seqlen=64, batch=2)
+LITTLE = CalibrationConfig(text=ONE_DOMAIN, samples=4, seqlen=64, batch=2, self_samples=0)
 CONFIG = QuantConfig(
     experts=Scheme(4, 32),
     dense=Scheme(8, -1),

@@ -23,7 +23,7 @@ from qmoe.solvers.awq import output_error
 from qmoe.solvers.solve import solve
 from qmoe.system.progress import silent
 
-LITTLE = CalibrationConfig(text=ONE_DOMAIN, samples=8, seqlen=64)
+LITTLE = CalibrationConfig(text=ONE_DOMAIN, samples=8, seqlen=64, self_samples=0)
 
 
 def test_rotation_is_the_normalized_hadamard_matrix_in_blocks():

@@ -93,7 +93,7 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
     given.add_argument(
         "--config",
         metavar="FILE.toml",
-        help="read settings from a file; qmoe inspect --config writes one",
+        help="read settings from a file; `qmoe inspect --config DIR` prints one",
     )
     given.add_argument(
         "--set",

@@ -44,7 +44,7 @@ class Renamed(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        [value] = values or [""]
+        value = values[0] if values else ""
         if self.present is not None:
             setattr(namespace, self.present.dest, value)
             say(f"{option_string} is now {self.now} {value}")
@@ -57,5 +57,5 @@ def add_renamed(command: str, parser: argparse.ArgumentParser) -> None:
     """Have a command take its former options."""
     for old, now in RENAMED.get(command, {}).items():
         present = parser._option_string_actions.get(now)
-        kind = None if present is None else present.type
-        parser.add_argument(old, action=Renamed, dest=old, now=now, present=present, type=kind)
+        more = {} if present is None else {"type": present.type}
+        parser.add_argument(old, action=Renamed, dest=old, now=now, present=present, **more)

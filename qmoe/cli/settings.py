@@ -27,9 +27,7 @@ def config_from(args: argparse.Namespace) -> QuantConfig:
     values = overlay(*layers)
     text = values.get("calibration")
     if args.statistics and text:
-        named = (
-            ", ".join(f"calibration.{name}" for name in text) if isinstance(text, dict) else text
-        )
+        named = f"calibration.{next(iter(text))}" if isinstance(text, dict) else "calibration"
         raise ConfigError(f"{named}: with --statistics no text is run; leave out one of the two")
     if args.preset is not None:
         check_preset(args.preset, values.get("method", QuantConfig.method))

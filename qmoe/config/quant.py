@@ -212,12 +212,14 @@ class QuantConfig:
         16 bits. Raises ConfigError on a key it does not know, naming the nearest."""
         expect("config", values, dict)
         values = dict(values)
-        schemes = {"experts": Scheme(), "dense": DENSE, "lm_head": DENSE}
-        for name, default in schemes.items():
+        dense = values.get("dense")
+        dense = asdict(dense) if isinstance(dense, Scheme) else dense
+        like = dense if isinstance(dense, dict) else {}
+        defaults = {"experts": asdict(Scheme()), "dense": asdict(DENSE)}
+        defaults["lm_head"] = defaults["dense"] | like | {"bits": UNQUANTIZED}
+        for name, default in defaults.items():
             if isinstance(values.get(name), dict):
                 values[name] = _scheme(name, values[name], default)
-            if name == "dense" and isinstance(values.get(name), Scheme):
-                schemes["lm_head"] = values[name]
         if isinstance(values.get("calibration"), dict):
             values["calibration"] = strict(
                 CalibrationConfig, values["calibration"], "calibration.", setting_names()
@@ -236,11 +238,14 @@ def check_preset(name: str, method: str) -> None:
         )
 
 
-def _scheme(name: str, values: dict[str, Any], default: Scheme) -> Scheme | None:
-    if values.get("bits") == UNQUANTIZED and name != "experts":
-        check_keys(Scheme, values, f"{name}.", setting_names())
-        return None
-    return cast(Scheme, strict(Scheme, asdict(default) | values, f"{name}.", setting_names()))
+def _scheme(name: str, values: dict[str, Any], default: dict[str, Any]) -> Scheme | None:
+    check_keys(Scheme, values, f"{name}.", setting_names())
+    whole = default | values
+    if whole["bits"] != UNQUANTIZED or name == "experts":
+        return Scheme(**whole)
+    if "bits" not in values and values:
+        raise ConfigError(f"{name}: it stays in 16 bits unless {name}.bits says 2, 3, 4 or 8")
+    return None
 
 
 def setting_names() -> list[str]:
