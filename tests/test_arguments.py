@@ -42,6 +42,12 @@ QuantConfig(damp="x")
 QuantConfig(method=["gptq"])
 QuantConfig(min_tokens=None)
 QuantConfig.from_dict(3)
+QuantConfig.from_dict({"tune": "many"})
+QuantConfig.from_dict({"experts": 3})
+QuantConfig.from_dict({"lm_head": 3, "dense": 4})
+QuantConfig.from_dict({"calibration": 3})
+QuantConfig.from_dict({"search_grid": "yes"})
+QuantConfig.from_dict({"method": ["gptq"]})
 """
 
 

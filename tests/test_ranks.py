@@ -11,16 +11,8 @@ from safetensors import safe_open
 
 from qmoe.system import distributed
 
-OPTIONS = (
-    "--samples",
-    "10",
-    "--set",
-    "calibration.batch=2",
-    "--self-samples",
-    "6",
-    "--set",
-    "search_grid=false",
-)
+OPTIONS = ("--samples", "10", "--self-samples", "6")
+OPTIONS += ("--set", "calibration.batch=2", "--set", "search_grid=false")
 
 
 def quantize(demo, out, *launcher):

@@ -246,16 +246,8 @@ def test_commands_run_with_the_option(tmp_path, demo, capsys):
 
     parts = run("inspect", source)["parts"]
     assert {"name": "model.layers.1.mlp.experts.5.down_proj", "shapes": [[64, 32]]} in parts
-    little = (
-        "--samples",
-        "4",
-        "--self-samples",
-        "2",
-        "--seqlen",
-        "64",
-        "--set",
-        "search_grid=false",
-    )
+    little = ["--samples", "4", "--self-samples", "2", "--seqlen", "64"]
+    little += ["--set", "search_grid=false"]
     run("quantize", source, quantized, "--group-size", "32", "--bits", "8", *little)
     assert run("inspect", quantized)["bytes"]["experts 16-bit"] == 0
     assert "tokens" in run("inspect", quantized, "--experts")["experts"][0]

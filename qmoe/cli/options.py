@@ -1,6 +1,7 @@
 """The subcommands of `qmoe` and their options. What `quantize`'s stand for is in settings.py."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any, get_args
 
 from qmoe._version import __version__
@@ -86,8 +87,8 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
         help="settings to start from, described below; balanced is the default of every setting",
     )
     given = p.add_argument_group("settings", SETTINGS)
-    _setting(given, "--method", "method", d.method, choices=get_args(Method),
-             help="how weights are rounded, described below")  # fmt: skip
+    method = "how weights are rounded, described below"
+    _setting(given, "--method", "method", d.method, get_args(Method), help=method)
     _scheme_options(given)
     _text_options(given)
     given.add_argument(
@@ -124,88 +125,68 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
     )
 
 
-def _setting(group: Any, option: str, name: str, default: object, **more: Any) -> None:
-    """An option that sets `name`; its help ends with the name and the default."""
-    shown = "" if default is None else f", {default} by default"
-    more["help"] = f"{more['help']} [{name}{shown}]"
-    group.add_argument(option, dest=name, **more)
+def _setting(
+    group: Any,
+    option: str,
+    name: str,
+    default: int | str,
+    choices: Sequence[int | str] | None = None,
+    *,
+    help: str,
+    **more: Any,
+) -> None:
+    """An option of the default's type that sets `name`; its help ends with both."""
+    help = f"{help} [{name}, {default} by default]"
+    group.add_argument(option, dest=name, type=type(default), choices=choices, help=help, **more)
 
 
 def _scheme_options(p: Any) -> None:
     d = QuantConfig()
     assert d.dense is not None
-    _setting(
-        p,
-        "--bits",
-        "experts.bits",
-        d.experts.bits,
-        type=int,
-        choices=BITS,
-        help="bits of routed experts",
-    )
+    widths = [*BITS, UNQUANTIZED]
+    dense = "bits of attention, shared experts and dense MLPs; 16 leaves them"
+    _setting(p, "--bits", "experts.bits", d.experts.bits, BITS, help="bits of routed experts")
     _setting(
         p,
         "--group-size",
         "experts.group_size",
         d.experts.group_size,
-        type=int,
-        choices=[*GROUPS, CHANNEL],
+        [*GROUPS, CHANNEL],
         help="inputs per scale in experts; -1 is one scale per output channel",
     )
-    _setting(
-        p,
+    p.add_argument(
         "--asymmetric",
-        "experts.symmetric",
-        "true",
+        dest="experts.symmetric",
         action="store_const",
         const=False,
-        help="give experts zero points: less loss, but the result loads in qmoe only",
+        help="give experts zero points: less loss, but the result loads in qmoe only "
+        "[experts.symmetric, true by default]",
     )
-    _setting(
-        p,
-        "--dense-bits",
-        "dense.bits",
-        d.dense.bits,
-        type=int,
-        choices=[*BITS, UNQUANTIZED],
-        help="bits of attention, shared experts and dense MLPs; 16 leaves them",
-    )
-    _setting(
-        p,
-        "--lm-head-bits",
-        "lm_head.bits",
-        UNQUANTIZED,
-        type=int,
-        choices=[*BITS, UNQUANTIZED],
-        help="bits of lm_head; 16 leaves it",
-    )
+    _setting(p, "--dense-bits", "dense.bits", d.dense.bits, widths, help=dense)
+    _setting(p, "--lm-head-bits", "lm_head.bits", 16, widths, help="bits of lm_head; 16 leaves it")
     _setting(
         p,
         "--rotate",
         "rotate",
         d.rotate,
-        choices=get_args(Rotate),
+        get_args(Rotate),
         help="Hadamard rotation of what quantized weights read. online: of all of them, partly at "
         "run time; the result loads in qmoe only. fused: of the residual stream, inside the "
         "weights around it: no work at run time, loads like any other; half of the families are "
         "refused",
     )
-    _setting(
-        p,
-        "--tune",
-        "tune",
-        d.tune,
-        type=int,
-        metavar="STEPS",
-        help="steps of tuning each layer towards the original's output",
-    )
+    tune = "steps of tuning each layer towards the original's output"
+    _setting(p, "--tune", "tune", d.tune, metavar="STEPS", help=tune)
 
 
 def _text_options(p: Any) -> None:
     c = QuantConfig().calibration
-    text = f"calibration {TEXT_HELP}"
-    _setting(
-        p, "--calibration", "calibration.text", c.text, metavar="TEXT", action="append", help=text
+    p.add_argument(
+        "--calibration",
+        dest="calibration.text",
+        metavar="TEXT",
+        action="append",
+        help=f"calibration {TEXT_HELP} [calibration.text, {c.text} by default]",
     )
     for name, said in (
         ("samples", "samples of that text, spread evenly over its domains"),
@@ -214,7 +195,7 @@ def _text_options(p: Any) -> None:
         ("seed", "seed of the samples' choice"),
     ):
         option, default = f"--{name.replace('_', '-')}", getattr(c, name)
-        _setting(p, option, f"calibration.{name}", default, metavar="N", type=int, help=said)
+        _setting(p, option, f"calibration.{name}", default, metavar="N", help=said)
 
 
 def _families_options(p: argparse.ArgumentParser) -> None:
