@@ -20,6 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
 from qmoe.cli import tables
 from qmoe.system.sizes import format_size
 
@@ -71,9 +74,12 @@ def main() -> int:
 
 def _against(args: argparse.Namespace, ours: dict[str, Any], folder: Path) -> bool:
     """llm-compressor on the model that was just quantized; whether we took a third of its time."""
-    peer = str(HERE / "peer_llmcompressor.py")
-    command = [args.peer, peer, str(folder / "source"), str(folder / "peer")]
-    command += ["--samples", str(args.samples)]
+    tokens = torch.randint(4096, (args.samples, 256))
+    save_file({"tokens": tokens}, folder / "tokens.safetensors")
+    peer = HERE / "peers" / "llm_compressor.py"
+    paths = [folder / "source", folder / "tokens.safetensors", folder / "peer"]
+    command = [args.peer, *map(str, [peer, *paths]), "--bits", "4", "--dtype", "bfloat16"]
+    command += ["--batch", "1", "--measure-only"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     theirs = json.loads(done.stdout.splitlines()[-1])
     rows = [[name, f"{r['seconds']:.0f}", format_size(r["peak"])]

@@ -1,4 +1,4 @@
-"""The whole model folders that scripts/fuzz_input.py spoils: tiny, sharded, of three families."""
+"""The whole model folders that scripts/fuzz/run.py spoils: tiny, sharded, of three families."""
 
 import json
 from pathlib import Path
