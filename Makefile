@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint types kernels gpu-dry-run families check clean
+.PHONY: quickstart test lint types rooms kernels gpu-dry-run families check clean
 
 quickstart: .venv/ready
 	$(BIN)/python scripts/quickstart.py
@@ -20,6 +20,10 @@ types: .venv/ready
 	rm -rf build
 	$(BIN)/pip install --quiet --no-deps --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy
+
+# The folders of the library and what each imports, drawn here and in ARCHITECTURE.md.
+rooms: .venv/ready
+	$(BIN)/python -P scripts/rooms.py --write
 
 # No GPU needed: compiles the Triton kernels for nine GPUs and checks what came out.
 kernels: .venv/ready

@@ -20,7 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
 from qmoe.cli import tables
+from qmoe.system.sizes import format_size
 
 HERE = Path(__file__).resolve().parent
 ALLOWED = (2.5, 1.5e9)  # times the bytes of a layer, and bytes beside
@@ -57,25 +61,28 @@ def main() -> int:
         known = sum(found["spent"].values())
         spent = ", ".join(f"{k} {100 * v / seconds:.0f} %" for k, v in found["spent"].items())
         rest = f", other {100 * (seconds - known) / seconds:.0f} %"
-        rows.append([str(layers), tables.size(layers * layer), tables.size(found["peak"]),
+        rows.append([str(layers), format_size(layers * layer), format_size(found["peak"]),
                      f"{seconds / layers:.0f}", spent + rest])  # fmt: skip
     header = ["layers", "experts in bf16", "peak memory", "s per layer", "spent on"]
     tables.show(f"quantizing, {args.preset}, int4 g128", header, rows)
     allowed = ALLOWED[0] * layer + ALLOWED[1]
-    print(f"peak {tables.size(max(peaks))}, allowed {tables.size(allowed)} "
-          f"({ALLOWED[0]} layers + {tables.size(ALLOWED[1])}); "
+    print(f"peak {format_size(max(peaks))}, allowed {format_size(allowed)} "
+          f"({ALLOWED[0]} layers + {format_size(ALLOWED[1])}); "
           f"the largest is {max(peaks) / min(peaks):.2f} x the smallest")  # fmt: skip
     return 0 if good and max(peaks) <= allowed and max(peaks) <= 1.1 * min(peaks) else 1
 
 
 def _against(args: argparse.Namespace, ours: dict[str, Any], folder: Path) -> bool:
     """llm-compressor on the model that was just quantized; whether we took a third of its time."""
-    peer = str(HERE / "peer_llmcompressor.py")
-    command = [args.peer, peer, str(folder / "source"), str(folder / "peer")]
-    command += ["--samples", str(args.samples)]
+    tokens = torch.randint(4096, (args.samples, 256))
+    save_file({"tokens": tokens}, folder / "tokens.safetensors")
+    peer = HERE / "peers" / "llm_compressor.py"
+    paths = [folder / "source", folder / "tokens.safetensors", folder / "peer"]
+    command = [args.peer, *map(str, [peer, *paths]), "--bits", "4", "--dtype", "bfloat16"]
+    command += ["--batch", "1", "--measure-only"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     theirs = json.loads(done.stdout.splitlines()[-1])
-    rows = [[name, f"{r['seconds']:.0f}", tables.size(r["peak"])]
+    rows = [[name, f"{r['seconds']:.0f}", format_size(r["peak"])]
             for name, r in (("qmoe", ours), ("llm-compressor", theirs))]  # fmt: skip
     tables.show(f"{min(args.layers)} layers, one after the other", ["", "s", "peak memory"], rows)
     ratio = theirs["seconds"] / ours["seconds"]

@@ -14,10 +14,12 @@ import torch
 from rich.console import Console
 
 import qmoe
-from qmoe.cli.tables import show, size
-from qmoe.measure.compare import benchmark, evaluate
-from qmoe.measure.evaluate import overall
+from qmoe.cli.tables import show
+from qmoe.measure.bench import benchmark
+from qmoe.measure.evaluate import evaluate
+from qmoe.measure.scores import overall
 from qmoe.system.progress import shown
+from qmoe.system.sizes import format_size
 
 DEMO = Path(__file__).resolve().parents[1] / "tests" / "data" / "demo-moe"
 SEEN, UNSEEN = "austen+factbook+state_of_the_union", "metamath+moby_dick"
@@ -63,8 +65,8 @@ def table(quality: dict, speed: dict) -> tuple[str, list[str], list[list[str]]]:
                 f"{unseen['kl']:.5f}",
                 f"{100 * seen['agreement']:.1f} %",
                 f"{100 * unseen['agreement']:.1f} %",
-                size(quality["bytes_on_disk"][key]),
-                size(speed[key]["weights_in_memory"]),
+                format_size(quality["bytes_on_disk"][key]),
+                format_size(speed[key]["weights_in_memory"]),
                 f"{speed[key]['prefill_tokens_per_s']:.0f}",
                 f"{speed[key]['decode_tokens_per_s']:.0f}",
             ]

@@ -49,7 +49,9 @@ def quantized(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import qmoe
 
     path = tmp_path_factory.mktemp("quantized") / "q4"
-    config = qmoe.QuantConfig(search_grid=False, calibration=qmoe.CalibrationConfig(samples=8))
+    config = qmoe.QuantConfig(
+        search_grid=False, calibration=qmoe.CalibrationConfig(samples=8, self_samples=0)
+    )
     qmoe.quantize(demo, path, config, progress=False)
     return path
 

@@ -13,7 +13,8 @@ from helpers import start
 import qmoe
 from qmoe import QuantConfig
 from qmoe.cli.main import main
-from qmoe.cli.options import build_parser, config_from
+from qmoe.cli.options import build_parser
+from qmoe.cli.settings import config_from
 from qmoe.errors import ConfigError
 
 WRONG = """
@@ -28,7 +29,9 @@ quantize(".", out, save_statistics=3)
 load(None)
 load(".", dtype="bfloat16")
 load(".", device=[])
-load(".", expert_memory="6 GB")
+load(".", expert_memory="6 elephants")
+load(".", expert_memory=6.5)
+quantize(".", out, max_memory="12")
 Scheme(bits="4")
 Scheme(symmetric="no")
 Scheme(group_size=[])
@@ -39,6 +42,12 @@ QuantConfig(damp="x")
 QuantConfig(method=["gptq"])
 QuantConfig(min_tokens=None)
 QuantConfig.from_dict(3)
+QuantConfig.from_dict({"tune": "many"})
+QuantConfig.from_dict({"experts": 3})
+QuantConfig.from_dict({"lm_head": 3, "dense": 4})
+QuantConfig.from_dict({"calibration": 3})
+QuantConfig.from_dict({"search_grid": "yes"})
+QuantConfig.from_dict({"method": ["gptq"]})
 """
 
 
@@ -63,11 +72,17 @@ for call in {WRONG.strip().splitlines()!r}:
 
 def test_text_options_contradict_statistics():
     parse = build_parser().parse_args
-    for option in ("--samples", "--seed", "--batch", "--seqlen", "--calibration"):
-        args = parse(["quantize", "a", "b", option, "9", "--statistics", "s"])
-        with pytest.raises(ConfigError, match=f"{option}: with --statistics no text is run"):
+    for option, name in {
+        "--samples": "samples",
+        "--seed": "seed",
+        "--seqlen": "seqlen",
+        "--calibration": "text",
+        "--set=calibration.batch=9": "batch",
+    }.items():
+        given = [option] if "=" in option else [option, "9"]
+        args = parse(["quantize", "a", "b", *given, "--statistics", "s"])
+        with pytest.raises(ConfigError, match=f"calibration.{name}: with --statistics no text is"):
             config_from(args)
-    assert config_from(parse(["quantize", "a", "b"])) == QuantConfig.preset("balanced")
 
 
 @pytest.mark.parametrize("text", ["word " * 1000, "~nobody-here/x.txt"])

@@ -1,30 +1,6 @@
 import json
 
-import pytest
-
 from qmoe.cli.main import main
-from qmoe.cli.options import build_parser, config_from
-
-
-def test_options_become_the_config():
-    command = (
-        "quantize a b --method awq --bits 3 --group-size 64 --asymmetric --dense-bits 4 "
-        "--dense-group-size 32 --dense-asymmetric --lm-head-bits 8 --no-act-order --damp 0.1 "
-        "--no-gate-weight --min-tokens 7 --calibration x.txt --samples 3 --seqlen 5 --batch 2 "
-        "--seed 9"
-    )
-    args = build_parser().parse_args(command.split())
-    config = config_from(args)
-    assert (config.method, config.act_order, config.routing_weighted) == ("awq", False, False)
-    assert (config.damp, config.min_tokens) == (0.1, 7)
-    assert str(config.experts) == "int3 g64 asym" and str(config.dense) == "int4 g32 asym"
-    assert str(config.lm_head) == "int8 g32 asym"
-    c = config.calibration
-    assert (c.text, c.samples, c.seqlen, c.batch, c.seed) == ("x.txt", 3, 5, 2, 9)
-    assert (
-        config_from(build_parser().parse_args(["quantize", "a", "b", "--dense-bits", "16"])).dense
-        is None
-    )
 
 
 def test_json_output_of_every_command(demo, quantized, tmp_path, capsys):
@@ -71,10 +47,3 @@ def test_people_get_tables_and_no_progress_bars_when_piped(demo, quantized, tmp_
         assert main([str(c) for c in command]) == 0
         out, err = capsys.readouterr()
         assert out.strip() and not err.strip(), err
-
-
-def test_help_names_measured_costs(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["quantize", "--help"])
-    out = capsys.readouterr().out
-    assert "balanced  0.13 / 0.14" in out and "gptq      0.77 / 1.16" in out

@@ -20,8 +20,14 @@ def test_round_trip_through_dict():
         (lambda: QuantConfig(damp=0.0), "damp: expected a share between 0 and 1, got 0.0"),
         (lambda: QuantConfig(min_tokens=-1), "min_tokens: expected 0 or more, got -1"),
         (lambda: CalibrationConfig(samples=0), "calibration samples: expected at least 1, got 0"),
-        (lambda: QuantConfig.from_dict({"bit": 4}), "unknown key 'bit'; known keys are"),
-        (lambda: QuantConfig.from_dict({"experts": {"bitz": 4}}), "Scheme: unknown key 'bitz'"),
+        (
+            lambda: QuantConfig.from_dict({"bit": 4}),
+            "unknown key 'bit'; the nearest is 'experts.bits'",
+        ),
+        (
+            lambda: QuantConfig.from_dict({"experts": {"bitz": 4}}),
+            "unknown key 'experts.bitz'; the nearest is 'experts.bits'",
+        ),
     ],
 )
 def test_a_setting_that_cannot_work_is_named(make, message):

@@ -20,7 +20,7 @@ from qmoe.system.devices import CPU, find_device, moved
 
 DEVICE = pretend_device.device()  # before any test's backward pass: autograd counts devices once
 LOW = Scheme(2, 32, False)
-TEXT = CalibrationConfig(ONE_DOMAIN, samples=6, seqlen=32, batch=2)
+TEXT = CalibrationConfig(ONE_DOMAIN, samples=6, seqlen=32, batch=2, self_samples=0)
 FAST = QuantConfig(experts=LOW, search_grid=False, calibration=TEXT)
 CONFIGS = {
     "rtn": QuantConfig("rtn", LOW),

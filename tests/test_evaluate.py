@@ -12,8 +12,8 @@ import qmoe
 from qmoe import QuantConfig, Scheme
 from qmoe.cli.commands import show_eval
 from qmoe.errors import CalibrationError
-from qmoe.measure.compare import evaluate
-from qmoe.measure.evaluate import Score, not_better, overall, score, summaries
+from qmoe.measure.evaluate import evaluate
+from qmoe.measure.scores import Score, not_better, overall, score, summaries
 from qmoe.packed.load import Loading
 
 IDS = torch.tensor([[0, 1, 2, 1], [2, 2, 0, 1]])

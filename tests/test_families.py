@@ -21,7 +21,7 @@ from qmoe.errors import OutputError
 
 # gpt-oss stores its experts fused: plain transformers has no names for them (see test_matrix.py).
 NAMED = [family for family in FAMILIES if family != "gpt_oss"]
-CALIBRATION = CalibrationConfig(ONE_DOMAIN, samples=6, seqlen=64, batch=2)
+CALIBRATION = CalibrationConfig(ONE_DOMAIN, samples=6, seqlen=64, batch=2, self_samples=0)
 IDS = torch.arange(1, 33).view(2, 16) * 37
 
 # A line read is a model's folder, a line written what went wrong with it, or nothing.

@@ -117,7 +117,7 @@ def test_linears_are_solved_one_behind_the_other():
 
 def test_layers_come_closer_to_the_originals(demo, tmp_path):
     source = first_layers(demo, tmp_path / "source", 1)
-    text = CalibrationConfig(samples=32)
+    text = CalibrationConfig(samples=32, self_samples=0)
     error = {}
     for on in (False, True):
         config = QuantConfig(experts=LOW, dense=LOW, search_grid=False, refit=on, calibration=text)
@@ -128,7 +128,9 @@ def test_layers_come_closer_to_the_originals(demo, tmp_path):
 
 def test_statistics_in_files_go_without_and_say_so(demo, tmp_path):
     source = first_layers(demo, tmp_path / "source", 1)
-    config = QuantConfig(search_grid=False, calibration=CalibrationConfig(ONE_DOMAIN, samples=4))
+    config = QuantConfig(
+        search_grid=False, calibration=CalibrationConfig(ONE_DOMAIN, samples=4, self_samples=0)
+    )
     qmoe.quantize(
         source, tmp_path / "out", config, save_statistics=tmp_path / "stats", progress=False
     )

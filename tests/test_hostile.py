@@ -46,8 +46,8 @@ def edit_json(path, **changes):
 
 
 def test_seventy_damages(tmp_path):
-    """A small piece of what scripts/fuzz_input.py does by the thousand."""
-    script = str(ROOT / "scripts" / "fuzz_input.py")
+    """A small piece of what scripts/fuzz/run.py does by the thousand."""
+    script = str(ROOT / "scripts" / "fuzz" / "run.py")
     command = [sys.executable, "-P", "-W", "ignore", script, "--mutations", "70", "--seed", "11"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HOME": "/"})
     assert done.returncode == 0 and "70 mutations, 0 failures" in done.stdout, done.stdout

@@ -14,7 +14,7 @@ from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.checkpoint.model_config import model_class
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.errors import CheckpointError
-from qmoe.measure.compare import evaluate
+from qmoe.measure.evaluate import evaluate
 from qmoe.measure.families import families, tiny_config
 from qmoe.model.leftovers import left_out
 from qmoe.model.skeleton import build

@@ -35,7 +35,9 @@ def test_a_model_without_tokenizer(tmp_path, model, capsys):
 
 
 def test_a_model_without_tokenizer_from_saved_statistics(tmp_path, demo, model):
-    few = QuantConfig(search_grid=False, calibration=qmoe.CalibrationConfig(samples=1))
+    few = QuantConfig(
+        search_grid=False, calibration=qmoe.CalibrationConfig(samples=1, self_samples=0)
+    )
     saved = tmp_path / "s"
     qmoe.quantize(demo, tmp_path / "first", few, save_statistics=saved, progress=False)
     without_tokenizer(model)

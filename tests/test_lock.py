@@ -20,7 +20,7 @@ from qmoe.pipeline.output import OutputFolder, Shard
 from qmoe.system.lock import NAME, Lock
 
 RTN = QuantConfig("rtn")
-SLOW = ("--preset", "fast", "--samples", "24", "--batch", "1")
+SLOW = ("--preset", "fast", "--samples", "24", "--set", "calibration.batch=1")
 # A process 1, as in a container, that rests after each shard.
 FIRST = """import os, time; os.getpid = lambda: 1
 from qmoe.pipeline.output import OutputFolder
@@ -46,7 +46,7 @@ def test_two_processes_of_one_number(running, tmp_path, demo, monkeypatch):
     said = f"process 1 on {socket.gethostname()} .since 20.* is writing it"
     with pytest.raises(OutputError, match=f"out.partial: {said}"):
         qmoe.quantize(demo, tmp_path / "out", RTN, progress=False)
-    few = QuantConfig(calibration=CalibrationConfig(ONE_DOMAIN, samples=1))
+    few = QuantConfig(calibration=CalibrationConfig(ONE_DOMAIN, samples=1, self_samples=0))
     with pytest.raises(OutputError, match=f"s: {said}"):
         qmoe.quantize(demo, tmp_path / "other", few, save_statistics=tmp_path / "s", progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.partial", "s"]

@@ -12,7 +12,7 @@ import torch
 from helpers import ONE_DOMAIN
 from transformers import AutoTokenizer
 
-import qmoe.measure.compare
+import qmoe.measure.evaluate
 from qmoe import Scheme
 from qmoe.calibration.batches import choose_samples
 from qmoe.calibration.text import load_texts
@@ -86,7 +86,7 @@ def test_experts_in_another_form_with_awq_and_compared_with_the_original_streame
     save_tiny(FAMILIES[name], source)
     config = replace(FAST, method="awq", experts=Scheme(8, 32))
     qmoe.quantize(source, quantized, config, progress=False)
-    result = qmoe.measure.compare.evaluate(quantized, against=source, samples=2, seqlen=64)
+    result = qmoe.measure.evaluate.evaluate(quantized, against=source, samples=2, seqlen=64)
     assert 0 < result["overall"]["qmoe"]["kl"] < 0.2
 
 

@@ -13,76 +13,43 @@ from conftest import ROOT
 
 import qmoe
 
-FOLDERS = {"qmoe": "qmoe", "kernels": "qmoe.kernels", "calibration": "qmoe.calibration"}
-# The rooms, lowest first. A file imports from its own room and from rooms above it in this list.
-ROOMS = [
-    "_version",
-    "errors",
-    "system",
-    "config",
-    "format",
-    "solvers",
-    "kernels",
-    "checkpoint",
-    "model",
-    "calibration",
-    "layer",
-    "packed",
-    "pipeline",
-    "measure",
-    "cli",
-    "__main__",
-    "",
-]
+sys.path.insert(0, str(ROOT / "scripts"))
+import rooms  # noqa: E402
+from rooms import FOLDERS, ROOMS, imported, modules, room_of, targets  # noqa: E402
+
+sys.path.pop(0)
+
 LARGEST = 2000  # lines of a folder
-
-
-def modules():
-    for folder, package in FOLDERS.items():
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            parts = [package, *path.relative_to(ROOT / folder).with_suffix("").parts]
-            name = ".".join(p for p in parts if p != "__init__")
-            yield name.removeprefix("qmoe").removeprefix("."), path
-
-
-NAMES = {name for name, _ in modules()}
-
-
-def imported(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            yield from ([f"{node.module}.{a.name}" for a in node.names] + [node.module or ""])
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-
-
-def targets(name, path):
-    """Our modules that a module imports."""
-    for target in imported(path):
-        assert not target.startswith(("kernels", "calibration")), f"{path}: import qmoe.{target}"
-        if not target.startswith("qmoe."):
-            continue
-        target = target.removeprefix("qmoe.")
-        while target and target not in NAMES:
-            target = target.rpartition(".")[0]
-        if target and target != name:
-            yield target
 
 
 @pytest.mark.parametrize("name, path", [m for m in modules() if m[0]], ids=lambda v: str(v)[-30:])
 def test_imports_go_down(name, path):
-    room = name.partition(".")[0]
+    for target in imported(path):
+        assert not target.startswith(("kernels", "calibration")), f"{path}: import qmoe.{target}"
     for target in targets(name, path):
-        below = target.partition(".")[0]
-        assert ROOMS.index(below) <= ROOMS.index(room), f"{name} imports {target}"
+        assert ROOMS.index(room_of(target)) <= ROOMS.index(room_of(name)), f"imports {target}"
 
 
 def test_no_files_import_each_other_in_a_circle():
-    # A package's own file stands for what it imports from its room, and nothing waits for it.
-    waiting = {name: set(targets(name, path)) for name, path in modules()}
-    while free := {name for name, needs in waiting.items() if not needs & waiting.keys()}:
-        waiting = {name: needs for name, needs in waiting.items() if name not in free}
-    assert not waiting, f"a circle among {sorted(waiting)}"
+    assert not rooms.circle()
+
+
+def test_the_drawing_of_rooms_has_every_arrow():
+    drawn = rooms.drawn_in((ROOT / "ARCHITECTURE.md").read_text())
+    assert drawn == rooms.arrows(), "run `make rooms`"
+
+
+def test_what_the_drawing_refuses(monkeypatch, tmp_path):
+    """A room that imports one above it, and two files that import each other."""
+    for name, line in (("errors", "from qmoe.cli import main"), ("cli/main", "import qmoe.cli.b"),
+                       ("cli/b", "from qmoe.cli.main import x")):  # fmt: skip
+        file = tmp_path / "qmoe" / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{line}\n")
+    monkeypatch.setattr(rooms, "ROOT", tmp_path)
+    monkeypatch.setattr(rooms, "NAMES", {name for name, _ in rooms.modules()})
+    assert rooms.upward() == ["errors imports cli.main, which is above it"]
+    assert rooms.circle() == {"errors", "cli.main", "cli.b"}
 
 
 def test_rooms_are_not_large():

@@ -19,10 +19,10 @@ from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.config import CHANNEL, CalibrationConfig
 from qmoe.errors import AuditError, ConfigError
 from qmoe.measure.baselines import original
-from qmoe.measure.compare import evaluate
-from qmoe.measure.evaluate import resident, streamed
+from qmoe.measure.evaluate import evaluate
 from qmoe.measure.families import families, save_tiny
 from qmoe.measure.family_check import check, check_in_bfloat16, dequantize_into, run
+from qmoe.measure.logits import resident, streamed
 from qmoe.model import precision
 from qmoe.model.skeleton import inputs_of
 from qmoe.model.source import open_source
@@ -169,7 +169,7 @@ def test_without_a_dtype_in_the_config_the_weights_tell_it(dtype, tmp_path):
 
 
 def test_tuning_does_not_round_what_is_stored_in_float32(tmp_path):
-    text = CalibrationConfig(ONE_DOMAIN, samples=4, seqlen=32)
+    text = CalibrationConfig(ONE_DOMAIN, samples=4, seqlen=32, self_samples=0)
     config = QuantConfig(experts=Scheme(4, 32), search_grid=False, tune=2, calibration=text)
     source, quantized, _ = made("ernie4_5_moe", tmp_path, config=config)
     name = "model.layers.1.mlp.gate.weight"

@@ -14,10 +14,10 @@ import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.errors import CalibrationError, ConfigError
 from qmoe.layer.records import ExpertsRecord, LayerRecord
-from qmoe.measure.compare import evaluate
+from qmoe.measure.evaluate import evaluate
 from qmoe.packed.report import fallbacks
 
-SMALL = CalibrationConfig(samples=8)
+SMALL = CalibrationConfig(samples=8, self_samples=0)
 FAST = QuantConfig(search_grid=False, calibration=SMALL)
 
 
@@ -39,7 +39,7 @@ def test_gptq_beats_rounding_in_and_out_of_domain(demo, tmp_path):
     config = QuantConfig(
         experts=Scheme(3, 128, False),
         dense=Scheme(3, 128, False),
-        calibration=CalibrationConfig("bundled:austen+factbook", samples=32),
+        calibration=CalibrationConfig("bundled:austen+factbook", samples=32, self_samples=0),
     )
     qmoe.quantize(demo, tmp_path / "q3", config, progress=False)
     result = evaluate(tmp_path / "q3", against=demo, baselines=["rtn", "nf4"], samples=6)
@@ -56,7 +56,7 @@ def test_same_seed_same_bytes(demo, quantized, tmp_path):
 
 
 def test_another_seed_other_bytes(demo, quantized, tmp_path):
-    config = replace(FAST, calibration=CalibrationConfig(samples=8, seed=1))
+    config = replace(FAST, calibration=CalibrationConfig(samples=8, seed=1, self_samples=0))
     qmoe.quantize(demo, tmp_path / "other", config, progress=False)
     assert not same_files(quantized, tmp_path / "other")
 
@@ -103,7 +103,7 @@ def test_statistics_saved_and_used_give_nearly_the_same_model(demo, tmp_path):
 def test_statistics_of_two_texts_can_be_summed(demo, tmp_path):
     source = first_layers(demo, tmp_path / "source", 2)
     for seed in (0, 1):
-        config = replace(FAST, calibration=CalibrationConfig(samples=8, seed=seed))
+        config = replace(FAST, calibration=CalibrationConfig(samples=8, seed=seed, self_samples=0))
         qmoe.quantize(
             source,
             tmp_path / f"q{seed}",
@@ -134,7 +134,7 @@ def test_statistics_of_another_model_are_refused_before_work(demo, tmp_path):
 def test_an_expert_that_no_token_reaches(demo, tmp_path):
     """One word over and over starves most experts: nothing fails, everything is reported."""
     (tmp_path / "word.txt").write_text("the " * 400)
-    word = CalibrationConfig(str(tmp_path / "word.txt"), 1, 64)
+    word = CalibrationConfig(str(tmp_path / "word.txt"), 1, 64, self_samples=0)
     config = replace(FAST, min_tokens=0, calibration=word)
     report = qmoe.quantize(demo, tmp_path / "q", config, progress=False)
     rounded = [line for line in report["fallbacks"] if "rounded to nearest" in line]

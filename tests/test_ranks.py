@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 from qmoe.system import distributed
 
-OPTIONS = ("--samples", "10", "--batch", "2", "--self-samples", "6", "--no-search")
+OPTIONS = ("--samples", "10", "--self-samples", "6")
+OPTIONS += ("--set", "calibration.batch=2", "--set", "search_grid=false")
 
 
 def quantize(demo, out, *launcher):

@@ -30,7 +30,7 @@ STYLES = ["grok", "deepseek", "expert_choice"]
 CONFIG = QuantConfig(
     experts=Scheme(4, 32),
     search_grid=False,
-    calibration=CalibrationConfig(ONE_DOMAIN, samples=6, seqlen=64, batch=2),
+    calibration=CalibrationConfig(ONE_DOMAIN, samples=6, seqlen=64, batch=2, self_samples=0),
 )
 IDS = torch.arange(1, 33).view(2, 16) * 37
 
@@ -246,7 +246,8 @@ def test_commands_run_with_the_option(tmp_path, demo, capsys):
 
     parts = run("inspect", source)["parts"]
     assert {"name": "model.layers.1.mlp.experts.5.down_proj", "shapes": [[64, 32]]} in parts
-    little = ("--samples", "4", "--self-samples", "2", "--seqlen", "64", "--no-search")
+    little = ["--samples", "4", "--self-samples", "2", "--seqlen", "64"]
+    little += ["--set", "search_grid=false"]
     run("quantize", source, quantized, "--group-size", "32", "--bits", "8", *little)
     assert run("inspect", quantized)["bytes"]["experts 16-bit"] == 0
     assert "tokens" in run("inspect", quantized, "--experts")["experts"][0]

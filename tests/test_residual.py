@@ -13,7 +13,7 @@ from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.errors import CalibrationError, ConfigError, UnsupportedModelError
 from qmoe.format.hadamard import rotate
-from qmoe.measure.compare import evaluate
+from qmoe.measure.evaluate import evaluate
 from qmoe.measure.families import families, save_tiny
 from qmoe.measure.family_check import check
 from qmoe.model.source import open_source
@@ -21,7 +21,7 @@ from qmoe.pipeline.checks import estimate_bytes
 from qmoe.pipeline.find_rotation import find_residual
 from qmoe.pipeline.fused_rotation import turn
 
-LITTLE = CalibrationConfig(text=ONE_DOMAIN, samples=4, seqlen=64, batch=2)
+LITTLE = CalibrationConfig(text=ONE_DOMAIN, samples=4, seqlen=64, batch=2, self_samples=0)
 CONFIG = QuantConfig(
     experts=Scheme(4, 32),
     dense=Scheme(8, -1),

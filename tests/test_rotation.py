@@ -16,14 +16,14 @@ from qmoe.errors import CheckpointError, ConfigError
 from qmoe.format.compressed_tensors import Schemes, unpacked_tensors
 from qmoe.format.grid import dequantize
 from qmoe.format.hadamard import block_for, rotate, rotate_moments
-from qmoe.measure.compare import rtn_twin
+from qmoe.measure.baselines import rounded_to_nearest
 from qmoe.measure.families import families
 from qmoe.measure.family_check import check
 from qmoe.packed.audit import audit_folder
 from qmoe.solvers.awq import output_error
 from qmoe.solvers.solve import solve
 
-LITTLE = CalibrationConfig(text=ONE_DOMAIN, samples=8, seqlen=64)
+LITTLE = CalibrationConfig(text=ONE_DOMAIN, samples=8, seqlen=64, self_samples=0)
 
 
 def test_rotation_is_the_normalized_hadamard_matrix_in_blocks():
@@ -103,7 +103,7 @@ def test_a_tuned_model_and_its_lm_head(tmp_path, demo):
 
 
 def test_rounding_it_is_compared_with_is_not_rotated(folder):
-    with rtn_twin(folder, ModelFolder(folder.parent / "source")) as twin:
+    with rounded_to_nearest(folder, ModelFolder(folder.parent / "source")) as twin:
         assert "transform_config" not in (twin.path / "config.json").read_text()
 
 

@@ -20,7 +20,7 @@ from qmoe.solvers.solve import join, solve
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 SOLVERS = [("rtn", False), ("gptq", False), ("gptq", True), ("awq", False)]
-TEXT = CalibrationConfig(ONE_DOMAIN, samples=4, seqlen=32)
+TEXT = CalibrationConfig(ONE_DOMAIN, samples=4, seqlen=32, self_samples=0)
 
 
 def solved(weight, scheme, dtype, method="rtn", search_grid=False, hessian=None):

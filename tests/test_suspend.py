@@ -6,7 +6,7 @@ from helpers import FAMILIES, save_random
 from transformers import AutoModelForCausalLM
 
 from qmoe.checkpoint.model_folder import ModelFolder
-from qmoe.measure.evaluate import streamed
+from qmoe.measure.logits import streamed
 from qmoe.model.layerwise import Finished, suspended
 from qmoe.model.source import open_source
 

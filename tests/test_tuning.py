@@ -14,13 +14,13 @@ from qmoe.errors import CalibrationError, ConfigError
 from qmoe.format.grid import limits
 from qmoe.layer.routing import logits_error, relative_error, routes_kept
 from qmoe.layer.tune import FakeQuantize
-from qmoe.measure.compare import evaluate
+from qmoe.measure.evaluate import evaluate
 from qmoe.model.source import open_source
 from qmoe.packed.report import read_report
 from qmoe.pipeline.self_text import _bytes
 
 LOW = Scheme(2, 32, False)
-TEXT = CalibrationConfig(ONE_DOMAIN, samples=16, seqlen=64)
+TEXT = CalibrationConfig(ONE_DOMAIN, samples=16, seqlen=64, self_samples=0)
 TUNED = QuantConfig(experts=LOW, dense=LOW, search_grid=False, tune=12, calibration=TEXT)
 
 
@@ -67,7 +67,7 @@ def test_router_logits_count_less_their_mean():
 
 
 def test_tuning_brings_layers_closer_and_says_what_became_of_routing(demo, tmp_path):
-    text = CalibrationConfig(samples=24, seqlen=64, batch=4)
+    text = CalibrationConfig(samples=24, seqlen=64, batch=4, self_samples=0)
     config = replace(TUNED, refit=False, tune=24, calibration=text)
     report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
     for layer in report["layers"]:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from qmoe.errors import CheckpointError
+from qmoe.system.sizes import format_size
 
 # Keys that say how many of something there are, each with tensors of its own (experts may share
 # theirs). Configs make lists as long as they say.
@@ -61,6 +62,6 @@ def check_buffers(model: nn.Module, stored: int, where: str) -> None:
     needed = sum(buffer.nbytes for buffer in model.buffers())
     if needed > max(stored, BUFFERS):
         raise CheckpointError(
-            f"{where}: by config.json the model's tables of positions take {needed / 1e9:.1f} GB, "
-            f"the checkpoint {stored / 1e9:.1f} GB; correct config.json"
+            f"{where}: by config.json the model's tables of positions take {format_size(needed)}, "
+            f"the checkpoint {format_size(stored)}; correct config.json"
         )

@@ -13,7 +13,8 @@ from qmoe.calibration.text import merged
 from qmoe.checkpoint.folders import read_json
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.cli import tables
-from qmoe.cli.options import STORED, config_from
+from qmoe.cli.options import STORED
+from qmoe.cli.settings import config_from, to_toml
 from qmoe.errors import (
     AuditError,
     CheckpointError,
@@ -21,8 +22,9 @@ from qmoe.errors import (
     QmoeError,
     UnsupportedModelError,
 )
-from qmoe.measure.compare import benchmark, evaluate
-from qmoe.measure.evaluate import relative
+from qmoe.measure.bench import benchmark
+from qmoe.measure.evaluate import evaluate
+from qmoe.measure.scores import relative
 from qmoe.model.experts import expert_weights, stack
 from qmoe.model.source import open_source
 from qmoe.packed.audit import audit_folder
@@ -31,30 +33,31 @@ from qmoe.packed.report import REPORT, expert_rows, read_report
 from qmoe.pipeline.quantize import quantize as run_quantize
 from qmoe.system import distributed
 from qmoe.system.progress import progress, shown
+from qmoe.system.sizes import format_size
 
 
 def quantize(args: argparse.Namespace) -> dict[str, Any]:
     """`qmoe quantize`: returns the report."""
     distributed.join()
     lead = distributed.rank() == 0
-    with shown(lead):
-        report = run_quantize(
-            args.src,
-            args.dst,
-            config_from(args),
-            statistics_from=args.statistics,
-            save_statistics=args.save_statistics,
-            device=args.device,
-            max_memory=None if args.max_memory is None else int(args.max_memory * 1e9),
-            trust_remote_code=args.trust_remote_code,
-        )
+    report = run_quantize(
+        args.src,
+        args.dst,
+        config_from(args),
+        statistics_from=args.statistics,
+        save_statistics=args.save_statistics,
+        device=args.device,
+        max_memory=args.max_memory,
+        progress=lead,
+        trust_remote_code=args.trust_remote_code,
+    )
     distributed.leave()
     return report if lead else {}
 
 
 def show_quantize(report: dict[str, Any]) -> None:
     total = sum(report["bytes"].values())
-    title = f"{tables.size(report['source_bytes'])} became {tables.size(total)}, audit passed"
+    title = f"{format_size(report['source_bytes'])} became {format_size(total)}, audit passed"
     tables.show(title, ["bytes", "", "share"], tables.bytes_rows(report["bytes"]))
     rows = [[r["name"], _share(r["error"])] for r in report["layers"]]
     tables.show("relative RMS error of each layer's output", ["layer", "error"], rows)
@@ -128,15 +131,21 @@ def _share(error: float | None) -> str:
 
 
 def inspect(args: argparse.Namespace) -> dict[str, Any]:
-    """`qmoe inspect`: an audit of a quantized folder, or the parts of an unquantized one."""
+    """`qmoe inspect`: an audit of a quantized folder or its settings, or the parts of one that is
+    not quantized."""
     folder = ModelFolder.find(args.path, args.trust_remote_code)
     path = folder.path
     if read_json(path / "config.json").get("quantization_config") is None:
-        if args.experts:
-            raise CheckpointError(f"{path}: not quantized, so there is no record of its experts")
+        if args.experts or args.config:
+            what = "experts" if args.experts else "settings"
+            raise CheckpointError(f"{path}: not quantized, so there is no record of its {what}")
         return {"parts": _parts(folder)}
     reported = (path / REPORT).is_file()
     report = read_report(path) if reported else {}
+    if args.config:
+        if not reported:
+            raise CheckpointError(f"{path}: it has no {REPORT}, so its settings are not known")
+        return {"settings": report["config"]}
     digests, unpacked = report.get("digests"), report.get("unpacked_sha256")
     audit = audit_folder(folder, digests, unpacked)
     result: dict[str, Any] = {"bytes": audit.bytes}
@@ -165,6 +174,9 @@ def _parts(folder: ModelFolder) -> list[dict[str, Any]]:
 
 
 def show_inspect(result: dict[str, Any]) -> None:
+    if "settings" in result:
+        print(to_toml(result["settings"]))
+        return
     if "parts" in result:
         rows = [[p["name"], ", ".join(map(str, p["shapes"]))] for p in result["parts"]]
         tables.show("not quantized; what qmoe would quantize", ["module", "shapes"], rows)
@@ -201,8 +213,7 @@ def eval(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _loading(args: argparse.Namespace, dtype: torch.dtype | None) -> Loading:
-    memory = None if args.expert_memory is None else int(args.expert_memory * 1e9)
-    return Loading(dtype, args.device, memory, args.trust_remote_code)
+    return Loading(dtype, args.device, args.expert_memory, args.trust_remote_code)
 
 
 def show_eval(result: dict[str, Any]) -> None:
@@ -225,7 +236,7 @@ def show_eval(result: dict[str, Any]) -> None:
         ]
         ratios.append(["mean", *(_ratio(m["kl"], overall["rtn"]["kl"]) for m in overall.values())])
         tables.show("KL relative to round-to-nearest", ["domain", *scores], ratios)
-    rows = [[name, tables.size(n)] for name, n in result["bytes_on_disk"].items()]
+    rows = [[name, format_size(n)] for name, n in result["bytes_on_disk"].items()]
     tables.show("weights on disk", ["model", "bytes"], rows)
     for note in [*result["fallbacks"], *result["not_better"]]:
         print(note)
@@ -259,9 +270,9 @@ def show_bench(result: dict[str, Any]) -> None:
             f"{r['prefill_tokens_per_s']:.0f}",
             f"{r['first_token_ms']:.1f}",
             f"{r['decode_tokens_per_s']:.1f}",
-            tables.size(r["bytes_per_token"]),
-            tables.size(r["weights_in_memory"]),
-            *(tables.size(r[key]) for key in memory),
+            format_size(r["bytes_per_token"]),
+            format_size(r["weights_in_memory"]),
+            *(format_size(r[key]) for key in memory),
         ]
         for name, r in result.items()
     ]

@@ -4,6 +4,8 @@ import json
 import math
 from typing import Any
 
+from qmoe.system.sizes import format_size
+
 
 def to_json(result: Any) -> str:
     """A result as JSON, which has no word for infinite numbers: null stands for them."""
@@ -32,20 +34,13 @@ def show(title: str, header: list[str], rows: list[list[str]]) -> None:
     Console(width=None if Console().is_terminal else 160).print(table)
 
 
-def size(count: float) -> str:
-    """Bytes in the unit that reads best."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
-
-
 def bytes_rows(kinds: dict[str, int]) -> list[list[str]]:
     """One row per kind of bytes, with its share, and a total."""
     total = sum(kinds.values())
-    rows = [[kind, size(n), f"{100 * n / max(total, 1):.1f} %"] for kind, n in kinds.items() if n]
-    return [*rows, ["total", size(total), "100.0 %"]]
+    rows = [
+        [kind, format_size(n), f"{100 * n / max(total, 1):.1f} %"] for kind, n in kinds.items() if n
+    ]
+    return [*rows, ["total", format_size(total), "100.0 %"]]
 
 
 def scores_rows(scores: dict[str, Any], key: str, digits: int) -> list[list[str]]:

@@ -1,10 +1,14 @@
-"""What qmoe is compared with: the original in 16 bits, and bitsandbytes NF4.
+"""What qmoe is compared with: the original in 16 bits, round-to-nearest, and bitsandbytes NF4.
 
-Round-to-nearest is not here: it is `quantize` with method "rtn". bitsandbytes itself does not
-quantize fused experts; here it is applied to each expert's matrices, so that the comparison is
-with NF4 and not with 16-bit experts.
+bitsandbytes itself does not quantize fused experts; here it is applied to each expert's matrices,
+so that the comparison is with NF4 and not with 16-bit experts.
 """
 
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +19,34 @@ from transformers.utils import logging
 
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.checkpoint.remote_code import needs_code
-from qmoe.errors import UnsupportedModelError
+from qmoe.config import QuantConfig
+from qmoe.errors import ConfigError, UnsupportedModelError
 from qmoe.kernels.moe import moe_forward
 from qmoe.model import experts
 from qmoe.model.adapters import adapt
 from qmoe.model.structure import find
+from qmoe.packed.report import read_report
+from qmoe.pipeline.quantize import quantize
+from qmoe.system.progress import is_shown
 
 NAME = "qmoe_nf4"
+BASELINES = ("rtn", "nf4")
+
+
+def check_baselines(baselines: Sequence[str], against: str | Path | None) -> None:
+    """Raises ConfigError for an unknown baseline, or without an original to make it from."""
+    unknown = [b for b in baselines if b not in BASELINES]
+    if unknown:
+        raise ConfigError(f"baseline: expected some of {BASELINES}, got {unknown[0]!r}")
+    if baselines and against is None:
+        raise ConfigError("baselines are made from the original model; give it with --against")
+
+
+def check_counts(**counts: int) -> None:
+    """Raises ConfigError unless each of these named numbers is at least 1."""
+    for name, value in counts.items():
+        if value < 1:
+            raise ConfigError(f"{name}: expected at least 1, got {value}")
 
 
 def original(folder: ModelFolder, dtype: torch.dtype | None = None) -> Any:
@@ -37,6 +62,23 @@ def original(folder: ModelFolder, dtype: torch.dtype | None = None) -> Any:
         if shown:
             logging.enable_progress_bar()
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def rounded_to_nearest(path: Path, against: ModelFolder) -> Iterator[ModelFolder]:
+    """A temporary folder with the original rounded to nearest in the schemes of `path`, but for a
+    rotation."""
+    config = QuantConfig.from_dict(read_report(path)["config"]).rotated_by(0)
+    config = replace(config.rounded_to_nearest(), rotate="off")
+    with tempfile.TemporaryDirectory(prefix="qmoe-rtn-") as folder:
+        rtn, trust = Path(folder) / "rtn", against.trust_remote_code
+        quantize(against.path, rtn, config, progress=is_shown(), trust_remote_code=trust)
+        yield ModelFolder(rtn, trust)
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Of a folder's weights."""
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
 
 class Nf4Stack(nn.Module):

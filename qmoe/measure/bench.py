@@ -1,4 +1,5 @@
-"""Speed and memory of models here: prefill, first token, decode, resident and peak bytes.
+"""`benchmark`: speed and memory of models here: prefill, first token, decode, resident and peak
+bytes.
 
 Models take turns inside every repeat and medians are reported, because clocks drift. Memory is
 measured in a process of its own per model, against the same process before the model was loaded.
@@ -9,7 +10,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,19 +21,80 @@ import torch
 
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.errors import QmoeError
-from qmoe.measure.baselines import nf4, original
+from qmoe.measure.baselines import (
+    bytes_on_disk,
+    check_baselines,
+    check_counts,
+    nf4,
+    original,
+    rounded_to_nearest,
+)
+from qmoe.measure.compare import check_same_model
 from qmoe.model.experts import is_experts
 from qmoe.model.hooks import hooked
 from qmoe.model.skeleton import build
-from qmoe.packed.load import load
+from qmoe.packed.load import Loading
 from qmoe.packed.modules import packed_stacks
 from qmoe.system.progress import progress
 
 KINDS: dict[str, Callable[..., Any]] = {
-    "qmoe": lambda folder: load(folder.path, trust_remote_code=folder.trust_remote_code)[0],
+    "qmoe": lambda folder: Loading(trust_remote_code=folder.trust_remote_code)(folder.path),
     "original": original,
     "nf4": nf4,
 }
+
+
+AS_STORED = Loading()
+
+
+def benchmark(
+    path: str | Path,
+    *,
+    against: str | Path | None = None,
+    baselines: Sequence[str] = (),
+    prompt: int = 256,
+    tokens: int = 32,
+    repeats: int = 5,
+    loading: Loading = AS_STORED,
+) -> dict[str, dict[str, float]]:
+    """Speed and memory of a quantized folder beside the original and baselines, by model name.
+
+    See `speed` and `memory` for the figures and their units. Resident and peak memory are those of
+    a CPU process, so only measured there.
+    """
+    check_baselines(baselines, against)
+    check_counts(prompt=prompt, tokens=tokens, repeats=repeats)
+    folder = ModelFolder.find(path, loading.trust_remote_code)
+    source = None if against is None else ModelFolder.find(against, loading.trust_remote_code)
+    if source is not None:
+        check_same_model(folder.path, source)
+    models = {"qmoe": loading(folder.path)}
+    measured = [("qmoe", "qmoe", folder)]
+    used = {}
+    with ExitStack() as stack:
+        if source is not None:
+            models["original"] = original(source).to(loading.device)
+            measured.append(("original", "original", source))
+            if "nf4" in baselines:
+                models["nf4"] = nf4(source, device=loading.device)
+                measured.append(("nf4", "nf4", source))
+            if "rtn" in baselines:
+                twin = stack.enter_context(rounded_to_nearest(folder.path, source))
+                models["rtn"] = loading(twin.path)
+                measured.append(("rtn", "qmoe", twin))
+        if loading.device == "cpu":
+            for name, kind, place in progress(measured, "measuring memory"):
+                used[name] = memory(kind, place)
+    timed = speed(models, prompt=prompt, tokens=tokens, repeats=repeats)
+    for name, figures in timed.items():
+        figures["weights_in_memory"] = weights_in_memory(models[name])
+        if name not in used:
+            continue
+        m = used[name]
+        figures["resident_over_bare_process"] = m["loaded"] - m["without_model"]
+        figures["peak_over_bare_process"] = m["peak"] - m["without_model"]
+    timed["qmoe"]["bytes_on_disk"] = bytes_on_disk(folder.path)
+    return timed
 
 
 def speed(
@@ -113,6 +176,12 @@ def bytes_per_token(model: Any) -> int:
             if parameter is not table or (tied and module is model.get_output_embeddings()):
                 total += share * parameter.nbytes
     return int(total)
+
+
+def weights_in_memory(model: Any) -> int:
+    """Bytes of all weights of a loaded model, packed or not; shared ones once."""
+    total: dict[int, int] = {id(p): p.nbytes for p in model.parameters()}
+    return sum(total.values()) + sum(int(stack.nbytes()) for _, stack in packed_stacks(model))
 
 
 def memory(kind: str, folder: ModelFolder) -> dict[str, int]:

@@ -1,203 +1,101 @@
-"""Perplexity per domain, and distance to the original: KL divergence and top-1 agreement.
+"""`evaluate`: how far a quantized model is from the original, beside its baselines."""
 
-Every model is an iterator over the logits of the same batches, so a model that fits in memory and
-one that is streamed layer by layer are compared alike. Metrics are computed in float32 from
-logits in whatever dtype the model gives.
-"""
-
-import math
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
-from qmoe.calibration.batches import samples_of, shortage, too_short
-from qmoe.calibration.text import Texts
-from qmoe.errors import CalibrationError
-from qmoe.model.layerwise import Waiting, suspended
-from qmoe.model.source import Source
-from qmoe.system.progress import progress
+from qmoe.calibration.text import load_texts
+from qmoe.checkpoint.model_folder import ModelFolder
+from qmoe.checkpoint.tokenizer import check_vocabulary
+from qmoe.errors import ConfigError
+from qmoe.measure.baselines import (
+    bytes_on_disk,
+    check_baselines,
+    check_counts,
+    nf4,
+    rounded_to_nearest,
+)
+from qmoe.measure.compare import check_same_model
+from qmoe.measure.logits import make_batches, resident, streamed
+from qmoe.measure.scores import Logits, not_better, overall, score, summaries
+from qmoe.model.source import open_source
+from qmoe.packed.load import Loading
+from qmoe.pipeline.checks import check_seqlen
 
-Batches = list[tuple[str, Int[Tensor, "_ _"]]]
-Logits = Iterator[Float[Tensor, "_ _ _"]]
-
-
-@dataclass
-class Score:
-    """Sums over the predicted tokens of one domain, and the mean loss of each of its samples."""
-
-    tokens: int = 0
-    loss: float = 0.0
-    kl: float = 0.0
-    agree: float = 0.0
-    samples: list[float] = field(default_factory=list)
-
-    def summary(self) -> dict[str, float]:
-        """Perplexity and its logarithm, KL to the original in nats per token, share of equal top-1
-        tokens."""
-        n = max(self.tokens, 1)
-        return {
-            "perplexity": perplexity(self.loss / n),
-            "loss": self.loss / n,
-            "kl": self.kl / n,
-            "agreement": self.agree / n,
-        }
+IN_FLOAT32 = Loading(torch.float32)
 
 
-def perplexity(loss: float) -> float:
-    """Of a mean loss in nats per token; infinite where no float is as large."""
-    return math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
+def evaluate(
+    path: str | Path,
+    *,
+    against: str | Path | None = None,
+    baselines: Sequence[str] = (),
+    text: str | Sequence[str] = "heldout",
+    samples: int = 16,
+    seqlen: int = 256,
+    batch: int = 8,
+    loading: Loading = IN_FLOAT32,
+) -> dict[str, Any]:
+    """Perplexity by domain of a quantized folder; with `against`, also KL and top-1 agreement.
 
-
-def make_batches(
-    tokenizer: Any, texts: Texts, *, samples: int, seqlen: int, batch: int
-) -> tuple[Batches, list[str]]:
-    """The first `samples` samples of every domain; and in words, what of the text was of no use and
-    which domains have fewer. Raises CalibrationError if one has none."""
-    batches: Batches = []
-    notes, found = list(texts.notes), {}
-    for domain, parts in texts.domains.items():
-        rows, unused = samples_of(tokenizer, domain, parts, seqlen, samples, None)
-        rows, notes = rows[:samples], notes + unused
-        if not len(rows):
-            raise too_short([domain], seqlen, unused)
-        batches += [(domain, part) for part in rows.split(batch)]
-        found[domain] = (len(rows), samples)
-    return batches, notes + shortage(found, seqlen)
-
-
-def resident(model: Any, batches: Batches) -> Logits:
-    """Logits of a model that is in memory."""
-    for _, ids in batches:
-        with torch.no_grad():
-            logits = model(input_ids=ids.to(model.device), use_cache=False).logits.to(ids.device)
-        yield logits  # not inside, which would leave gradients off in whoever asks
-
-
-def streamed(source: Source, batches: Batches, dtype: torch.dtype) -> Logits:
-    """Logits of an original model with one of its layers in memory at a time."""
-    layers = iter(progress(source.structure.layers, "running the original"))
-    inputs = [{"input_ids": ids, "use_cache": False} for _, ids in batches]
-    passes = suspended(source.model, source.stages(), inputs)
-    with torch.no_grad():
-        source.weights.load(source.resident(), dtype)
-        source.weights.tie()
-    while True:
-        with torch.no_grad():  # not around the yield, which would leave gradients off for others
-            event = next(passes, None)
-            if isinstance(event, Waiting):
-                with source.loaded(next(layers).name, dtype):
-                    event.go_on([event.forward(*c.args, **c.kwargs) for c in event.calls])
-                continue
-        if event is None:
-            break
-        yield event.output.logits
-    next(layers, None)  # lets the progress bar close
-
-
-def score(
-    batches: Batches,
-    reference: Logits | None,
-    models: dict[str, Logits],
-    dtype: torch.dtype | None = None,
-) -> dict[str, dict[str, Score]]:
-    """Score by model and domain; the reference, if there is one, is scored as "original". dtype:
-    what the models run in, if not that of their logits. CalibrationError if a model has no
-    predictions there: a token without numbers has no score, and is never one that agrees."""
-    named = ({"original": reference} if reference is not None else {}) | models
-    scores: dict[str, dict[str, Score]] = {
-        name: {domain: Score() for domain, _ in batches} for name in named
-    }
-    for domain, ids in progress(batches, "evaluating"):
-        base: Tensor | None = None
-        for name, logits in named.items():
-            given = next(logits)[:, :-1]
-            _check_numbers(given, f"{name}: {domain}", dtype or given.dtype)
-            log_p = given.float().log_softmax(-1)
-            if name == "original" and reference is not None:
-                base = log_p
-            _add(scores[name][domain], log_p, ids[:, 1:], base)
-    return scores
-
-
-def _check_numbers(logits: Tensor, what: str, dtype: torch.dtype) -> None:
-    """Words that can never come may have -inf; a token where any has NaN or inf, or all have -inf,
-    has no prediction."""
-    best = logits.amax(-1)  # NaN if any is
-    lost = int((~best.isfinite()).sum())
-    if not lost:
-        return
-    remedy = {
-        torch.float16: f"the model overflows in {dtype}; use bfloat16 or float32 (--dtype)",
-        torch.bfloat16: f"the model overflows in {dtype}; use float32 (--dtype)",
-    }.get(dtype, f"no dtype is wider than {dtype}, so its weights are at fault")
-    raise CalibrationError(
-        f"{what}: {lost} of {best.numel()} tokens have no prediction, their logits are NaN or Inf: "
-        + remedy
-    )
-
-
-def _add(total: Score, log_p: Tensor, target: Tensor, base: Tensor | None) -> None:
-    loss = -log_p.gather(-1, target[..., None])[..., 0].double()
-    total.tokens += target.numel()
-    total.loss += float(loss.sum())
-    total.samples += loss.mean(1).tolist()
-    if base is not None:
-        p = base.exp()
-        each = torch.where(p > 0, p * (base - log_p), 0)  # a word that cannot come costs nothing
-        total.kl += float(each.sum(-1).double().sum())
-        total.agree += float((base.argmax(-1) == log_p.argmax(-1)).sum())
-
-
-def summaries(
-    scores: dict[str, dict[str, Score]], with_reference: bool
-) -> dict[str, dict[str, dict[str, float]]]:
-    """{model: {domain: {perplexity, loss, kl, agreement}}}, the first two without a reference."""
-    keys = ["perplexity", "loss", *(["kl", "agreement"] if with_reference else [])]
+    text: see qmoe.calibration.text.load_texts. The first `samples` samples of every domain are
+    scored. loading: how the quantized models are; its dtype is that of all models alike: float32
+    shows what the weights lost and nothing else, None, the checkpoint's own, how they run. The
+    original is streamed on the CPU, so it may be larger than memory. Raises CalibrationError if a
+    model has no predictions in that dtype.
+    Returns scores by model and domain, their means over domains ("overall"), bytes on disk, and
+    in words what of the text was not as asked for ("fallbacks") and where the quantized model is
+    not better than a baseline ("not_better").
+    """
+    check_baselines(baselines, against)
+    check_counts(samples=samples, batch=batch)
+    if seqlen < 2:
+        raise ConfigError(f"seqlen: expected at least 2 tokens, got {seqlen}")
+    folder = ModelFolder.find(path, loading.trust_remote_code)
+    config = folder.config()
+    check_seqlen(config, seqlen)
+    other = None if against is None else ModelFolder.find(against, loading.trust_remote_code)
+    if other is not None:
+        check_same_model(folder.path, other)
+    tokenizer = folder.tokenizer(config)
+    texts = load_texts(text)
+    batches, notes = make_batches(tokenizer, texts, samples=samples, seqlen=seqlen, batch=batch)
+    check_vocabulary(config, torch.cat([ids for _, ids in batches]))
+    models, disk = _models(folder.path, other, baselines, loading)
+    dtype = models["qmoe"].config.dtype
+    reference: Logits | None = None
+    if other is not None:
+        source = open_source(other, dtype)
+        disk["original"] = source.checkpoint.nbytes()
+        reference = streamed(source, batches, dtype)
+    logits = {name: resident(model, batches) for name, model in models.items()}
+    found = score(batches, reference, logits, dtype)
+    scores = summaries(found, with_reference=reference is not None)
     return {
-        name: {d: {k: s.summary()[k] for k in keys} for d, s in domains.items()}
-        for name, domains in scores.items()
+        "scores": scores,
+        "overall": {name: overall(domains) for name, domains in scores.items()},
+        "bytes_on_disk": disk,
+        "fallbacks": notes,
+        "not_better": [
+            note for name in baselines for note in not_better(found["qmoe"], found[name], name)
+        ],
     }
 
 
-def not_better(ours: dict[str, Score], rival: dict[str, Score], name: str) -> list[str]:
-    """In words, every domain where our perplexity is not below the rival's, and whether the
-    difference stands out from its noise (paired over samples, two standard errors)."""
-    notes = []
-    for domain, mine in ours.items():
-        gaps = torch.tensor(mine.samples) - torch.tensor(rival[domain].samples)
-        gap, n = float(gaps.mean()), len(gaps)
-        if gap < 0:
-            continue
-        if not math.isfinite(gap):
-            notes.append(f"{domain}: perplexity is not below that of {name}; its loss is infinite")
-            continue
-        error = float(gaps.std()) / n**0.5 if n > 1 else math.inf
-        verdict = "more than noise" if gap > 2 * error else "within noise"
-        ratio = relative(mine.summary()["kl"], rival[domain].summary()["kl"])
-        if ratio is not None:
-            verdict += f"; its KL to the original is {ratio:.2f} of {name}'s"
-        notes.append(
-            f"{domain}: perplexity is not below that of {name}; loss per token differs by "
-            f"{gap:.5f} +- {error:.5f} over {n} samples, {verdict}"
-        )
-    return notes
-
-
-def relative(kl: float, to: float) -> float | None:
-    """One KL as a share of another; None where that is no number."""
-    return kl / to if to > 0 and math.isfinite(kl) and math.isfinite(to) else None
-
-
-def overall(domains: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Over domains: geometric mean of perplexities, plain mean of the rest."""
-    out = {}
-    for key in next(iter(domains.values())):
-        values = [d["loss" if key == "perplexity" else key] for d in domains.values()]
-        mean = sum(values) / len(values)
-        out[key] = perplexity(mean) if key == "perplexity" else mean
-    return out
+def _models(
+    folder: Path, against: ModelFolder | None, baselines: Sequence[str], loading: Loading
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The quantized model and its baselines by name, and their bytes on disk."""
+    models: dict[str, Any] = {}
+    disk = {"qmoe": bytes_on_disk(folder)}
+    if "rtn" in baselines:
+        assert against is not None
+        with rounded_to_nearest(folder, against) as twin:
+            models["rtn"], disk["rtn"] = loading(twin.path), bytes_on_disk(twin.path)
+    ours = loading(folder)
+    if "nf4" in baselines:
+        assert against is not None
+        models["nf4"] = nf4(against, ours.config.dtype, loading.device)
+    return models | {"qmoe": ours}, disk

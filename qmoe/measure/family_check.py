@@ -34,7 +34,7 @@ from qmoe.pipeline.quantize import quantize
 CONFIG = QuantConfig(
     experts=Scheme(4, 32),
     dense=Scheme(8, CHANNEL),
-    calibration=CalibrationConfig(samples=4, seqlen=64, batch=2),
+    calibration=CalibrationConfig(samples=4, self_samples=0, seqlen=64, batch=2),
 )
 TOLERANCE = 1e-4  # relative RMS of logits in float32
 # How much further from transformers' model, in bfloat16, than that is from its float32 self. (Seen:
@@ -52,8 +52,8 @@ def check(family: Family, folder: Path, config: QuantConfig = CONFIG) -> dict[st
     find(build(tiny_config(family), torch.float32))
     source, quantized = folder / "source", folder / "quantized"
     save_tiny(family, source, dtype=torch.bfloat16)
-    report = quantize(source, quantized, config)
-    model, _ = load(quantized, torch.float32)
+    report = quantize(source, quantized, config, progress=False)
+    model, _ = load(quantized, torch.float32, progress=False)
     audit_model(model, family.model_type)
     inputs = inputs_of(model, torch.arange(1, 65).view(2, 32) * 3)
     found = model(**inputs).logits
@@ -80,7 +80,7 @@ def check_in_bfloat16(
     """Raises AuditError unless a folder loaded in bfloat16 is transformers' model of the same
     weights there. exact: what that gives in float32. Returns the share of tokens that go to the
     same experts, and the median relative error of the logits."""
-    model, _ = load(quantized, torch.bfloat16)
+    model, _ = load(quantized, torch.bfloat16, progress=False)
     what = model.config.model_type
     twin: Any = model_class(model.config).from_pretrained(source, dtype=torch.bfloat16).eval()
     adapt(twin)

@@ -19,7 +19,8 @@ from qmoe.packed.offload import offload_experts
 from qmoe.packed.skeleton import open_packed
 from qmoe.system.devices import find_device
 from qmoe.system.host_memory import return_freed
-from qmoe.system.progress import progress
+from qmoe.system.progress import is_shown, progress, shown
+from qmoe.system.sizes import parse_size
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,13 @@ class Loading:
 
     dtype: torch.dtype | None = None
     device: str = "cpu"
-    expert_memory: int | None = None
+    expert_memory: str | int | None = None
     trust_remote_code: bool = False
 
     def __call__(self, path: str | Path) -> Any:
         """The model alone."""
         options: dict[str, Any] = {**vars(self)}
-        return load(path, options.pop("dtype"), **options)[0]
+        return load(path, options.pop("dtype"), progress=is_shown(), **options)[0]
 
 
 @torch.no_grad()
@@ -43,28 +44,42 @@ def load(
     dtype: torch.dtype | None = None,
     *,
     device: str | torch.device = "cpu",
-    expert_memory: int | None = None,
+    expert_memory: str | int | None = None,
+    progress: bool = True,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Load a quantized model (folder or hub name) and its tokenizer, None if the folder has none.
+    """Load a quantized model that runs packed, and its tokenizer (None if the folder has none).
 
+    path: a quantized folder or a hub name.
     dtype: of activations and unquantized weights; None is the checkpoint's own. bfloat16 is the
-    fast one on CPUs (kernels/stack.py). device: "cpu", or a GPU ("cuda", "cuda:1"), where packed
-    weights run through the Triton kernels. expert_memory: bytes of the GPU for routed experts; if
-    they need more they stay in pinned host memory, and those in use are copied to slots of that
-    size in all (qmoe/packed/offload.py). trust_remote_code: code that lies beside the weights may
-    run, where transformers has no class for the model. Layers are loaded and repacked one at a
-    time, so memory stays near the checkpoint's size. Raises CheckpointError for a folder that is
+        fast one on CPUs (kernels/stack.py).
+    device: "cpu", or a GPU ("cuda", "cuda:1"), where packed weights run through the Triton kernels.
+    expert_memory: the GPU's memory for routed experts, in bytes or as a size ("6GB"). If they need
+        more they stay in pinned host memory, and those in use are copied to the GPU
+        (qmoe/packed/offload.py). None keeps all of them on the GPU.
+    progress: show a bar on standard error, if that is a terminal.
+    trust_remote_code: allow code that lies beside the weights to run, where transformers has no
+        class for the model.
+
+    Returns a transformers model and a transformers tokenizer. Layers are loaded and repacked one at
+    a time, so memory stays near the checkpoint's size. Raises CheckpointError for a folder that is
     not a complete quantized model, ConfigError for a device that is not there, and AuditError if
     anything is left unpacked or without data.
     """
     if not isinstance(dtype, torch.dtype | None):
         raise ConfigError(f"dtype: expected a torch.dtype or None, got {dtype!r}")
+    memory = None if expert_memory is None else parse_size("expert_memory", expert_memory)
     place = usable_device(device)
-    home = None if expert_memory is None else torch.device("cpu")
-    if expert_memory is not None and not uses_arena(place):
-        raise ConfigError(f"expert_memory: of use with a GPU only, the device is {device}")
-    folder = ModelFolder.find(path, trust_remote_code)
+    if memory is not None and not uses_arena(place):
+        raise ConfigError(f"expert_memory: is of use with a GPU only, the device is {device}")
+    with shown(progress):
+        return _load(ModelFolder.find(path, trust_remote_code), dtype, place, memory)
+
+
+def _load(
+    folder: ModelFolder, dtype: torch.dtype | None, place: torch.device, memory: int | None
+) -> tuple[Any, Any]:
+    home = None if memory is None else torch.device("cpu")
     source = open_packed(folder, dtype)
     check_complete(source.weights)
     tokenizer = None
@@ -80,13 +95,13 @@ def load(
     source.weights.load([n for n in source.weights.names() if n not in in_layers], dtype)
     source.weights.tie()
     _finish(source, "", place, home)
-    if expert_memory is not None:
-        offload_experts(source.model, source.structure, place, expert_memory, folder.path)
+    if memory is not None:
+        offload_experts(source.model, source.structure, place, memory, folder.path)
     source.model.to(place).requires_grad_(False)
     if generation is not None:
         source.model.generation_config = generation
-    audit_unpacked(source, str(path))
-    audit_model(source.model, str(path))
+    audit_unpacked(source, str(folder.path))
+    audit_model(source.model, str(folder.path))
     return_freed()
     source.model.save_pretrained = _refuse_to_save
     _keep_dtypes(source.model)

@@ -8,6 +8,7 @@ import torch
 from qmoe.checkpoint.folders import read_json
 from qmoe.errors import ConfigError
 from qmoe.model.structure import Structure
+from qmoe.system.sizes import format_size
 
 
 def offload_experts(
@@ -36,8 +37,8 @@ def offload_experts(
     if slots < least:
         need = least * sum(largest.values())
         raise ConfigError(
-            f"expert_memory: {expert_memory} bytes hold {slots} experts of each layer, a token "
-            f"chooses {least}; give {need} bytes or more"
+            f"expert_memory: {format_size(expert_memory)} hold {slots} experts of each layer, a "
+            f"token chooses {least}; give {need} bytes or more"
         )
     counts = _calibration_counts(folder)
     previous: SlotStack | None = None

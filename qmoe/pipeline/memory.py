@@ -19,6 +19,7 @@ from qmoe.model.structure import Layer
 from qmoe.solvers.solve import experts_at_once
 from qmoe.system import distributed
 from qmoe.system.host_memory import free
+from qmoe.system.sizes import format_size
 
 PROCESS = 450_000_000  # Python, torch and transformers themselves
 TUNING = (
@@ -72,8 +73,8 @@ def spills(need: Need, allowed: int | None) -> bool:
         found = "are free" if allowed is None else "are allowed"
         more = "; set max_memory to try it all the same" if allowed is None else ""
         raise ConfigError(
-            f"memory: quantizing this model needs about {need.fixed / 1e9:.1f} GB, and "
-            f"{limit / 1e9:.1f} GB {found}{more}"
+            f"memory: quantizing this model needs about {format_size(need.fixed)}, and "
+            f"{format_size(limit)} {found}{more}"
         )
     return need.fixed + need.activations > limit
 
@@ -85,8 +86,8 @@ def check_fits(source: Source, config: QuantConfig, device: torch.device) -> Non
     need, found = on_device(source, config), torch.cuda.mem_get_info(device)[0]
     if need > found:
         raise ConfigError(
-            f"device: quantizing this model takes about {need / 1e9:.1f} GB on it, and "
-            f"{found / 1e9:.1f} GB are free on {device}; use the CPU"
+            f"device: quantizing this model takes about {format_size(need)} on it, and "
+            f"{format_size(found)} are free on {device}; use the CPU"
             f"{', or --tune 0' if config.tune else ''}"
         )
 

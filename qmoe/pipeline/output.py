@@ -21,6 +21,7 @@ from qmoe.layer.solved_cache import SolvedCache
 from qmoe.system import distributed
 from qmoe.system.files import sha256, write_safetensors
 from qmoe.system.lock import NAME, Lock
+from qmoe.system.sizes import format_size
 
 MARKER = ".qmoe-partial"  # what is being written
 NOTE = ".qmoe-shard-{}.json"  # what was done for a finished shard
@@ -56,7 +57,7 @@ def check_destination(dst: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OutputError(
-            f"{dst}: needs about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on this disk"
+            f"{dst}: needs about {format_size(needed)}, {format_size(free)} are free on this disk"
         )
 
 

@@ -34,7 +34,8 @@ from qmoe.system.devices import find_device
 
 @dataclass(frozen=True)
 class Plan:
-    """config: the settings, with the block of an online rotation.
+    """dst: the folder to make.
+    config: the settings, with the block of an online rotation.
     samples: calibration text at hand, none where no text runs through the model.
     notes: in words, what of the text is not as it was asked for.
     source_sha256: of the model's weights.
@@ -45,6 +46,7 @@ class Plan:
         what is free. spills: whether activations wait on disk."""
 
     source: Source
+    dst: Path
     config: QuantConfig
     samples: Int[Tensor, "n L"]
     notes: list[str]
@@ -140,8 +142,19 @@ def check(
     if saved is not None:
         make_folder(saved)
     return Plan(
-        source, config, samples, notes, sha256, given, saved, rotation, where, max_memory, spill
-    )
+        source,
+        dst,
+        config,
+        samples,
+        notes,
+        sha256,
+        given,
+        saved,
+        rotation,
+        where,
+        max_memory,
+        spill,
+    )  # fmt: skip
 
 
 def _check_statistics(given: list[Path], source: Source, about: dict[str, str]) -> list[str]:

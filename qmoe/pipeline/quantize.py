@@ -1,57 +1,78 @@
 """`quantize`: the whole way from a model folder to a quantized one."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qmoe.config import QuantConfig
+from qmoe.config import QuantConfig, expect
 from qmoe.pipeline.finish import finish
 from qmoe.pipeline.layers import load_outside, outside_layers, quantize_layers
 from qmoe.pipeline.lm_head import collecting_lm_head
 from qmoe.pipeline.output import OutputFolder
-from qmoe.pipeline.plan import check
+from qmoe.pipeline.plan import Plan, check
 from qmoe.pipeline.self_text import calibration_text
 from qmoe.system import distributed
+from qmoe.system.progress import shown
+from qmoe.system.sizes import parse_size
 
 
 @torch.no_grad()
 def quantize(
     src: str | Path,
     dst: str | Path,
-    config: QuantConfig,
+    config: QuantConfig | None = None,
     *,
     statistics_from: Sequence[str | Path] = (),
     save_statistics: str | Path | None = None,
     device: str | torch.device = "cpu",
-    max_memory: int | None = None,
+    max_memory: str | int | None = None,
+    progress: bool = True,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Quantize the MoE model in `src` (folder or hub name) into the new folder `dst`.
+    """Quantize the MoE model in `src` into the new folder `dst`.
 
-    statistics_from: folders written by `save_statistics` on the same model; they are summed and
-    used instead of running text through the model. device: where layers are run and solved, one at
-    a time, "cpu" or a GPU ("cuda", "cuda:1"; with several ranks "cuda" is a GPU for each); numbers
-    differ in the last digits between kinds of device. max_memory: bytes of the machine's memory one
-    process may take, None for what is free; activations that do not fit wait in files beside `dst`.
-    trust_remote_code: code that lies beside the weights may run, where transformers has no class
-    for the model. Returns the report, also written to `dst/qmoe_report.json`. Raises a QmoeError
-    before any long work if something cannot work, and AuditError if the result is not what was
-    promised; `dst` then does not exist. A run that was killed or interrupted leaves `dst.partial`;
-    the same call goes on from there and writes the same bytes. In several processes
+    src: a model folder or a hub name.
+    config: what to do; None is `QuantConfig()`, the preset "balanced".
+    statistics_from: folders that `save_statistics` wrote for the same model. Their statistics are
+        summed and replace running text through the model.
+    save_statistics: a folder in which the statistics are kept.
+    device: where layers are run and solved, one at a time: "cpu" or a GPU ("cuda", "cuda:1"; with
+        several processes "cuda" is a GPU for each). Numbers differ in the last digits between
+        kinds of device.
+    max_memory: the machine's memory that one process may take, in bytes or as a size ("12GB"); None
+        is what is free. Activations that do not fit wait in files beside `dst`.
+    progress: show a bar on standard error, if that is a terminal.
+    trust_remote_code: allow code that lies beside the weights to run, where transformers has no
+        class for the model.
+
+    Returns the report, which is also written to `dst/qmoe_report.json`. Raises a QmoeError before
+    any long work if something cannot work, and AuditError if the result is not what was promised;
+    `dst` then does not exist. A run that was killed or interrupted leaves `dst.partial`; the same
+    call goes on from there and writes the same bytes. In several processes
     (qmoe/system/distributed.py) each does its share.
     """
-    dst = Path(os.path.expanduser(dst))
-    how: dict[str, Any] = {"device": device, "max_memory": max_memory}
-    how["trust_remote_code"] = trust_remote_code
-    plan = check(
-        src, dst, config, statistics_from=statistics_from, save_statistics=save_statistics, **how
-    )
-    with OutputFolder(dst, plan.shards, plan.fingerprint(), plan.save_statistics) as out:
-        text = calibration_text(plan, out, partial(quantize, **how))
+    expect("dst", dst, str, Path)
+    expect("config", config, QuantConfig, type(None))
+    expect("save_statistics", save_statistics, str, Path, type(None))
+    expect("statistics_from", statistics_from, list, tuple)
+    for folder in statistics_from:
+        expect("statistics_from", folder, str, Path)
+    how: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+    how["max_memory"] = None if max_memory is None else parse_size("max_memory", max_memory)
+    given: dict[str, Any] = {"statistics_from": statistics_from, "save_statistics": save_statistics}
+    with shown(progress):
+        plan = check(src, Path(os.path.expanduser(dst)), config or QuantConfig(), **given, **how)
+        return _carry_out(plan, partial(quantize, progress=False, **how))
+
+
+def _carry_out(plan: Plan, quantize_copy: Callable[..., Any]) -> dict[str, Any]:
+    """The report of a run that was checked. quantize_copy: makes a smaller model to write text."""
+    with OutputFolder(plan.dst, plan.shards, plan.fingerprint(), plan.save_statistics) as out:
+        text = calibration_text(plan, out, quantize_copy)
         changed = load_outside(plan)
         with collecting_lm_head(plan, text) as lm_head:
             for shard in quantize_layers(plan, text, out):

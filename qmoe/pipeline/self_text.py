@@ -33,6 +33,7 @@ from qmoe.system.devices import CPU, place
 from qmoe.system.files import write_safetensors
 from qmoe.system.host_memory import free
 from qmoe.system.progress import shown
+from qmoe.system.sizes import format_size
 
 TEXTS = 2  # in a sample; longer ones take more steps and bring no more
 ROWS = 128  # texts written at once
@@ -102,12 +103,12 @@ def find_way(source: Source, device: torch.device, allowed: int | None) -> tuple
     if device.type == "cuda":
         limit = min(limit, torch.cuda.mem_get_info(device)[0])
     whole, copy = (int(ROOM * n) for n in _bytes(source))
-    found = f"{limit / 1e9:.1f} GB can be had"
+    found = f"{format_size(limit)} can be had"
     if whole <= limit:
         return "original", ""
     if copy <= limit:
-        return "copy", f"the original takes {whole / 1e9:.1f} GB of memory, {found}"
-    return "none", f"that takes {copy / 1e9:.1f} GB of memory even with 4-bit experts, {found}"
+        return "copy", f"the original takes {format_size(whole)} of memory, {found}"
+    return "none", f"that takes {format_size(copy)} of memory even with 4-bit experts, {found}"
 
 
 def _bytes(source: Source) -> tuple[int, int]:
@@ -132,7 +133,9 @@ def _sample(plan: Plan, copy: Path, way: Way) -> Int[Tensor, "n L"]:
     folder, dtype = plan.source.folder, plan.source.weight_dtype()
     if way == "copy":
         trust = folder.trust_remote_code
-        model, tokenizer = load(copy, dtype, device=plan.device, trust_remote_code=trust)
+        model, tokenizer = load(
+            copy, dtype, device=plan.device, progress=False, trust_remote_code=trust
+        )
     else:
         tokenizer = folder.tokenizer(plan.source.model.config)
         original = open_source(folder, dtype)

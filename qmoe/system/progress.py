@@ -19,6 +19,11 @@ def shown(wanted: bool = True) -> Iterator[None]:
         _shown.reset(token)
 
 
+def is_shown() -> bool:
+    """Whether `progress` shows bars here."""
+    return _shown.get()
+
+
 def progress(items: Iterable[T], what: str) -> Iterator[T]:
     """Iterate over items; a bar named `what` stands on standard error if bars are shown and that is
     a terminal."""

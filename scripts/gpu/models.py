@@ -22,9 +22,10 @@ TEXT = "The family of Dashwood had long been settled in Sussex. Their estate was
 EQUAL, CLOSE_KL = 0.995, 1.05
 
 
-def models(record: Record, device: torch.device, folder: Path, windows: int) -> None:
+def models(record: Record, device: torch.device, folder: Path, samples: int) -> None:
     """Rows for quantizing, loading and generating the demo model."""
-    config = QuantConfig(searched=False, calibration=CalibrationConfig(windows=windows))
+    text = CalibrationConfig(samples=samples, self_samples=0)
+    config = QuantConfig(search_grid=False, calibration=text)
     made = {}
     for where in dict.fromkeys((device, torch.device("cpu"))):
         made[where.type] = folder / f"demo-{where.type}"

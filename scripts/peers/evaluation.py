@@ -20,7 +20,8 @@ from transformers import AutoTokenizer
 from qmoe.calibration.text import load_texts
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.measure.baselines import original
-from qmoe.measure.evaluate import Batches, make_batches
+from qmoe.measure.logits import make_batches
+from qmoe.measure.scores import Batches
 from qmoe.model.structure import find
 from qmoe.packed.load import load
 

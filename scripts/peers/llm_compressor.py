@@ -3,11 +3,16 @@
 The weights are taken from the checkpoint it saves, unpacked with compressed-tensors' own
 functions, because what transformers makes of such a checkpoint differs by family and version, down
 to experts drawn at random. AWQ folds scales into norms and neighbouring matrices, so for it all
-tensors of the checkpoint are taken.
+tensors of the checkpoint are taken. With --measure-only (scripts/bench_quantize.py) nothing is
+handed back: one line of JSON has the seconds and the largest resident memory of loading,
+quantizing and saving.
 """
 
+import json
+import resource
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +52,13 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--method", choices=["gptq", "awq"], default="gptq")
     parser.add_argument("--asymmetric", action="store_true")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--batch", type=int, default=8, help="samples per forward pass")
+    parser.add_argument("--measure-only", action="store_true")
     args = parser.parse_args()
     tokens = calibration(args.tokens)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    start = time.monotonic()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     # Where there is no accelerator, pinning raises.
     IntermediatesCache.pin_memory = lambda *_, **__: None
     rows = {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}
@@ -59,13 +68,17 @@ def main() -> None:
         tokenizer=AutoTokenizer.from_pretrained(args.model),
         dataset=Dataset.from_dict(rows),
         recipe=_recipe(args),
-        batch_size=8,
+        batch_size=args.batch,
         max_seq_length=tokens.shape[1],
         num_calibration_samples=len(tokens),
         shuffle_calibration_samples=False,
         output_dir=str(args.out / "saved"),
     )
     seconds = cpu_seconds() - before
+    if args.measure_only:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"seconds": time.monotonic() - start, "peak": peak}))
+        return
     source = source_tensors(args.model)
     found = by_source_names(_read(args.out / "saved", args.bits), source)
     matrices = {name: found[name] for name in to_quantize(source)}
@@ -82,7 +95,7 @@ def main() -> None:
         "cpu_seconds": seconds,
         "fallbacks": [],
         "levels": most_levels(matrices, args.group_size),
-        "notes": ["scales stored in float32, the dtype the model was loaded in"],
+        "notes": [f"scales stored in {args.dtype}, the dtype the model was loaded in"],
     })  # fmt: skip
 
 

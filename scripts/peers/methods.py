@@ -56,14 +56,14 @@ def _variants() -> list[Method]:
     """`balanced` without one of its pieces each, rotated, and with ten times its text."""
     unwritten = ("--self-samples", "0", "--samples", "128")
     changes = {
-        "without feedback": ("--no-feedback",),
-        "without search": ("--no-search",),
+        "without feedback": ("--set", "refit=false"),
+        "without search": ("--set", "search_grid=false"),
         "without written text": unwritten,
-        "without gate weight": ("--no-gate-weight",),
-        "without borrowing": ("--min-tokens", "0"),
-        "without written text and borrowing": (*unwritten, "--min-tokens", "0"),
+        "without gate weight": ("--set", "routing_weighted=false"),
+        "without borrowing": ("--set", "min_tokens=0"),
+        "without written text and borrowing": (*unwritten, "--set", "min_tokens=0"),
         # As many borrowed tokens as there are: every expert's Hessian is mostly the layer's.
-        "without written text, borrowing all": (*unwritten, "--min-tokens", "32768"),
+        "without written text, borrowing all": (*unwritten, "--set", "min_tokens=32768"),
         "rotated": ("--rotate", "online"),
         "with a fused rotation": ("--rotate", "fused"),
         "with ten times the text": ("--self-samples", "640", "--samples", "640"),
@@ -85,7 +85,10 @@ def _gguf() -> list[Method]:
 
 METHODS = [
     _ours("rtn", "--method", "rtn", calibrated=False),
-    _ours("gptq-plain", "--preset", "fast", "--no-act-order", "--no-gate-weight"),
+    _ours(
+        "gptq-plain",
+        *("--preset", "fast", "--set", "act_order=false", "--set", "routing_weighted=false"),
+    ),
     _ours("gptq", "--preset", "fast"),
     *_presets(),
     *_variants(),
@@ -139,4 +142,4 @@ def run(method: Method, task: Task, out: Path, work: Path, log: Path) -> str | N
 
 def _scheme(bits: int) -> list[str]:
     return ["--bits", str(bits), "--asymmetric", "--dense-bits", str(bits),
-            "--dense-group-size", "128", "--dense-asymmetric"]  # fmt: skip
+            "--set", "dense.group_size=128", "--set", "dense.symmetric=false"]  # fmt: skip

@@ -14,7 +14,7 @@ from qmoe.calibration.pieces import Part, Piece, Reading, choose, plain
 from qmoe.calibration.text import Texts, load_texts, merged
 from qmoe.config import CalibrationConfig, QuantConfig
 from qmoe.errors import CalibrationError, ConfigError
-from qmoe.measure.evaluate import make_batches
+from qmoe.measure.logits import make_batches
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,8 @@ def test_commas_in_names_with_a_column_or_of_data_sets(tmp_path):
 
 
 def test_text_options_that_are_repeated(tmp_path):
-    from qmoe.cli.options import build_parser, config_from
+    from qmoe.cli.options import build_parser
+    from qmoe.cli.settings import config_from
 
     (tmp_path / "a,b.txt").write_text("alpha")
     parse = build_parser().parse_args

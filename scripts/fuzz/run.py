@@ -1,10 +1,10 @@
 """Hostile model folders: thousands of small damages, each to end in success or in a clear error.
 
-    python -P scripts/fuzz_input.py --mutations 3000 --seed 0
-    python -P scripts/fuzz_input.py --seed 0 --first 1234 --mutations 1 --verbose    # one again
+    python -P scripts/fuzz/run.py --mutations 3000 --seed 0
+    python -P scripts/fuzz/run.py --seed 0 --first 1234 --mutations 1 --verbose    # one again
 
 Tiny models (a matrix per expert; fused experts in MXFP4; latent attention in FP8) and quantized
-ones are spoiled by scripts/fuzz_mutations.py, one place or two at a time. `qmoe quantize` (rtn,
+ones are spoiled by scripts/fuzz/mutations.py, one place or two at a time. `qmoe quantize` (rtn,
 gptq), `qmoe inspect` or `qmoe.load` and a forward pass run on each in a process of its own with
 limits on time and memory. A failure is any exception but a QmoeError, an error without words, a
 hang, a crash, memory far beyond the model's, a destination or `.partial` left behind or missing, a
@@ -33,14 +33,14 @@ os.environ |= {
     "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
     "TQDM_DISABLE": "1",
 }  # fmt: skip
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves it out
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python -P` leaves it out
 
 import torch
-from fuzz_bases import make_bases
-from fuzz_mutations import QUANTIZED, SOURCE
 
 import qmoe
 import qmoe.cli.commands  # now, not in the process of every case
+from fuzz.bases import make_bases
+from fuzz.mutations import QUANTIZED, SOURCE
 from qmoe.cli.main import main as qmoe_main
 
 SECONDS, EXTRA = 30.0, 3 << 30  # of a case; bytes of address space beyond the parent's

@@ -1,4 +1,4 @@
-"""The whole model folders that scripts/fuzz_input.py spoils: tiny, sharded, of three families."""
+"""The whole model folders that scripts/fuzz/run.py spoils: tiny, sharded, of three families."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def make_bases(folder: Path) -> dict[str, Path]:
         (path / "config.json").write_text(json.dumps(config, indent=2))
     text = folder / "text.txt"
     text.write_text("All happy families are alike. " * 40)
-    calibration = CalibrationConfig(str(text), samples=2, seqlen=32)
+    calibration = CalibrationConfig(str(text), samples=2, seqlen=32, self_samples=0)
     for name, symmetric in (("qwen3_moe", True), ("gpt_oss", False)):
         config = QuantConfig(experts=Scheme(4, 32, symmetric), calibration=calibration)
         path = out[f"quantized {name}"] = folder / f"quantized-{name}"

@@ -1,4 +1,4 @@
-"""Damage to JSON and other text files, for scripts/fuzz_mutations.py."""
+"""Damage to JSON and other text files, for scripts/fuzz/mutations.py."""
 
 import json
 import random

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fuzz_json import INDEX, junk, write_json
 from safetensors.torch import load_file, save_file
+
+from fuzz.json_damage import INDEX, junk, write_json
 
 
 def shards(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What scripts/fuzz_input.py does to a model folder: one function per kind of damage.
+"""What scripts/fuzz/run.py does to a model folder: one function per kind of damage.
 
 Each takes the folder and a random.Random, spoils something, and says in words what it did. The same
 folder and random state give the same damage.
@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from fuzz_json import INDEX, Mutation, json_of, junk, spoil, text_of, write_json
-from fuzz_tensors import header_bytes, header_json, shards, tensor
+from fuzz.json_damage import INDEX, Mutation, json_of, junk, spoil, text_of, write_json
+from fuzz.tensor_damage import header_bytes, header_json, shards, tensor
 
 CONFIG_KEYS = [
     "auto_map",

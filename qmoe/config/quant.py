@@ -1,0 +1,259 @@
+"""What to do to a model: frozen dataclasses, checked when they are made."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, cast, get_args
+
+from qmoe.config.scheme import CHANNEL, UNQUANTIZED, Scheme, expect
+from qmoe.config.tables import check_keys, overlay, strict
+from qmoe.errors import ConfigError
+
+Method = Literal["rtn", "gptq", "awq", "awq-gptq"]
+Rotate = Literal["off", "fused", "online"]
+
+
+DENSE = Scheme(8, CHANNEL)
+# What each preset changes of the defaults. fast: GPTQ on min-max grids, without text that the model
+# writes. best: more text of both kinds, and each layer tuned.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {
+        "search_grid": False,
+        "refit": False,
+        "calibration": {"samples": 128, "self_samples": 0},
+    },
+    "balanced": {},
+    "best": {"tune": 200, "calibration": {"samples": 128, "self_samples": 128}},
+}
+# Methods that a step is part of. A default of None is replaced by whether the method has the step.
+STEPS: dict[str, tuple[str, ...]] = {
+    "search_grid": ("gptq", "awq-gptq"),
+    "refit": ("gptq",),
+    "tune": ("gptq", "awq-gptq"),
+}
+BY_METHOD: Any = None
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Which text the statistics are gathered on.
+
+    text: "bundled" (all domains that ship with qmoe), "bundled:austen+factbook", a local file,
+    table or folder, or "hf:NAME[/CONFIG][:SPLIT[:COLUMN]]" for any `datasets` name
+    (calibration/text.py); several in one string with commas between them, or in a list. samples x
+    seqlen tokens are used, spread evenly over the domains. batch: samples per forward pass.
+    seed: of the choice of samples, and of what the model writes. self_samples: samples more that
+    the model writes itself (pipeline/self_text.py), in the languages and domains it knows, whatever
+    the text is; 0 leaves them out.
+    """
+
+    text: str | Sequence[str] = "bundled"
+    samples: int = 64
+    seqlen: int = 256
+    batch: int = 8
+    seed: int = 0
+    self_samples: int = 64
+
+    def __post_init__(self) -> None:
+        expect("calibration text", self.text, str, list, tuple)
+        if not isinstance(self.text, str):
+            for part in self.text:
+                expect("calibration text", part, str)
+            object.__setattr__(self, "text", tuple(self.text))  # nobody changes it later
+        if not self.text:
+            raise ConfigError("calibration text: expected at least one, got none")
+        expect("calibration seed", self.seed, int)
+        for name, least in (("samples", 1), ("self_samples", 0), ("seqlen", 2), ("batch", 1)):
+            expect(f"calibration {name}", getattr(self, name), int)
+            if getattr(self, name) < least:
+                raise ConfigError(
+                    f"calibration {name}: expected at least {least}, got {getattr(self, name)}"
+                )
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"calibration seed: expected 0 to 2^63 - 1, got {self.seed}")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Everything `qmoe.quantize` can be told. The defaults are the preset "balanced".
+
+    method: how experts and dense linears are rounded. "gptq" (the default) uses second-order
+        statistics of the calibration text. "awq" scales channels by their activations and rounds
+        to nearest. "awq-gptq" scales as AWQ does and then solves by GPTQ. "rtn" rounds to nearest
+        and uses no text.
+    experts: the routed experts' scheme.
+    dense: the scheme of attention, shared experts and dense MLPs; None leaves them in 16 bits.
+    lm_head: the scheme of the output projection; None leaves it in 16 bits.
+    act_order: GPTQ visits columns by falling Hessian diagonal, with group scales fixed from the
+        original weights, so nothing extra is stored.
+    damp: the share of the mean Hessian diagonal that is added to the diagonal.
+    routing_weighted: each routed token's contribution to its expert's Hessian is weighted by the
+        square of its routing weight.
+    search_grid: grids and integers are searched that GPTQ's one pass on min-max grids leaves out
+        (solvers/search.py). By default it is on where the method ends in GPTQ.
+    refit: matrices behind quantized ones are fitted to the inputs that those give
+        (solvers/refit.py). By default it is on with the method "gptq", and no other method has it.
+        Runs that save or reuse statistics leave it out, because it needs text between matrices.
+    tune: steps of tuning each layer against the original's output after it is solved
+        (qmoe/layer/tune.py); 0 is none.
+    rotate: a Hadamard rotation of what quantized weights read. "online" rotates all of it, in the
+        largest blocks that fit, which is work at run time (qmoe/format/hadamard.py). "fused"
+        rotates the residual stream alone, which is no work, as all weights around it are rotated
+        too and a tied head is untied; models for which that is not the same function are refused
+        (qmoe/pipeline/find_rotation.py). Neither goes with AWQ.
+    min_tokens: an expert with fewer calibration tokens borrows tokens of its layer (see
+        calibration/coverage.py).
+    calibration: the text that statistics are gathered on.
+    """
+
+    method: Method = "gptq"
+    experts: Scheme = Scheme()
+    dense: Scheme | None = DENSE
+    lm_head: Scheme | None = None
+    act_order: bool = True
+    damp: float = 0.01
+    routing_weighted: bool = True
+    search_grid: bool = BY_METHOD
+    refit: bool = BY_METHOD
+    tune: int = 0
+    rotate: Rotate = "off"
+    min_tokens: int = 256
+    calibration: CalibrationConfig = CalibrationConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("experts", "dense", "lm_head"):
+            value = getattr(self, name)
+            if not isinstance(value, Scheme) and (value is not None or name == "experts"):
+                raise ConfigError(f"{name}: expected a Scheme or its table, got {value!r}")
+        if not isinstance(self.calibration, CalibrationConfig):
+            raise ConfigError(
+                f"calibration: expected a CalibrationConfig or its table, got {self.calibration!r}"
+            )
+        if self.method not in get_args(Method):
+            raise ConfigError(f"method: expected one of {get_args(Method)}, got {self.method!r}")
+        for name in ("search_grid", "refit"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.method in STEPS[name])
+        for name in ("act_order", "routing_weighted", "search_grid", "refit"):
+            expect(name, getattr(self, name), bool)
+        for name in ("min_tokens", "tune"):
+            expect(name, getattr(self, name), int)
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        expect("damp", self.damp, float)
+        for name, methods in STEPS.items():
+            if getattr(self, name) and self.method not in methods:
+                raise ConfigError(
+                    f"{name}: is a step of the method {' or '.join(methods)}, the method is "
+                    f"{self.method}; leave {name} out or choose such a method"
+                )
+        if self.rotate not in get_args(Rotate):
+            raise ConfigError(f"rotate: expected one of {get_args(Rotate)}, got {self.rotate!r}")
+        if len({scheme.rotation for scheme in self._schemes()}) > 1:
+            raise ConfigError("rotation: expected the same block in all schemes")
+        if self.rotate == "fused" and any(s.rotation for s in self._schemes()):
+            raise ConfigError("rotate: a scheme that is rotated is online, not fused")
+        if self.applies_awq and (self.rotate != "off" or any(s.rotation for s in self._schemes())):
+            raise ConfigError(f"rotate: not with AWQ's scales, the method is {self.method}")
+        if not 0 < self.damp < 1:
+            raise ConfigError(f"damp: expected a share between 0 and 1, got {self.damp}")
+
+    @property
+    def applies_awq(self) -> bool:
+        """Whether AWQ's scales are folded into the layer before it is rounded."""
+        return self.method.startswith("awq")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "QuantConfig":
+        """The settings of "fast", "balanced" (which `QuantConfig()` is) or "best", with `changes`
+        to fields of this class or of CalibrationConfig. Raises ConfigError for a preset whose steps
+        the method does not have: "rtn" and "awq" go with "fast", or with no preset."""
+        check_preset(name, changes.get("method", "gptq"))
+        text = {f.name: changes.pop(f.name) for f in fields(CalibrationConfig) if f.name in changes}
+        return cls.from_dict(overlay(PRESETS[name], {"calibration": text}, changes))
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether nothing has zero points."""
+        return all(scheme.symmetric for scheme in self._schemes())
+
+    @property
+    def rotated(self) -> bool:
+        """Whether weights are stored so that inputs have to be rotated at run time."""
+        return self.rotate == "online" or any(scheme.rotation for scheme in self._schemes())
+
+    @property
+    def experts_in_float32(self) -> bool:
+        """Whether routed experts are in memory in float32: those that change before they are
+        rounded must not be rounded twice."""
+        return self.applies_awq or self.rotate == "fused"
+
+    def _schemes(self) -> list[Scheme]:
+        found = (self.experts, self.dense, self.lm_head)
+        return [scheme for scheme in found if scheme is not None]
+
+    def rotated_by(self, block: int) -> "QuantConfig":
+        """The same with this block in every scheme."""
+        schemes = {name: getattr(self, name) for name in ("experts", "dense", "lm_head")}
+        return replace(
+            self, **{n: replace(s, rotation=block) for n, s in schemes.items() if s is not None}
+        )
+
+    def rounded_to_nearest(self) -> "QuantConfig":
+        """The same schemes and rotation with the method that needs no text."""
+        return replace(self, method="rtn", search_grid=False, refit=False, tune=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "QuantConfig":
+        """The inverse of `to_dict`. Keys that are left out have their defaults; those of `lm_head`
+        are then the ones of `dense`. Tables of `dense` and `lm_head` with 16 bits leave these in
+        16 bits. Raises ConfigError on a key it does not know, naming the nearest."""
+        expect("config", values, dict)
+        values = dict(values)
+        dense = values.get("dense")
+        dense = asdict(dense) if isinstance(dense, Scheme) else dense
+        like = dense if isinstance(dense, dict) else {}
+        defaults = {"experts": asdict(Scheme()), "dense": asdict(DENSE)}
+        defaults["lm_head"] = defaults["dense"] | like | {"bits": UNQUANTIZED}
+        for name, default in defaults.items():
+            if isinstance(values.get(name), dict):
+                values[name] = _scheme(name, values[name], default)
+        if isinstance(values.get("calibration"), dict):
+            values["calibration"] = strict(
+                CalibrationConfig, values["calibration"], "calibration.", setting_names()
+            )
+        return cast(QuantConfig, strict(cls, values, "", setting_names()))
+
+
+def check_preset(name: str, method: str) -> None:
+    """Raises ConfigError for a preset that does not exist, or contradicts the method."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset: expected one of {tuple(PRESETS)}, got {name!r}")
+    if name != "fast" and method not in STEPS["tune"]:
+        raise ConfigError(
+            f"preset: {name} is made of steps of GPTQ, the method is {method}; leave the preset "
+            "out, take fast, or choose the method gptq or awq-gptq"
+        )
+
+
+def _scheme(name: str, values: dict[str, Any], default: dict[str, Any]) -> Scheme | None:
+    check_keys(Scheme, values, f"{name}.", setting_names())
+    whole = default | values
+    if whole["bits"] != UNQUANTIZED or name == "experts":
+        return Scheme(**whole)
+    if "bits" not in values and values:
+        raise ConfigError(f"{name}: it stays in 16 bits unless {name}.bits says 2, 3, 4 or 8")
+    return None
+
+
+def setting_names() -> list[str]:
+    """Every setting by its dotted name, as in `experts.bits`."""
+    tables = dict.fromkeys(("experts", "dense", "lm_head"), Scheme)
+    classes: dict[str, type] = {**tables, "calibration": CalibrationConfig}
+    return [
+        f"{f.name}.{inner.name}" if inner is not None else f.name
+        for f in fields(QuantConfig)
+        for inner in (fields(classes[f.name]) if f.name in classes else (None,))
+    ]

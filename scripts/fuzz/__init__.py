@@ -1,0 +1,1 @@
+"""Damaged model folders by the thousand; run.py is the command."""
