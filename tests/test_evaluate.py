@@ -129,11 +129,11 @@ def test_an_infinite_loss_is_not_within_noise():
 
 def test_json_has_no_nan_and_no_infinity(monkeypatch, capsys):
     from qmoe.cli import commands
-    from qmoe.cli.main import main as cli
+    from qmoe.cli.main import main
 
     told = {"scores": {"m": {"a": {"perplexity": math.inf, "loss": 2000.0}}}, "all": [math.inf, 1]}
     monkeypatch.setattr(commands, "eval", lambda args: told)
-    assert cli.main(["eval", "folder", "--json"]) == 0
+    assert main(["eval", "folder", "--json"]) == 0
 
     def refuse(word):
         raise AssertionError(word)

@@ -57,5 +57,5 @@ def add_renamed(command: str, parser: argparse.ArgumentParser) -> None:
     """Have a command take its former options."""
     for old, now in RENAMED.get(command, {}).items():
         present = parser._option_string_actions.get(now)
-        more = {} if present is None else {"type": present.type}
-        parser.add_argument(old, action=Renamed, dest=old, now=now, present=present, **more)
+        kind: Any = None if present is None else present.type
+        parser.add_argument(old, action=Renamed, dest=old, now=now, present=present, type=kind)
