@@ -133,7 +133,7 @@ def test_json_has_no_nan_and_no_infinity(monkeypatch, capsys):
 
     told = {"scores": {"m": {"a": {"perplexity": math.inf, "loss": 2000.0}}}, "all": [math.inf, 1]}
     monkeypatch.setattr(commands, "eval", lambda args: told)
-    assert cli.main(["eval", "folder", "--json"]) == 0
+    assert cli(["eval", "folder", "--json"]) == 0
 
     def refuse(word):
         raise AssertionError(word)

@@ -202,8 +202,8 @@ def benchmark(
                 models["rtn"] = loading(twin.path)
                 measured.append(("rtn", "qmoe", twin))
         if loading.device == "cpu":
-            for name, kind, place in progress(measured, "measuring memory"):
-                used[name] = memory(kind, place)
+            for name, kind, at in progress(measured, "measuring memory"):
+                used[name] = memory(kind, at)
     timed = speed(models, prompt=prompt, tokens=tokens, repeats=repeats)
     for name, figures in timed.items():
         figures["weights_in_memory"] = weights_in_memory(models[name])
