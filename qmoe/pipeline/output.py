@@ -236,7 +236,9 @@ class OutputFolder:
 
     def write_shard(self, shard: Shard) -> None:
         """Write a shard, then its note; either is whole or absent. The solved experts that it was
-        made of are not needed any more."""
+        made of are not needed any more. Of several processes only the first one writes."""
+        if not self.leads:
+            return
         file = self._file(shard.index)
         stored = {name: tensor.contiguous() for name, tensor in sorted(shard.tensors.items())}
         write_safetensors(self.path / file, stored, {"format": "pt"})

@@ -45,13 +45,21 @@ def quantize(
     (qmoe/system/distributed.py) each does its share.
     """
     dst = Path(os.path.expanduser(dst))
-    how: dict[str, Any] = {"device": device, "max_memory": max_memory}
-    how["trust_remote_code"] = trust_remote_code
     plan = check(
-        src, dst, config, statistics_from=statistics_from, save_statistics=save_statistics, **how
+        src,
+        dst,
+        config,
+        statistics_from=statistics_from,
+        save_statistics=save_statistics,
+        device=device,
+        max_memory=max_memory,
+        trust_remote_code=trust_remote_code,
+    )
+    copy = partial(
+        quantize, device=device, max_memory=max_memory, trust_remote_code=trust_remote_code
     )
     with OutputFolder(dst, plan.shards, plan.fingerprint(), plan.save_statistics) as out:
-        text = calibration_text(plan, out, partial(quantize, **how))
+        text = calibration_text(plan, out, copy)
         changed = load_outside(plan)
         with collecting_lm_head(plan, text) as lm_head:
             for shard in quantize_layers(plan, text, out):
