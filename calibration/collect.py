@@ -1,7 +1,7 @@
-"""Gathering a layer's statistics while the model's own forward runs through it.
+"""Collecting a layer's statistics while the model's own forward runs through it.
 
 Routed experts: one function registered with transformers' experts interface, so routed tokens and
-gates arrive for free and no router is re-implemented. Dense linears: forward hooks.
+routing weights arrive for free and no router is re-implemented. Dense linears: forward hooks.
 """
 
 from collections.abc import Callable, Iterator
@@ -103,7 +103,7 @@ def sampling_tokens(
 def collecting_linears(
     linears: dict[str, nn.Module], into: LayerStats, dtype: torch.dtype = torch.float32
 ) -> Iterator[None]:
-    """Gather the inputs of these linears; those given the very same tensor share one Hessian.
+    """Sum over the inputs of these linears; those given the very same tensor share one Hessian.
     dtype: that of the sums while they grow."""
     last: list[tuple[Tensor, LinearStats]] = []
 

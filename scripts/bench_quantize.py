@@ -105,14 +105,14 @@ def _measure(args: argparse.Namespace, layers: int, folder: Path) -> dict[str, A
 
 
 def _quantize(source: str, quantized: str, preset: str, samples: int) -> dict[str, Any]:
-    import qmoe.layer.quantize
     import qmoe.layer.solve
     import qmoe.pipeline.quantize
-    import qmoe.pipeline.run
     from qmoe import QuantConfig, Scheme
-    from qmoe.calibration.capture import Captured
+    from qmoe.calibration.routed_tokens import RoutedTokens
     from qmoe.checkpoint.reader import Checkpoint
-    from qmoe.layer.solved_cache import Units
+    from qmoe.layer.at_hand import LayerAtHand
+    from qmoe.layer.solved_cache import SolvedCache
+    from qmoe.model.skeleton import WeightMap
     from qmoe.pipeline.output import OutputFolder
 
     spent: Counter[str] = Counter()
@@ -121,18 +121,18 @@ def _quantize(source: str, quantized: str, preset: str, samples: int) -> dict[st
         def run(*args: Any, **kwargs: Any) -> Any:
             start = time.monotonic()
             result = function(*args, **kwargs)
-            result = list(result) if what == "forward" else result
+            result = iter(list(result)) if what == "forward" else result
             spent[what] += time.monotonic() - start
             return result
 
         return run
 
-    qmoe.pipeline.run.load_layer = timed("reading", qmoe.pipeline.run.load_layer)
-    qmoe.layer.quantize.run_layer = timed("forward", qmoe.layer.quantize.run_layer)
+    WeightMap.load = timed("reading", WeightMap.load)  # type: ignore[method-assign]
+    LayerAtHand.run = timed("forward", LayerAtHand.run)  # type: ignore[method-assign]
     qmoe.layer.solve.solve = timed("solving", qmoe.layer.solve.solve)
-    Captured.part = timed("Hessians", Captured.part)  # type: ignore[method-assign]
+    RoutedTokens.part = timed("Hessians", RoutedTokens.part)  # type: ignore[method-assign]
     OutputFolder.write_shard = timed("writing", OutputFolder.write_shard)  # type: ignore[method-assign]
-    Units.save = timed("units", Units.save)  # type: ignore[method-assign]
+    SolvedCache.save = timed("solved cache", SolvedCache.save)  # type: ignore[method-assign]
     Checkpoint.check_finite = timed("checking", Checkpoint.check_finite)  # type: ignore[method-assign]
     scheme = Scheme(4, 128)
     text = {"samples": samples, "self_samples": 0, "seqlen": 256, "batch": 8}

@@ -135,4 +135,4 @@ def test_statistics_in_files_go_without_and_say_so(demo, tmp_path):
         source, tmp_path / "out", config, save_statistics=tmp_path / "stats", progress=False
     )
     report = json.loads((tmp_path / "out" / "qmoe_report.json").read_text())
-    assert "no feedback between matrices" in report["fallbacks"][0]
+    assert "matrices are not refitted" in report["fallbacks"][0]

@@ -1,6 +1,7 @@
 """A run that was stopped, in any way, goes on and writes the same bytes."""
 
 import filecmp
+import json
 import random
 import shutil
 import signal
@@ -108,6 +109,23 @@ def test_other_settings_are_refused_and_named(tmp_path, demo, monkeypatch):
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(OutputError, match="unfinished work is damaged"):
         qmoe.quantize(demo, tmp_path / "out", config, progress=False)
+
+
+def test_work_of_another_layout_is_refused_by_name(tmp_path, demo, monkeypatch):
+    """As an older version left it: its notes would be misread."""
+    config = QuantConfig("rtn")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            qmoe.quantize(demo, tmp_path / "out", config, progress=False)
+    marker = tmp_path / "out.partial" / ".qmoe-partial"
+    told = json.loads(marker.read_text())
+    del told["fingerprint"]["layout"]
+    marker.write_text(json.dumps(told))
+    before = sorted(p.name for p in marker.parent.iterdir())
+    with pytest.raises(OutputError, match=f"{marker.parent}: .* another version of qmoe"):
+        qmoe.quantize(demo, tmp_path / "out", config, progress=False)
+    assert sorted(p.name for p in marker.parent.iterdir()) == before
 
 
 def test_nothing_finished_leaves_nothing(tmp_path, demo, monkeypatch):

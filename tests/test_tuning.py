@@ -12,8 +12,8 @@ from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.errors import CalibrationError, ConfigError
 from qmoe.format.grid import limits
+from qmoe.layer.latent import FakeQuantize
 from qmoe.layer.routing import logits_error, relative_error, routes_kept
-from qmoe.layer.tune import FakeQuantize
 from qmoe.measure.evaluate import evaluate
 from qmoe.model.source import open_source
 from qmoe.packed.report import read_report

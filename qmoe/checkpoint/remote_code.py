@@ -63,8 +63,8 @@ def own_code(config: dict[str, Any]) -> dict[str, str]:
 
 def own_class(config: Any) -> Any:
     """The model's class, if it is code of its own (which `needs_code` allowed), or None."""
-    kept = {name: getattr(config, name, None) for name in ("auto_map", "architectures")}
-    named = own_code(kept | {"model_type": config.model_type}).get(HEAD)
+    named_in = {name: getattr(config, name, None) for name in ("auto_map", "architectures")}
+    named = own_code(named_in | {"model_type": config.model_type}).get(HEAD)
     return named and get_class_from_dynamic_module(named, config.name_or_path)
 
 

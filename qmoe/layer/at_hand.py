@@ -14,7 +14,7 @@ from qmoe.layer.records import LayerRecord
 from qmoe.layer.solved_cache import SolvedCache
 from qmoe.model.layerwise import Call, Forward
 from qmoe.model.structure import Layer
-from qmoe.system.devices import CPU, moved, whereabouts
+from qmoe.system.devices import CPU, device_of, moved
 from qmoe.system.spill import Scratch
 
 
@@ -60,7 +60,7 @@ class LayerAtHand:
     @property
     def device(self) -> torch.device:
         """Where its weights are."""
-        return whereabouts(self.module)
+        return device_of(self.module)
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """All modules in it, with their names in the model."""

@@ -18,7 +18,7 @@ from qmoe.layer.at_hand import LayerAtHand, LayerSettings, QuantizedLayer
 from qmoe.layer.output_error import relative_rms
 from qmoe.model.experts import bias, expert_weights, packed_parameters, rows, up_rows
 from qmoe.model.layerwise import Call
-from qmoe.model.norm_readers import Fold, columns, find_folds, with_weights
+from qmoe.model.norm_readers import NormReaders, columns, find_norm_readers, with_weights
 from qmoe.solvers.awq import Reader, awq_scales
 
 TOLERANCE = 1e-3  # relative RMS change of the layer's output that float32 rounding may explain
@@ -46,7 +46,7 @@ def fold(
 
     packed = packed_parameters(layer.experts | layer.linears)
     modules = with_weights(layer.module, layer.name)
-    for found in find_folds(modules, lambda: list(layer.run(calls[:1]))):
+    for found in find_norm_readers(modules, lambda: list(layer.run(calls[:1]))):
         quantized = {r for r in found.readers if r in layer.schemes}
         if not quantized & set(names):
             continue
@@ -64,7 +64,7 @@ def fold(
 
 
 def fold_norm(
-    layer: LayerAtHand, fold: Fold, stats: LayerStats, scale_dtype: torch.dtype
+    layer: LayerAtHand, found: NormReaders, stats: LayerStats, scale_dtype: torch.dtype
 ) -> tuple[Callable[[], None], set[str]]:
     """Scale the readers' columns up and the norm down, the Hessians with them.
 
@@ -72,7 +72,7 @@ def fold_norm(
     """
     readers = []
     hessians: dict[int, Tensor] = {}
-    for name in fold.readers:
+    for name in found.readers:
         if name not in layer.schemes:
             continue  # a router takes the scale but is not quantized
         weight = columns(layer.submodule(name))
@@ -82,8 +82,8 @@ def fold_norm(
         there = _stacked(hessian).to(weight.device)
         readers.append(Reader(_stacked(weight), there, layer.schemes[name]))
     s = awq_scales(readers, scale_dtype=scale_dtype, shared=True)[0]
-    norm = layer.submodule(fold.norm)
-    weights = [w for n in fold.readers if (w := columns(layer.submodule(n))) is not None]
+    norm = layer.submodule(found.norm)
+    weights = [w for n in found.readers if (w := columns(layer.submodule(n))) is not None]
     vectors = list(norm.parameters(recurse=False))
     undo = _apply(
         [(w, s) for w in weights]

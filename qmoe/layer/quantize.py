@@ -132,5 +132,5 @@ def _check_given(layer: LayerAtHand, given: LayerStats) -> None:
         wanted = tuple(torch.Size((len(w), w.shape[2], w.shape[2])) for w in weights)
         if found != wanted:
             raise CalibrationError(
-                f"{name}: the saved statistics have {found}, expected {wanted}; gather them again"
+                f"{name}: the saved statistics have {found}, expected {wanted}; save them again"
             )

@@ -101,11 +101,11 @@ def run_some(
         raise _Ended
 
     for i, call in enumerate(calls):
-        kept = keep and (ahead + i) % EVERY == 0
-        see = note if i == 0 else end if ends and not kept else None
+        wanted = keep and (ahead + i) % EVERY == 0
+        see = note if i == 0 else end if ends and not wanted else None
         with suppress(_Ended):
             [output] = layer.run([call], see)
-            outputs[i] = settings.scratch.keep(output) if kept else None
+            outputs[i] = settings.scratch.keep(output) if wanted else None
         ends = ends or (i == 0 and at_experts[:1] == [tokens()])
     return outputs
 

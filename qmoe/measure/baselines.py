@@ -114,8 +114,8 @@ def _forward(
     names = experts.expert_weights(self)
     biases = (experts.bias_stack(self, names[0]), experts.bias_stack(self, names[1]))
     first, second = self.nf4_first, self.nf4_second
-    ids, gates = top_k_index, top_k_weights
-    return moe_forward(hidden_states, ids, gates, first, second, activation, biases)
+    ids, routing_weights = top_k_index, top_k_weights
+    return moe_forward(hidden_states, ids, routing_weights, first, second, activation, biases)
 
 
 class Nf4Linear(nn.Module):

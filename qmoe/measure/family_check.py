@@ -21,6 +21,7 @@ from qmoe.format.grid import dequantize
 from qmoe.measure.families import Family, save_tiny, tiny_config
 from qmoe.model import experts
 from qmoe.model.adapters import adapt
+from qmoe.model.hooks import hooked
 from qmoe.model.skeleton import build, inputs_of
 from qmoe.model.source import open_source
 from qmoe.model.structure import find
@@ -123,10 +124,8 @@ def run(model: Any, inputs: dict[str, Any]) -> Ran:
         if len(given) > 1:  # Llama 4's are given all tokens, each expert in turn
             routes.append(named.get("top_k_index", given[1]).sort(-1).values)
 
-    hooks = [module.register_forward_pre_hook(see, with_kwargs=True) for module in modules]
-    logits: Tensor = model(**inputs).logits
-    for hook in hooks:
-        hook.remove()
+    with hooked([(module, see) for module in modules], with_kwargs=True):
+        logits: Tensor = model(**inputs).logits
     return logits, routes
 
 
@@ -143,16 +142,16 @@ def _check_rotated(folder: Path, what: str) -> None:
     """Raises AuditError unless a rotated model gives what it did, on more tokens than those that
     the rotation was proved on, with all its layers, before anything is rounded."""
     source = open_source(ModelFolder(folder), torch.float32)
-    residual = find_residual(source)
+    rotation = find_residual(source)
     inputs = inputs_of(source.model, torch.arange(400)[None] * 37 % 509)
     logits = []
     for rotated in (False, True):
         source.weights.load(source.weights.names(), torch.float32)
         source.weights.tie()
         if rotated:
-            residual.rotate_outside(source.model)
+            rotation.rotate_outside(source.model)
             for layer in source.structure.layers:
-                residual.rotate_layer(source.model, layer.name)
+                rotation.rotate_layer(source.model, layer.name)
         logits.append(source.model(**inputs).logits)
     lost = (logits[1] - logits[0]).norm(dim=-1) / logits[0].norm(dim=-1)
     # One whose experts are chosen by a hair may differ.

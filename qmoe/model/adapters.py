@@ -67,9 +67,13 @@ def _step3p7(module: Any) -> None:
     _declare(module)
     original = module.forward
 
-    def forward(x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+    def forward(x: Tensor, ids: Tensor, routing_weights: Tensor) -> Tensor:
         run = _ours(module)
-        return original(x, ids, gates) if run is None else run(module, x, ids, gates)
+        return (
+            original(x, ids, routing_weights)
+            if run is None
+            else run(module, x, ids, routing_weights)
+        )
 
     module.forward = forward
 
@@ -81,12 +85,12 @@ def _longcat_flash(module: Any) -> None:
     module.num_experts, module.router_outputs = module.num_routed_experts, module.total_experts
     original = module.forward
 
-    def forward(x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+    def forward(x: Tensor, ids: Tensor, routing_weights: Tensor) -> Tensor:
         run = _ours(module)
         if run is None:
-            return original(x, ids, gates)  # type: ignore[no-any-return]
-        itself = torch.where(ids >= module.num_experts, gates, 0).sum(-1, keepdim=True)
-        y = run(module, x, ids.clamp(max=module.num_experts), gates)
+            return original(x, ids, routing_weights)  # type: ignore[no-any-return]
+        itself = torch.where(ids >= module.num_experts, routing_weights, 0).sum(-1, keepdim=True)
+        y = run(module, x, ids.clamp(max=module.num_experts), routing_weights)
         return (y + x * itself).to(x.dtype)
 
     module.forward = forward
@@ -103,9 +107,9 @@ def _llama4(module: Any) -> None:
             return original(scaled)  # type: ignore[no-any-return]
         row = (scaled != 0).any(-1).nonzero()[:, 0]
         expert = row // (len(scaled) // module.num_experts)
-        gates = torch.ones(len(row), 1, dtype=scaled.dtype, device=scaled.device)
+        routing_weights = torch.ones(len(row), 1, dtype=scaled.dtype, device=scaled.device)
         y = torch.zeros_like(scaled)
-        y[row] = run(module, scaled[row], expert[:, None], gates)
+        y[row] = run(module, scaled[row], expert[:, None], routing_weights)
         return y
 
     module.forward = forward
@@ -131,13 +135,13 @@ def _dbrx(module: Any) -> Made:
     split = partial(torch.unflatten, dim=0, sizes=(module.num_experts, module.ffn_hidden_size))
     original = module.forward
 
-    def forward(x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+    def forward(x: Tensor, ids: Tensor, routing_weights: Tensor) -> Tensor:
         run = _ours(module)
         if run is not None:
-            return run(module, x.reshape(-1, x.shape[-1]), ids, gates).view(x.shape)
+            return run(module, x.reshape(-1, x.shape[-1]), ids, routing_weights).view(x.shape)
         gate, up = module.gate_up_proj.chunk(2, dim=1)
         with _lent(glu, w1=gate, v1=up, w2=module.down_proj.mT):
-            y: Tensor = original(x, ids, gates)
+            y: Tensor = original(x, ids, routing_weights)
         return y
 
     module.forward = forward
@@ -163,13 +167,13 @@ def _jetmoe(module: Any) -> Made:
             with first, _lent(module.output_linear, weight=held.down_proj):
                 return original(x)  # type: ignore[no-any-return]
         tokens = x.reshape(-1, x.shape[-1])
-        order, _, sorted_gates, sizes, _ = module.router(tokens)
-        ids, gates = torch.empty_like(order), torch.empty_like(sorted_gates)
+        order, _, sorted_weights, sizes, _ = module.router(tokens)
+        ids, routing_weights = torch.empty_like(order), torch.empty_like(sorted_weights)
         ids[order] = torch.arange(len(sizes), device=x.device).repeat_interleave(
             torch.tensor(sizes, device=x.device)
         )
-        gates[order] = sorted_gates
-        y = run(held, tokens, ids.view(len(tokens), -1), gates.view(len(tokens), -1))
+        routing_weights[order] = sorted_weights
+        y = run(held, tokens, ids.view(len(tokens), -1), routing_weights.view(len(tokens), -1))
         out: Tensor = (y + module.bias).view(x.shape)
         return out
 

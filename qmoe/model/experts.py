@@ -23,7 +23,7 @@ def expert_weights(experts: nn.Module) -> tuple[str, str]:
     return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
 
 
-def parts(experts: nn.Module, name: str) -> list[str]:
+def matrices_of(experts: nn.Module, name: str) -> list[str]:
     """The matrices that a stack's rows are made of, by their usual names."""
     return ["gate_proj", "up_proj"] if name == "gate_up_proj" else [name]
 

@@ -2,7 +2,7 @@
 
 Every batch runs `model(...)` in a greenlet that switches out when it reaches a layer. When all
 batches wait at layer i, the caller sees all their inputs, does what it likes (load the layer,
-gather statistics, quantize it, free it), and gives back the layer's outputs; the batches run on.
+collect statistics, quantize it, free it), and gives back the layer's outputs; the batches run on.
 So one layer is in memory at a time, and whatever the model does around its layers (masks, rotary
 tables, residual streams, encoder and decoder) is the model's own code.
 """

@@ -17,7 +17,7 @@ from qmoe.model.hooks import hooked
 
 
 @dataclass(frozen=True)
-class Fold:
+class NormReaders:
     """A norm and every module that reads its output, by name."""
 
     norm: str
@@ -33,7 +33,7 @@ def with_weights(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
     }
 
 
-def find_folds(modules: dict[str, nn.Module], run: Callable[[], Any]) -> list[Fold]:
+def find_norm_readers(modules: dict[str, nn.Module], run: Callable[[], Any]) -> list[NormReaders]:
     """Those of `modules` that are norms, and whose readers all take a scale per input feature."""
     wrote: dict[tuple[int, int], str] = {}
     read: dict[str, list[str]] = {}
@@ -60,8 +60,8 @@ def find_folds(modules: dict[str, nn.Module], run: Callable[[], Any]) -> list[Fo
         [(m, before(n)) for n, m in modules.items()], [(m, after(n)) for n, m in modules.items()]
     ):
         run()
-    folds = [Fold(norm, _innermost(readers)) for norm, readers in read.items()]
-    return [fold for fold in folds if _fits(modules, fold.norm, fold.readers)]
+    found = [NormReaders(norm, _innermost(readers)) for norm, readers in read.items()]
+    return [norm for norm in found if _fits(modules, norm.norm, norm.readers)]
 
 
 def origins_of(modules: dict[str, nn.Module], run: Callable[[], Any]) -> dict[str, str | None]:

@@ -17,7 +17,7 @@ from qmoe.model.leftovers import complaint, wrapped
 from qmoe.model.skeleton import WeightMap, build, free
 from qmoe.model.structure import Layer, Structure, find
 from qmoe.model.tensor_names import original_names, stored_fused
-from qmoe.system.devices import CPU, place
+from qmoe.system.devices import CPU, move_to
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Source:
             yield module
         finally:
             free(module)
-            place(module, CPU)
+            move_to(module, CPU)
             self.checkpoint.release()
 
     def expert_stacks(self, name: str) -> list[str]:
@@ -113,9 +113,11 @@ class Source:
     def adds_lm_head(self, config: QuantConfig) -> bool:
         """Whether an output projection is stored that the checkpoint does not have: a rotation
         unties it from the embedding."""
-        head = self.structure.lm_head
+        lm_head = self.structure.lm_head
         stored = self.weights.targets
-        return config.rotate == "fused" and head is not None and f"{head}.weight" not in stored
+        return (
+            config.rotate == "fused" and lm_head is not None and f"{lm_head}.weight" not in stored
+        )
 
     def resident(self) -> list[str]:
         """Checkpoint tensors outside the decoder layers."""

@@ -40,7 +40,7 @@ def packed_names(model: Any, target: str, tensor: Tensor) -> dict[str, Tensor]:
     container = None if not is_experts(module) else _containers(model)[module_name]
     if container is None:
         return original_names(model, target, tensor)
-    names = experts.parts(module, weight)
+    names = experts.matrices_of(module, weight)
     return {
         f"{container}.{e}.{name}.weight": part
         for e, matrix in enumerate(tensor)
@@ -79,7 +79,7 @@ def _container(model: Any, name: str, module: Any) -> str | None:
     single = True
     for weight in expert_weights(module):
         like = torch.empty_like(experts.stack(module, weight), device="meta")
-        parts = len(experts.parts(module, weight))
+        parts = len(experts.matrices_of(module, weight))
         try:
             stored = original_names(model, f"{name}.{weight}", like)
         except ValueError as error:

@@ -69,15 +69,15 @@ def load(
     if not isinstance(dtype, torch.dtype | None):
         raise ConfigError(f"dtype: expected a torch.dtype or None, got {dtype!r}")
     memory = None if expert_memory is None else parse_size("expert_memory", expert_memory)
-    place = usable_device(device)
-    if memory is not None and not uses_arena(place):
+    run_on = usable_device(device)
+    if memory is not None and not uses_arena(run_on):
         raise ConfigError(f"expert_memory: is of use with a GPU only, the device is {device}")
     with shown(progress):
-        return _load(ModelFolder.find(path, trust_remote_code), dtype, place, memory)
+        return _load(ModelFolder.find(path, trust_remote_code), dtype, run_on, memory)
 
 
 def _load(
-    folder: ModelFolder, dtype: torch.dtype | None, place: torch.device, memory: int | None
+    folder: ModelFolder, dtype: torch.dtype | None, run_on: torch.device, memory: int | None
 ) -> tuple[Any, Any]:
     home = None if memory is None else torch.device("cpu")
     source = open_packed(folder, dtype)
@@ -91,13 +91,13 @@ def _load(
         names = source.weights.sources(layer.name)
         in_layers.update(names)
         source.weights.load(names, dtype)
-        _finish(source, layer.name, place, home)
+        _finish(source, layer.name, run_on, home)
     source.weights.load([n for n in source.weights.names() if n not in in_layers], dtype)
     source.weights.tie()
-    _finish(source, "", place, home)
+    _finish(source, "", run_on, home)
     if memory is not None:
-        offload_experts(source.model, source.structure, place, memory, folder.path)
-    source.model.to(place).requires_grad_(False)
+        offload_experts(source.model, source.structure, run_on, memory, folder.path)
+    source.model.to(run_on).requires_grad_(False)
     if generation is not None:
         source.model.generation_config = generation
     audit_unpacked(source, str(folder.path))
@@ -139,15 +139,15 @@ def _keep_dtypes(model: Any) -> None:
 
 def usable_device(device: str | torch.device) -> torch.device:
     """The device by its name; ConfigError if it is none, is not there, or has no kernels."""
-    place = find_device(device)
-    if place.type == "cuda":
+    run_on = find_device(device)
+    if run_on.type == "cuda":
         from qmoe.kernels.layer import device_table
 
         try:
-            device_table(place)
+            device_table(run_on)
         except ValueError as error:
             raise ConfigError(f"device: {error}") from error
-    return place
+    return run_on
 
 
 def _finish(source: Source, prefix: str, device: torch.device, home: torch.device | None) -> None:

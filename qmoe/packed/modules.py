@@ -44,12 +44,12 @@ def experts_forward(
     T, A = top_k_index.shape
     ones = torch.ones_like(top_k_weights).view(-1, 1)
     each = _routed(self, hidden_states.repeat_interleave(A, 0), top_k_index.view(-1, 1), ones)
-    gates = torch.where(top_k_index < self.num_experts, top_k_weights, 0)
-    y = (experts.after(self, each).view(T, A, -1) * gates[..., None]).sum(1)
+    routing_weights = torch.where(top_k_index < self.num_experts, top_k_weights, 0)
+    y = (experts.after(self, each).view(T, A, -1) * routing_weights[..., None]).sum(1)
     return y.to(hidden_states.dtype)
 
 
-def _routed(self: Any, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+def _routed(self: Any, x: Tensor, ids: Tensor, routing_weights: Tensor) -> Tensor:
     first, second = self.qmoe_rotations
     x = rotate(x, first)
 
@@ -58,8 +58,8 @@ def _routed(self: Any, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
 
     biases = (getattr(self, "qmoe_first_bias", None), getattr(self, "qmoe_second_bias", None))
     if hasattr(self, "qmoe_arena"):
-        return self.qmoe_arena.experts(x, ids, gates, between, biases)  # type: ignore[no-any-return]
-    return moe_forward(x, ids, gates, self.qmoe_first, self.qmoe_second, between, biases)
+        return self.qmoe_arena.experts(x, ids, routing_weights, between, biases)  # type: ignore[no-any-return]
+    return moe_forward(x, ids, routing_weights, self.qmoe_first, self.qmoe_second, between, biases)
 
 
 class PackedLinear(nn.Module):
@@ -104,7 +104,7 @@ def declare_experts(module: Any, scheme: Scheme) -> None:
     for name in experts.expert_weights(module):
         weight = experts.stack(module, name)
         delattr(module, name)
-        parts = len(experts.parts(module, name))
+        parts = len(experts.matrices_of(module, name))
         _declare(module, name, tuple(weight.shape), scheme, parts, weight.dtype)
 
 

@@ -1,5 +1,7 @@
 """Everything that can go wrong before the long work, checked before it."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,13 @@ from qmoe.checkpoint.folders import companions
 from qmoe.checkpoint.model_config import generation_config
 from qmoe.checkpoint.tokenizer import check_vocabulary, has_tokenizer
 from qmoe.config import CHANNEL, GROUPS, CalibrationConfig, QuantConfig, Scheme
-from qmoe.errors import ConfigError
+from qmoe.errors import ConfigError, OutputError
 from qmoe.format.hadamard import block_for
 from qmoe.model.experts import expert_weights, stack
 from qmoe.model.precision import ever_in_float32
 from qmoe.model.source import Source, schemes_of
-from qmoe.pipeline.output import check_destination
 from qmoe.system import distributed
+from qmoe.system.sizes import format_size
 
 
 def check_space(source: Source, config: QuantConfig, dst: Path) -> None:
@@ -27,6 +29,32 @@ def check_space(source: Source, config: QuantConfig, dst: Path) -> None:
     folder = source.checkpoint.path
     copied = sum((folder / file).stat().st_size for file in companions(folder)[0])
     check_destination(dst, estimate_bytes(source, config) + copied)
+
+
+def check_destination(dst: Path, needed: int) -> None:
+    """Refuse a destination that exists, cannot be made, or has less than `needed` bytes free."""
+    if "\0" in str(dst):
+        raise OutputError(f"destination: {str(dst)!r} cannot be a folder's name")
+    if os.path.lexists(dst):
+        raise OutputError(f"{dst}: already exists; remove it or choose another destination")
+    parent = dst.parent
+    if not parent.is_dir():
+        raise OutputError(f"{dst}: its parent folder {parent} does not exist")
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"{dst}: no permission to write in {parent}")
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OutputError(
+            f"{dst}: needs about {format_size(needed)}, {format_size(free)} are free on this disk"
+        )
+
+
+def make_statistics_folder(path: Path) -> None:
+    """Make the folder; it may be there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot keep statistics there: {error}") from error
 
 
 def check_companions(source: Source, uses_text: bool) -> Any:
@@ -104,17 +132,19 @@ def check_schemes(source: Source, config: QuantConfig) -> None:
             for weight, shape in _shapes(model, name):
                 _check_divides(weight, shape[-1], scheme)
     if config.lm_head is not None:
-        head = source.structure.lm_head
-        if head is None:
+        lm_head = source.structure.lm_head
+        if lm_head is None:
             raise ConfigError("lm_head: this model has no output projection of that name")
-        if f"{head}.weight" in model.all_tied_weights_keys:
+        if f"{lm_head}.weight" in model.all_tied_weights_keys:
             raise ConfigError(
                 "lm_head: it is tied to the input embedding in this model and cannot be quantized "
                 "alone; leave lm_head out"
             )
-        if f"{head}.weight" in ever_in_float32(model):
+        if f"{lm_head}.weight" in ever_in_float32(model):
             raise ConfigError("lm_head: this model's class keeps it in float32; leave lm_head out")
-        _check_divides(f"{head}.weight", model.get_submodule(head).in_features, config.lm_head)
+        _check_divides(
+            f"{lm_head}.weight", model.get_submodule(lm_head).in_features, config.lm_head
+        )
 
 
 def _shapes(model: nn.Module, name: str) -> list[tuple[str, tuple[int, ...]]]:

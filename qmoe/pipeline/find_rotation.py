@@ -21,7 +21,7 @@ from qmoe.layer.at_hand import LayerAtHand
 from qmoe.layer.output_error import hidden
 from qmoe.model.experts import is_experts
 from qmoe.model.layerwise import Call, Finished, suspended
-from qmoe.model.norm_readers import Fold, find_folds, origins_of, with_weights
+from qmoe.model.norm_readers import NormReaders, find_norm_readers, origins_of, with_weights
 from qmoe.model.skeleton import free, inputs_of
 from qmoe.model.source import Source
 from qmoe.model.structure import Layer
@@ -96,14 +96,16 @@ class _Search:
         part = replace(part, writers=[source.embedding()])
         touched = {*part.writers, *part.norms, *(r for n in part.norms.values() for r in n.readers)}
         for other in (n for n in self._wide(outside) if n not in touched):
-            raise _refusal(other, "lies outside the layers and is none of head, norm and embedding")
-        embedding, head = model.get_input_embeddings(), source.structure.lm_head
-        tied = head is not None and model.get_submodule(head).weight is embedding.weight
-        residual = FusedRotation(self.layers, part, head if tied else None)
-        residual.rotate_outside(model)
+            raise _refusal(
+                other, "lies outside the layers and is none of lm_head, norm and embedding"
+            )
+        embedding, lm_head = model.get_input_embeddings(), source.structure.lm_head
+        tied = lm_head is not None and model.get_submodule(lm_head).weight is embedding.weight
+        rotation = FusedRotation(self.layers, part, lm_head if tied else None)
+        rotation.rotate_outside(model)
         turned = self._run(self._rotated)
         _check("the model's output", turned, logits[0], logits[0])
-        return residual
+        return rotation
 
     def _run(self, visit: Callable[[int, Any, Call], Any]) -> Tensor:
         model = self.source.model
@@ -182,15 +184,15 @@ class _Search:
 
     def _part(self, name: str, modules: dict[str, nn.Module], run: Callable[[], Any]) -> Part:
         """Which of `modules` touch the stream, seen while `run` runs them."""
-        folds: list[Fold] = []
-        origins = origins_of(modules, lambda: folds.extend(find_folds(modules, run)))
+        observed: list[NormReaders] = []
+        origins = origins_of(modules, lambda: observed.extend(find_norm_readers(modules, run)))
         for other in (n for n in self._wide(modules) if n not in origins):
             raise _refusal(other, "is not called for text, so what becomes of it cannot be checked")
         norms = {}
-        for fold in folds:
-            norm: Any = modules[fold.norm]
+        for found in observed:
+            norm: Any = modules[found.norm]
             if len(norm.weight) == self.size:
-                norms[fold.norm] = Norm(_neutral(fold.norm, norm), fold.readers)
+                norms[found.norm] = Norm(_neutral(found.norm, norm), found.readers)
         _join_experts(modules, norms)
 
         read = {*norms, *(reader for norm in norms.values() for reader in norm.readers)}
@@ -215,7 +217,7 @@ def _join_experts(modules: dict[str, nn.Module], norms: dict[str, Norm]) -> None
 
 def _neutral(name: str, norm: Any) -> float:
     """The weight with which a norm scales nothing. UnsupportedModelError if it is no RMSNorm."""
-    weight, kept = norm.weight.data, norm.weight.detach().clone()
+    weight, before = norm.weight.data, norm.weight.detach().clone()
     x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0))
     plain = x * x.square().mean(-1, keepdim=True).rsqrt()
     try:
@@ -224,7 +226,7 @@ def _neutral(name: str, norm: Any) -> float:
             if getattr(norm, "bias", None) is None and torch.allclose(norm(x), plain, atol=1e-3):
                 return value
     finally:
-        weight.copy_(kept)
+        weight.copy_(before)
     raise _refusal(f"{name} ({type(norm).__name__})", "is no RMSNorm")
 
 

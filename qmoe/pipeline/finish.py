@@ -59,7 +59,7 @@ def _fallbacks(plan: Plan, text: CalibrationText) -> list[str]:
     if text.fallback:
         lines.append(text.fallback)
     if plan.config.refit and plan.config.method == "gptq" and not plan.refits:
-        lines.append("no feedback between matrices: statistics come from files or go to files")
+        lines.append("matrices are not refitted: statistics come from files or go to files")
     if plan.rotation is not None and (lm_head := plan.rotation.untied) is not None:
         untied = f"{lm_head}: stored apart from the embedding, from which the rotation sets it off"
         lines.insert(0, untied)

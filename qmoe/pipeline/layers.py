@@ -28,7 +28,7 @@ from qmoe.pipeline.output import OutputFolder, Shard
 from qmoe.pipeline.plan import Plan
 from qmoe.pipeline.self_text import CalibrationText
 from qmoe.pipeline.shard import restore, rounded, shard_tensors, stored_dtype
-from qmoe.system.devices import place
+from qmoe.system.devices import move_to
 from qmoe.system.host_memory import return_freed
 from qmoe.system.progress import progress
 from qmoe.system.spill import Scratch
@@ -149,7 +149,7 @@ def _quantize(
     with source.loaded(structure.name, torch.float32, plan.experts_dtype) as module:
         changed = _rotate(plan, structure)
         _read_ahead(plan, out, i + 1)
-        place(module, plan.device)
+        move_to(module, plan.device)
         layer = LayerAtHand.of(source.model, structure, forward, schemes, _is_last(plan, i))
         if calls:
             originals, calls = _streams(plan, calls)
@@ -182,11 +182,11 @@ def _run_again(
     if originals:
         with source.loaded(layer.name, torch.float32, plan.experts_dtype):
             _rotate(plan, structure)
-            place(layer.module, plan.device)
+            move_to(layer.module, plan.device)
             outputs += [scratch.keep(output) for output in layer.run(originals)]
     with source.freed_after(layer.name):
         restore(source, structure, weights, plan.experts_dtype)
-        place(layer.module, plan.device)
+        move_to(layer.module, plan.device)
         outputs += [scratch.keep(output) for output in layer.run(calls)]
     return outputs
 

@@ -21,7 +21,6 @@ from qmoe.layer.solved_cache import SolvedCache
 from qmoe.system import distributed
 from qmoe.system.files import sha256, write_safetensors
 from qmoe.system.lock import NAME, Lock
-from qmoe.system.sizes import format_size
 
 MARKER = ".qmoe-partial"  # what is being written
 NOTE = ".qmoe-shard-{}.json"  # what was done for a finished shard
@@ -41,32 +40,6 @@ class Shard:
     tensors: dict[str, Tensor]
     record: LayerRecord | None
     digests: dict[str, str]
-
-
-def check_destination(dst: Path, needed: int) -> None:
-    """Refuse a destination that exists, cannot be made, or has less than `needed` bytes free."""
-    if "\0" in str(dst):
-        raise OutputError(f"destination: {str(dst)!r} cannot be a folder's name")
-    if os.path.lexists(dst):
-        raise OutputError(f"{dst}: already exists; remove it or choose another destination")
-    parent = dst.parent
-    if not parent.is_dir():
-        raise OutputError(f"{dst}: its parent folder {parent} does not exist")
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"{dst}: no permission to write in {parent}")
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise OutputError(
-            f"{dst}: needs about {format_size(needed)}, {format_size(free)} are free on this disk"
-        )
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder for statistics; it may be there."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot keep statistics there: {error}") from error
 
 
 class OutputFolder:
@@ -263,10 +236,12 @@ class OutputFolder:
 
     def write_shard(self, shard: Shard) -> None:
         """Write a shard, then its note; either is whole or absent. The solved experts that it was
-        made of are not needed any more."""
+        made of are not needed any more. Of several processes only the first one writes."""
+        if not self.leads:
+            return
         file = self._file(shard.index)
-        whole = {name: tensor.contiguous() for name, tensor in sorted(shard.tensors.items())}
-        write_safetensors(self.path / file, whole, {"format": "pt"})
+        stored = {name: tensor.contiguous() for name, tensor in sorted(shard.tensors.items())}
+        write_safetensors(self.path / file, stored, {"format": "pt"})
         note = {
             "record": None if shard.record is None else shard.record.to_json(),
             "digests": shard.digests,
@@ -274,7 +249,7 @@ class OutputFolder:
         }
         self._replace(NOTE.format(shard.index), json.dumps(note))
         self.solved_cache.clear()
-        self._count(shard.index, whole)
+        self._count(shard.index, stored)
 
     def _file(self, i: int) -> str:
         return f"model-{i + 1:05d}-of-{self.shards:05d}.safetensors" if self.shards > 1 else SINGLE

@@ -23,12 +23,12 @@ from qmoe.pipeline.checks import (
     check_schemes,
     check_space,
     choose_text,
+    make_statistics_folder,
     with_block,
 )
 from qmoe.pipeline.find_rotation import find_residual
 from qmoe.pipeline.fused_rotation import FusedRotation
 from qmoe.pipeline.memory import check_fits, needed, spills
-from qmoe.pipeline.output import make_folder
 from qmoe.system.devices import find_device
 
 
@@ -140,7 +140,7 @@ def check(
     about = _statistics_about(sha256, config, rotation)
     notes = _check_statistics(given, source, about) + notes
     if saved is not None:
-        make_folder(saved)
+        make_statistics_folder(saved)
     return Plan(
         source,
         dst,

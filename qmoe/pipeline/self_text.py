@@ -29,7 +29,7 @@ from qmoe.packed.load import load
 from qmoe.pipeline.output import COPY, SELF_TEXT, OutputFolder
 from qmoe.pipeline.plan import Plan
 from qmoe.system import distributed
-from qmoe.system.devices import CPU, place
+from qmoe.system.devices import CPU, move_to
 from qmoe.system.files import write_safetensors
 from qmoe.system.host_memory import free
 from qmoe.system.progress import shown
@@ -102,12 +102,12 @@ def find_way(source: Source, device: torch.device, allowed: int | None) -> tuple
     limit = free() if allowed is None else allowed
     if device.type == "cuda":
         limit = min(limit, torch.cuda.mem_get_info(device)[0])
-    whole, copy = (int(ROOM * n) for n in _bytes(source))
+    original, copy = (int(ROOM * n) for n in _bytes(source))
     found = f"{format_size(limit)} can be had"
-    if whole <= limit:
+    if original <= limit:
         return "original", ""
     if copy <= limit:
-        return "copy", f"the original takes {format_size(whole)} of memory, {found}"
+        return "copy", f"the original takes {format_size(original)} of memory, {found}"
     return "none", f"that takes {format_size(copy)} of memory even with 4-bit experts, {found}"
 
 
@@ -142,7 +142,7 @@ def _sample(plan: Plan, copy: Path, way: Way) -> Int[Tensor, "n L"]:
         original.weights.load(original.weights.names(), dtype)
         original.weights.tie()
         model = original.model
-        place(model, plan.device)
+        move_to(model, plan.device)
     return write(model, tokenizer, plan.config.calibration)
 
 

@@ -72,7 +72,7 @@ def restore(
     source.weights.load(names, torch.float32, tensors)
     for target in stacks:
         module, weight = source.make_stack(target, experts_dtype, "cpu")
-        E, count = module.num_experts, len(experts.parts(module, weight))
+        E, count = module.num_experts, len(experts.matrices_of(module, weight))
         matrices = matrix_names(source.model, target, E, count)
         rows = torch.cat([tensors[stored] for stored in matrices])
         experts.put(module, weight, rows.unflatten(0, (E, -1)))

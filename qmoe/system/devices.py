@@ -32,13 +32,13 @@ def find_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def place(module: nn.Module, device: torch.device) -> None:
+def move_to(module: nn.Module, device: torch.device) -> None:
     """Move a module's parameters and buffers, but those on the meta device."""
     module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
-def whereabouts(module: nn.Module) -> torch.device:
-    """The device of a module that `place` moved."""
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module that `move_to` moved."""
     return next((p.device for p in module.parameters() if not p.is_meta), CPU)
 
 

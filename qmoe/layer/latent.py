@@ -1,0 +1,105 @@
+"""A quantized weight while it is tuned: latent integers that are rounded, with a gradient that
+passes straight through, and scales."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qmoe.format.grid import limits, stored_scale
+from qmoe.format.hadamard import rotate
+from qmoe.format.quantized import Quantized
+from qmoe.model import experts
+
+INSIDE = 0.45  # how far from its integer a latent value may start
+
+
+class FakeQuantize(torch.autograd.Function):
+    """Latent values [N, K] rounded to a grid; the gradient passes straight through inside it."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+        qmin, qmax = limits(bits)
+        ctx.save_for_backward(latent, scale, zero)
+        ctx.range = qmin, qmax
+        steps = (latent.round().clamp(qmin, qmax)).unflatten(1, (scale.shape[1], -1))
+        weight: Tensor = ((steps - zero[..., None]) * scale[..., None]).flatten(1)
+        return weight
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        latent, scale, zero = ctx.saved_tensors
+        qmin, qmax = ctx.range
+        slope = slopes[0].unflatten(1, (scale.shape[1], -1))
+        steps = latent.round().clamp(qmin, qmax).unflatten(1, (scale.shape[1], -1))
+        inside = (latent > qmin - 0.5) & (latent < qmax + 0.5)
+        to_latent = (slope * scale[..., None]).flatten(1) * inside
+        return to_latent, (slope * (steps - zero[..., None])).sum(-1), None, None
+
+
+class Matrix:
+    """One quantized matrix while it is tuned: its latent integers and the change of its scales.
+
+    A latent value starts inside its integer's interval, on the side where the original weight is,
+    so that those that were a close call change first."""
+
+    def __init__(self, stack: Quantized, original: Tensor, e: int, device: torch.device):
+        self.stack = stack
+        self.scale = stack.scale[e].float().to(device)
+        no = torch.zeros_like(self.scale)
+        zero = no if stack.zero is None else stack.zero[e].float().to(device)
+        self.zero = zero
+        rotated = rotate(original[e].float().to(device), stack.scheme.rotation)
+        groups = rotated.unflatten(1, (self.scale.shape[1], -1))
+        aim = (groups / self.scale[..., None] + zero[..., None]).flatten(1)
+        q = stack.q[e].float().to(device)
+        self.latent: Tensor = (q + (aim - q).clamp(-INSIDE, INSIDE)).requires_grad_()
+        self.ratio: Tensor = torch.ones_like(self.scale).requires_grad_()
+
+    def scales(self) -> Tensor:
+        """As they will be stored; the gradient passes straight through."""
+        exact = self.scale * self.ratio
+        stored: Tensor = stored_scale(exact.detach(), self.stack.scale.dtype)
+        return exact + (stored - exact).detach()
+
+    def weight(self) -> Tensor:
+        scheme = self.stack.scheme
+        made: Tensor = FakeQuantize.apply(self.latent, self.scales(), self.zero, scheme.bits)  # type: ignore[no-untyped-call]
+        return rotate(made, scheme.rotation)
+
+    def integers(self) -> Tensor:
+        return self.latent.detach().round().clamp(*limits(self.stack.scheme.bits)).to(torch.int8)
+
+
+class LatentExperts:
+    """Stands for a weight stack in an experts module: gives matrix e, made when it is asked for."""
+
+    def __init__(self, module: Any, name: str, matrices: list[Matrix]):
+        self.module, self.name, self.matrices = module, name, matrices
+
+    def __getitem__(self, e: int) -> Tensor:
+        return experts.as_stored(self.module, self.name, self.matrices[e].weight())
+
+
+@contextmanager
+def latent_experts(modules: dict[str, Any], matrices: dict[str, list[Matrix]]) -> Iterator[None]:
+    """These experts modules, by name, make their matrices one by one. matrices: by parameter."""
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            for weight in experts.expert_weights(module):
+                latent = LatentExperts(module, weight, matrices[f"{name}.{weight}"])
+                stack.enter_context(_replaced(module, weight, latent))
+        yield
+
+
+@contextmanager
+def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    parameter = module._parameters.pop(name)
+    module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        del module.__dict__[name]
+        module._parameters[name] = parameter
