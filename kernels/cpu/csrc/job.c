@@ -35,7 +35,10 @@ static void sort(Job *job, const Stack *stack, int64_t *ends) {
     for (int64_t s = 0; s < job->assignments; s++) {
         int64_t e = expert_of(call, stack, s);
         job->slot[s] = e < 0 ? -1 : ends[e]++;
-        if (e >= 0) job->assignment[job->slot[s]] = s;
+        if (e < 0) continue;
+        job->assignment[job->slot[s]] = s;
+        job->token[job->slot[s]] = s / call->choices;
+        if (call->gates) job->gate[job->slot[s]] = call->gates[s];
     }
 }
 
@@ -61,9 +64,12 @@ int qmoe_begin(Job *job, int tier, const Call *call) {
     int64_t *ends = calloc((size_t)any->experts + 1, sizeof *ends);
     job->slot = allocate(8 * S);
     job->assignment = allocate(8 * S);
+    job->token = allocate(8 * S);
+    job->gate = allocate(4 * S);
     job->tile = allocate((S / TILE + most + 1) * (int64_t)sizeof(Tile));
     job->first_tile = allocate(8 * (most + 1));
-    int failed = !ends || !job->slot || !job->assignment || !job->tile || !job->first_tile;
+    int failed = !ends || !job->slot || !job->assignment || !job->token || !job->gate || !job->tile ||
+                 !job->first_tile;
     if (!failed) sort(job, any, ends);
     free(ends);
     if (failed) return 1;
@@ -84,6 +90,6 @@ int qmoe_begin(Job *job, int tier, const Call *call) {
 }
 
 void qmoe_end(Job *job) {
-    void *all[] = {job->slot, job->assignment, job->tile, job->first_tile, job->in, job->between, job->mid, job->sum};
+    void *all[] = {job->slot, job->assignment, job->token, job->gate, job->tile, job->first_tile, job->in, job->between, job->mid, job->sum};
     for (unsigned i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }

@@ -16,6 +16,8 @@ typedef struct {
     int64_t active, tiles;
     int64_t *slot;              // [assignments] the slot of an assignment, -1 if it names no expert
     int64_t *assignment;        // [used] and back
+    int64_t *token;             // [used] whose it is
+    float *gate;                // [used] and its weight, where there are weights
     Tile *tile;                 // [tiles]
     int64_t *first_tile;        // [active + 1] of each active expert
     void *in, *between;         // packed rows of the first and of the second product

@@ -190,8 +190,11 @@ static void activate(int64_t activation, float alpha, float limit, float *gate, 
     }
 }
 
-static void add(float *sum, const float *y, float gate) {
-    FOR16(r) sum[r] = __builtin_fmaf(gate, y[r], sum[r]);
+static void add(float *sum, int64_t stride, const int64_t *row, const float *gate, const float *y, int64_t rows) {
+    for (int64_t r = 0; r < rows; r++, y += 16) {
+        float *to = sum + row[r] * stride;
+        FOR16(i) to[i] = __builtin_fmaf(gate[r], y[i], to[i]);
+    }
 }
 static void load_some(const void *from, int64_t type, int64_t at, int64_t n, float *to) { load(from, type, at, (int)n, to); }
 

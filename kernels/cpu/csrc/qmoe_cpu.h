@@ -79,8 +79,8 @@ typedef struct {
     // gate, up [rows, 16] to out, whose rows are `stride` apart; n of the 16 are stored.
     void (*activate)(int64_t activation, float alpha, float limit, float *gate, float *up, int64_t rows, float *out,
                      int64_t stride, int64_t n);
-    // sum [16] += gate y
-    void (*add)(float *sum, const float *y, float gate);
+    // sum[row[r] stride + i] += gate[r] y[r, i]
+    void (*add)(float *sum, int64_t stride, const int64_t *row, const float *gate, const float *y, int64_t rows);
     // n values from place `at` on to float, and n floats to a type.
     void (*load)(const void *from, int64_t type, int64_t at, int64_t n, float *to);
     void (*store)(const float *from, void *to, int64_t type, int64_t n);

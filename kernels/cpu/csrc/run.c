@@ -149,16 +149,6 @@ static void pack_between(void *argument, int64_t item) {
     }
 }
 
-static void add_tile(const Job *job, const Tile *tile, const float *y, int64_t b) {
-    const Call *call = job->call;
-    const Stack *stack = &call->second;
-    for (int64_t r = 0; r < tile->rows; r++) {
-        int64_t s = job->assignment[tile->slot + r];
-        float *sum = job->sum + (s / call->choices * blocks_of(stack) + b) * ROWS;
-        job->tier->add(sum, y + ROWS * r, call->gates[s]);
-    }
-}
-
 static void second_product(void *argument, int64_t item) {
     const Job *job = argument;
     const Call *call = job->call;
@@ -175,7 +165,7 @@ static void second_product(void *argument, int64_t item) {
             const Block block = block_of(stack, tile->expert, b);
             multiply(job, &block, &rows, y);
             add_bias(job, stack, y, tile->rows, tile->expert * stack->n + ROWS * b, least(ROWS, stack->n - ROWS * b));
-            add_tile(job, tile, y, b);
+            job->tier->add(job->sum + b * ROWS, blocks * ROWS, job->token + tile->slot, job->gate + tile->slot, y, tile->rows);
         }
     }
     for (int64_t t = 0; t < call->tokens; t++)

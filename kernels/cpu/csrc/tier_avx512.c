@@ -7,7 +7,7 @@
 
 #include "lanes.h"
 
-#define AHEAD 2048  // bytes that are fetched before they are needed
+#define AHEAD 4096  // bytes that are fetched before they are needed
 
 INLINE __m512 scales16(const uint8_t *at, int64_t type, int64_t group) {
     if (type == FLOAT32) return _mm512_loadu_ps(at + 64 * group);

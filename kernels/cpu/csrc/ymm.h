@@ -14,7 +14,7 @@ INLINE int has_avx2(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpuid(1, 0, 1) >> 29 & 1;  // F16C
 }
 
-#define AHEAD 2048  // bytes that are fetched before they are needed
+#define AHEAD 4096  // bytes that are fetched before they are needed
 
 INLINE __m256 scales8(const uint8_t *at, int64_t type, int64_t first) {
     if (type == FLOAT32) return _mm256_loadu_ps((const float *)at + first);
