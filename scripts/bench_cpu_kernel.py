@@ -1,6 +1,6 @@
 """How fast the C kernels compute on this CPU: decode against memory, prefill against arithmetic.
 
-    python -P scripts/bench_cpu_kernel.py [--tier avx2] [--bits 2 3 4 8] [--shape qwen3] [--seconds 3]
+    python -P scripts/bench_cpu_kernel.py [--tier avx2] [--bits 2 3 4 8] [--shape qwen3]
 
 Layers of random weights in the shapes of Qwen3-30B-A3B and Mixtral-8x7B, groups of 32. Rounds take
 turns (read bandwidth, qmoe at each width, torch's int4 kernel, bfloat16), and the best of each is
@@ -81,14 +81,14 @@ def measure(shape: str, widths: list[int], threads: int, seconds: float) -> None
     stacks = {bits: layer(shape, bits) for bits in widths}
     rivals = torch_int4(H, I, min(E, 32))
     dense = torch.randn(2 * I, H).bfloat16()
-    memory = torch.ones(1 << 27, dtype=torch.int64)
+    memory = torch.ones(1 << 28)
     best, ids = Best(), torch.arange(A)[None]
     x, one = torch.randn(PREFILL, H).bfloat16(), torch.randn(1, H).bfloat16()
     many = torch.stack([torch.randperm(E)[:A] for _ in range(PREFILL)])
     gates, only = torch.rand(PREFILL, A), torch.rand(1, A)
     end, turn = time.perf_counter() + seconds * (len(widths) + 1), 0
     while time.perf_counter() < end:
-        best.time("read", memory.sum)
+        best.time("read", lambda: torch.dot(memory, memory))
         for bits, (stack, _) in stacks.items():
             for _ in range(8):
                 ids = rotate(ids, E)
@@ -97,7 +97,7 @@ def measure(shape: str, widths: list[int], threads: int, seconds: float) -> None
         turn += 1
         for rows in (1, 64):
             part = x[:rows]
-            best.time(f"int4 {rows}", lambda p=part: rivals(p, turn % min(E, 32)))
+            best.time(f"int4 {rows}", lambda p=part, e=turn % min(E, 32): rivals(p, e))
             best.time(f"bf16 {rows}", lambda p=part: p @ dense.T)
     show(name, threads, best.seconds, {b: size for b, (_, size) in stacks.items()}, shape)
 

@@ -53,8 +53,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Packed:
-    """A stack in the kernels' layout. table [E, 6]: of each matrix the first byte in the buffer, and
-    of its blocks the bytes, the offsets of zero points (0: none) and codes, bits, groups."""
+    """A stack in the kernels' layout.
+
+    table [E, 6]: of each matrix the first byte in the buffer; of its blocks the bytes and where
+    zero points (0: none) and codes start; bits; groups.
+    """
 
     shape: Shape
     buffer: UInt8[Tensor, " B"]

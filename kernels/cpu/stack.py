@@ -11,10 +11,17 @@ from qmoe.grid import dequantize
 from qmoe.kernels.activation import Activation
 from qmoe.kernels.cpu import ops
 from qmoe.kernels.cpu.layout import Packed, Shape, code_bytes, pack, unpack
+from qmoe.kernels.cpu.library import tier
 from qmoe.kernels.moe import Biases
 from qmoe.types import Quantized
 
 Stacks = Sequence[Quantized]
+
+
+def uses_cpu_kernels(device: torch.device) -> bool:
+    """Whether packed weights on this device go through the C kernels. Says so once, on standard
+    error, if they would but are not installed. ConfigError: see library.tier."""
+    return device.type == "cpu" and tier() is not None
 
 
 class CpuStack(nn.Module):
