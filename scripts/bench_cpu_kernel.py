@@ -95,9 +95,10 @@ def measure(shape: str, widths: list[int], threads: int, seconds: float) -> None
                 best.time(f"decode {bits}", lambda s=stack, i=ids: s.experts(one, i, only, None))
             best.time(f"prefill {bits}", lambda s=stack: s.experts(x, many, gates, None))
         turn += 1
+        e = turn % min(E, 32)
         for rows in (1, 64):
             part = x[:rows]
-            best.time(f"int4 {rows}", lambda p=part, e=turn % min(E, 32): rivals(p, e))
+            best.time(f"int4 {rows}", lambda p=part, e=e: rivals(p, e))
             best.time(f"bf16 {rows}", lambda p=part: p @ dense.T)
     show(name, threads, best.seconds, {b: size for b, (_, size) in stacks.items()}, shape)
 

@@ -15,6 +15,7 @@ from qmoe.kernels.cpu.library import CallStruct, StackStruct, run, tier
 
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "clamped_swiglu")
 ABSENT = StackStruct()
+PAIRED = 3  # place in a stack's integers
 
 
 def _stack(
@@ -76,8 +77,10 @@ def routed_experts_now(
     x [T, H] in float32, bfloat16 or float16; ids [T, A], those outside of [0, E) are no expert;
     gates [T, A]. A stack is buffer, table and numbers; first is packed with paired rows.
     biases: [E, N] and [E, H2]. exact: activations as they are and float32 sums, instead of 8 bits
-    per token and 32 features. Returns [T, H2] in the dtype of x. MemoryError.
+    per token and 32 features. Returns [T, H2] in the dtype of x. MemoryError; ValueError if first is not paired.
     """
+    if not first[2][PAIRED]:
+        raise ValueError("first: expected a stack packed with paired rows")
     x = x.contiguous()
     out = x.new_empty(len(x), second[2][0])
     kept = (_like(biases[0], x), _like(biases[1], x))

@@ -101,12 +101,12 @@ static void add_bias(const Job *job, const Stack *stack, float *y, int64_t rows,
         for (int64_t i = 0; i < n; i++) y[i] += bias[i];
 }
 
-// Columns [16 b, 16 b + n) of a product, as they are, to the rows of `out`.
-static void keep(const Job *job, const Tile *tile, const float *y, int64_t b, int64_t n) {
+// Columns [at, at + n) of a product, as they are, to the rows of `out`.
+static void keep(const Job *job, const Tile *tile, const float *y, int64_t at, int64_t n) {
     const Call *call = job->call;
     for (int64_t r = 0; r < tile->rows; r++, y += ROWS) {
         char *row = row_of_out(call, job->assignment[tile->slot + r], call->first.n);
-        job->tier->store(y, row + ROWS * b * (call->type == FLOAT32 ? 4 : 2), call->type, n);
+        job->tier->store(y, row + at * (call->type == FLOAT32 ? 4 : 2), call->type, n);
     }
 }
 
@@ -116,6 +116,7 @@ static void first_product(void *argument, int64_t item) {
     const Stack *stack = &call->first;
     int64_t blocks = blocks_of(stack), chunks = ceiling(blocks, job->first_chunk), width = stack->n / parts_of(stack);
     int64_t active = item / chunks, start = item % chunks * job->first_chunk;
+    int fused = call->second.buffer != 0;  // which takes paired rows
     float gate[TILE * ROWS], up[TILE * ROWS];
     for (int64_t i = job->first_tile[active]; i < job->first_tile[active + 1]; i++) {
         const Tile *tile = job->tile + i;
@@ -126,15 +127,16 @@ static void first_product(void *argument, int64_t item) {
             const Block block = block_of(stack, tile->expert, parts_of(stack) * b);
             multiply(job, &block, &rows, gate);
             add_bias(job, stack, gate, tile->rows, bias + ROWS * b, n);
-            if (!stack->paired) {
-                keep(job, tile, gate, b, n);
-                continue;
-            }
+            if (!fused) keep(job, tile, gate, ROWS * b, n);
+            if (!stack->paired) continue;
             const Block other = block_of(stack, tile->expert, 2 * b + 1);
             multiply(job, &other, &rows, up);
             add_bias(job, stack, up, tile->rows, bias + width + ROWS * b, n);
-            job->tier->activate(call->activation, call->alpha, call->limit, gate, up, tile->rows,
-                                job->mid + tile->slot * width + ROWS * b, width, n);
+            if (fused)
+                job->tier->activate(call->activation, call->alpha, call->limit, gate, up, tile->rows,
+                                    job->mid + tile->slot * width + ROWS * b, width, n);
+            else
+                keep(job, tile, up, width + ROWS * b, n);
         }
     }
 }
