@@ -12,6 +12,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,6 +83,7 @@ def measure(shape: str, widths: list[int], threads: int, seconds: float) -> None
     rivals = torch_int4(H, I, min(E, 32))
     dense = torch.randn(2 * I, H).bfloat16()
     memory = torch.ones(1 << 28)
+    silu = next(iter(stacks.values()))[0].activation
     best, ids = Best(), torch.arange(A)[None]
     x, one = torch.randn(PREFILL, H).bfloat16(), torch.randn(1, H).bfloat16()
     many = torch.stack([torch.randperm(E)[:A] for _ in range(PREFILL)])
@@ -92,8 +94,8 @@ def measure(shape: str, widths: list[int], threads: int, seconds: float) -> None
         for bits, (stack, _) in stacks.items():
             for _ in range(8):
                 ids = rotate(ids, E)
-                best.time(f"decode {bits}", lambda s=stack, i=ids: s.experts(one, i, only, None))
-            best.time(f"prefill {bits}", lambda s=stack: s.experts(x, many, gates, None))
+                best.time(f"decode {bits}", partial(stack.experts, one, ids, only, silu))
+            best.time(f"prefill {bits}", partial(stack.experts, x, many, gates, silu))
         turn += 1
         e = turn % min(E, 32)
         for rows in (1, 64):

@@ -78,8 +78,7 @@ def pack(matrices: Sequence[Quantized], dtype: torch.dtype, paired: bool = False
         row[DATA] = size
         size += row[BLOCK] * _blocks(shape)
         table[e] = torch.tensor(row)
-    # Fetches ahead and whole-vector loads may touch what lies behind the last block.
-    buffer = torch.zeros(size + ALIGN, dtype=torch.uint8)
+    buffer = torch.zeros(size, dtype=torch.uint8)
     for row, matrix in zip(table.tolist(), each, strict=True):
         end = row[DATA] + row[BLOCK] * _blocks(shape)
         _write(buffer[row[DATA] : end].view(-1, row[BLOCK]), matrix, shape, row)

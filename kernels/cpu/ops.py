@@ -77,7 +77,8 @@ def routed_experts_now(
     x [T, H] in float32, bfloat16 or float16; ids [T, A], those outside of [0, E) are no expert;
     gates [T, A]. A stack is buffer, table and numbers; first is packed with paired rows.
     biases: [E, N] and [E, H2]. exact: activations as they are and float32 sums, instead of 8 bits
-    per token and 32 features. Returns [T, H2] in the dtype of x. MemoryError; ValueError if first is not paired.
+    per token and 32 features. Returns [T, H2] in the dtype of x.
+    MemoryError; ValueError if first is not paired.
     """
     if not first[2][PAIRED]:
         raise ValueError("first: expected a stack packed with paired rows")
