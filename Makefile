@@ -2,7 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint types rooms kernels gpu-dry-run families check clean
+CC ?= cc
+CROSS ?= aarch64-linux-gnu-gcc
+SANITIZED := -std=c11 -g -ffp-contract=off -fno-math-errno -fno-trapping-math -Ikernels/cpu/csrc \
+	tests/kernels/cpu/sanitize.c $(wildcard kernels/cpu/csrc/*.c) -lm -lpthread
+
+.PHONY: quickstart test lint types rooms sanitize kernels gpu-dry-run families check clean
 
 quickstart: .venv/ready
 	$(BIN)/python scripts/quickstart.py
@@ -29,6 +34,20 @@ rooms: .venv/ready
 kernels: .venv/ready
 	$(BIN)/python -P scripts/kernel_report.py
 
+# The C kernels under sanitizers, every instruction set of this processor against the scalar one; NEON
+# in an emulator if there is a cross compiler. Says what it leaves out.
+sanitize:
+	mkdir -p build/sanitize
+	@command -v $(CC) >/dev/null || { echo "no C compiler: the C kernels are not checked"; exit 0; }; set -ex; \
+	$(CC) -O1 -fsanitize=address,undefined -fno-sanitize-recover=all $(SANITIZED) -o build/sanitize/memory; \
+	build/sanitize/memory 100; \
+	$(CC) -O1 -fsanitize=thread $(SANITIZED) -o build/sanitize/threads; \
+	build/sanitize/threads 40
+	@command -v $(CROSS) >/dev/null && command -v qemu-aarch64 >/dev/null || { \
+	echo "no $(CROSS) and qemu-aarch64: NEON is not checked"; exit 0; }; set -ex; \
+	$(CROSS) -O2 -static $(SANITIZED) -o build/sanitize/neon; \
+	qemu-aarch64 build/sanitize/neon 50
+
 # All steps of the kit for GPUs on a CPU, in Triton's interpreter, at toy sizes.
 gpu-dry-run: .venv/ready
 	rm -rf build/gpu
@@ -38,7 +57,7 @@ gpu-dry-run: .venv/ready
 families: .venv/ready
 	$(BIN)/qmoe families --check
 
-check: lint types kernels gpu-dry-run test families
+check: lint types sanitize kernels gpu-dry-run test families
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -120,7 +120,8 @@ def test_a_wrong_weight_shape_is_found(folder):
 def test_an_unpacked_expert_in_memory_is_found(quantized):
     model, _ = qmoe.load(quantized, progress=False)
     audit_model(model, "here")
-    del model.model.layers[2].mlp.experts.qmoe_first
+    module = model.model.layers[2].mlp.experts
+    delattr(module, "qmoe_arena" if hasattr(module, "qmoe_arena") else "qmoe_first")
     with pytest.raises(AuditError, match="routed experts not packed|layers.2.mlp.experts"):
         audit_model(model, "here")
 

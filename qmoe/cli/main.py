@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from qmoe.cli.options import build_parser
-from qmoe.cli.printing import printing, say
 from qmoe.cli.tables import to_json
 from qmoe.errors import QmoeError
+from qmoe.system.printing import printing, say
 from qmoe.system.progress import shown
 
 

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from qmoe.cli.printing import say
+from qmoe.system.printing import say
 
 TEXT = {"--windows": "--samples", "--window": "--seqlen"}
 # By command: the option that took its place, or what `--set` takes (with a value of its own behind

@@ -23,6 +23,8 @@ from qmoe.format.hadamard import rotate
 from qmoe.format.packing import packed_words, unpack_rows, unpack_zeros
 from qmoe.format.quantized import Quantized
 from qmoe.kernels import uses_arena
+from qmoe.kernels.activation import Activation, recognize
+from qmoe.kernels.cpu.stack import CpuStack, uses_cpu_kernels
 from qmoe.kernels.moe import moe_forward
 from qmoe.kernels.stack import PackedStack
 from qmoe.model import experts
@@ -95,6 +97,8 @@ class PackedLinear(nn.Module):
         (quantized,) = take_to_run(self, where).values()
         if uses_arena(device):
             self.stack: Any = _arena_stack([quantized], device, None)
+        elif uses_cpu_kernels(device):
+            self.stack = CpuStack([quantized], quantized.scale.dtype)
         else:
             self.stack = PackedStack(quantized, quantized.scale.dtype)
 
@@ -123,6 +127,9 @@ def finish_experts(
             setattr(module, ours, nn.Parameter(values.contiguous(), requires_grad=False))
     if uses_arena(device):
         module.qmoe_arena = _arena_stack([stored[first], stored[second]], device, home, module)
+    elif uses_cpu_kernels(device):
+        stacks = [stored[first], stored[second]]
+        module.qmoe_arena = CpuStack(stacks, stacks[0].scale.dtype, _fused(module, stacks))
     else:
         module.qmoe_first = PackedStack(stored[first], stored[first].scale.dtype)
         module.qmoe_second = PackedStack(stored[second], stored[second].scale.dtype)
@@ -134,16 +141,21 @@ def _arena_stack(
     stacks: list[Quantized], device: torch.device, home: torch.device | None, module: Any = None
 ) -> nn.Module:
     """The form of the Triton kernels, which only machines that have Triton can import."""
-    from qmoe.kernels.activation import recognize
     from qmoe.kernels.arena_stack import ArenaStack
 
     dtype = stacks[0].scale.dtype
-    # An activation that a kernel computes cannot be followed by a rotation.
     if module is None or not module.has_gate or any(module.qmoe_rotations):
         return ArenaStack(stacks, dtype, device, home=home)
+    return ArenaStack(stacks, dtype, device, _fused(module, stacks), paired=True, home=home)
+
+
+def _fused(module: Any, stacks: list[Quantized]) -> Activation | None:
+    """The activation that kernels can compute between the two products; None if there is none."""
+    # One that a kernel computes cannot be followed by a rotation.
+    if not module.has_gate or any(module.qmoe_rotations):
+        return None
     width = stacks[0].q.shape[1]
-    activation = recognize(lambda product: experts.stack_activation(module, product), width)
-    return ArenaStack(stacks, dtype, device, activation, paired=True, home=home)
+    return recognize(lambda product: experts.stack_activation(module, product), width)
 
 
 def held(model: nn.Module, target: str) -> Tensor | None:

@@ -1,0 +1,36 @@
+// One call while it is computed: which rows go to which expert, and the buffers between the phases.
+#pragma once
+#include "parallel.h"
+#include "qmoe_cpu.h"
+
+// Up to 64 rows of one expert: slots [slot, slot + rows).
+typedef struct {
+    int64_t expert, slot, rows;
+} Tile;
+
+// Rows sorted by expert are slots; an expert that has rows is active.
+typedef struct {
+    const Call *call;
+    const Tier *tier;
+    int64_t assignments, used;  // T * A, and how many of them name an expert
+    int64_t active, tiles;
+    int64_t *slot;              // [assignments] the slot of an assignment, -1 if it names no expert
+    int64_t *assignment;        // [used] and back
+    int64_t *token;             // [used] whose it is
+    float *gate;                // [used] and its weight, where there are weights
+    Tile *tile;                 // [tiles]
+    int64_t *first_tile;        // [active + 1] of each active expert
+    void *in, *between;         // packed rows of the first and of the second product
+    float *mid;                 // [used, I]: what lies between the products
+    float *sum;                 // [T, N padded to blocks]: the weighted sum
+    int64_t grain_in, grain_mid, first_chunk, second_chunk;
+} Job;
+
+// Counts and sorts the assignments; 1 if memory ran out. `qmoe_end` frees everything.
+int qmoe_begin(Job *, int tier, const Call *);
+void qmoe_end(Job *);
+
+// Steps of 32 columns in a row of a stack's matrices, and blocks of 16 rows.
+static inline int64_t steps_of(const Stack *s) { return s->k / s->piece * ((s->piece + STEP - 1) / STEP); }
+static inline int64_t parts_of(const Stack *s) { return s->paired ? 2 : 1; }
+static inline int64_t blocks_of(const Stack *s) { return (s->n / parts_of(s) + ROWS - 1) / ROWS; }  // of a part

@@ -1,0 +1,99 @@
+// Packed matrices on a CPU: what Python hands over, and what each instruction set implements.
+//
+// A matrix [N, K] lies in blocks of 16 rows. K is cut into steps of 32 (each group of weights is
+// padded to whole steps), and a step of a block is eight vectors V0..V7 of 64 bytes: byte 4 r + k of
+// Vi is the code of row r at column 4 i + k. So four bytes of activations, broadcast, meet 16 rows.
+// Bits store the eight vectors densely:
+//   8: V0..V7          4: Vi | V(i+1) << 4, four vectors          2: four to a byte, two vectors
+//   3: the low two bits as at 2, then one vector whose bit i is the top bit of Vi
+// In front of a block's codes are its scales [G, 16] and, if there are any, its zero points [G, 16].
+#pragma once
+#include <stdint.h>
+
+// Compilers that know 256-bit dot products outside of AVX-512.
+#if defined(__x86_64__) && (__clang_major__ >= 12 || __GNUC__ >= 11)
+#define HAVE_AVXVNNI 1
+#else
+#define HAVE_AVXVNNI 0
+#endif
+
+enum { ROWS = 16, STEP = 32, TILE = 64 };      // rows of a block, columns of a step, rows of x at once
+enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
+enum { NONE = 0, SILU = 1, GELU = 2, GELU_TANH = 3, CLAMPED_SWIGLU = 4 };
+
+// One expert's matrix; a row of the table that Python keeps. Offsets in bytes: data from the start
+// of the buffer; zeros (0: none) and codes from the start of a block.
+typedef struct {
+    int64_t data, block, zeros, codes, bits, groups;
+} Matrix;
+
+// The matrices [N, K] of all experts. piece: columns that are padded to whole steps. paired: blocks
+// of gate and up rows take turns. offset: the zero point that all share, or 0 if they differ.
+typedef struct {
+    const uint8_t *buffer;
+    const Matrix *matrices;
+    const void *bias;  // [E, N] in the type of x, or NULL
+    int64_t experts, n, k, piece, paired, scale_type, offset;
+} Stack;
+
+// One call. first and second: y[t] = sum_a gates[t, a] second(activation(first(x[t]))).
+// first alone (second.buffer NULL): out [T * A, N], the products by assignment; second alone
+// (first.buffer NULL): x is [T * A, K], out the weighted sum. ids NULL: every row takes expert `only`.
+typedef struct {
+    const void *x;
+    void *out;
+    const int64_t *ids;  // [T, A]; ids outside of [0, E) are no expert
+    const float *gates;  // [T, A]
+    int64_t tokens, choices, only, type, activation, exact, threads;
+    float alpha, limit;
+    Stack first, second;
+} Call;
+
+// Sixteen rows of a matrix, ready to be multiplied with.
+typedef struct {
+    const uint8_t *scales, *zeros, *codes;
+    int64_t groups, steps;  // steps: per group
+    int64_t scale_type, bits, offset;
+} Block;
+
+// Rows of x in a tile, step by step: codes [steps, rows, 32] with scales and sums [steps, rows], or
+// in exact mode values [steps, rows, 32]. sums: minus the sum of the codes, times the shared offset
+// if there is one (`ready`).
+typedef struct {
+    int8_t *codes;
+    float *scales;
+    int32_t *sums;
+    float *values;
+    int64_t rows, ready;
+} Rows;
+
+// What an instruction set implements. All of them give the same bits.
+typedef struct {
+    const char *name;
+    int (*usable)(void);
+    // Row r of the tile from k values of a type.
+    void (*pack)(const void *x, int64_t type, int64_t k, int64_t piece, int64_t offset, Rows *to, int64_t r);
+    // y [rows, 16] = rows times block, from int8 or from exact values.
+    void (*product)(const Block *, const Rows *, float *y);
+    void (*exact)(const Block *, const Rows *, float *y);
+    // gate, up [rows, 16] to out, whose rows are `stride` apart; n of the 16 are stored.
+    void (*activate)(int64_t activation, float alpha, float limit, float *gate, float *up, int64_t rows, float *out,
+                     int64_t stride, int64_t n);
+    // sum[row[r] stride + i] += gate[r] y[r, i]
+    void (*add)(float *sum, int64_t stride, const int64_t *row, const float *gate, const float *y, int64_t rows);
+    // n values from place `at` on to float, and n floats to a type.
+    void (*load)(const void *from, int64_t type, int64_t at, int64_t n, float *to);
+    void (*store)(const float *from, void *to, int64_t type, int64_t n);
+} Tier;
+
+extern const Tier *const qmoe_tiers[];  // best first; the last is scalar; NULL behind it
+
+#define EXPORTED __attribute__((visibility("default")))
+
+// The address of libgomp's GOMP_parallel, or NULL: threads are started for each call then.
+EXPORTED void qmoe_use_openmp(void *gomp_parallel);
+// The number of the tier with this name (NULL: the best) or -1 if this machine cannot run it.
+EXPORTED int qmoe_find_tier(const char *name);
+EXPORTED const char *qmoe_tier_name(int tier);
+// 0, or 1 if memory ran out.
+EXPORTED int qmoe_run(int tier, const Call *call);

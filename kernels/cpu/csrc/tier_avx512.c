@@ -1,0 +1,72 @@
+// AVX-512 with VNNI: a vector holds all 16 rows.
+#if defined(__x86_64__)
+#define TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"
+#include "target.h"
+// (the target comes before the intrinsics)
+#include <immintrin.h>
+
+#include "lanes.h"
+
+#define AHEAD 4096  // bytes that are fetched before they are needed
+
+INLINE __m512 scales16(const uint8_t *at, int64_t type, int64_t group) {
+    if (type == FLOAT32) return _mm512_loadu_ps(at + 64 * group);
+    __m256i half = _mm256_loadu_si256((const __m256i *)(at + 32 * group));
+    if (type == FLOAT16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+INLINE void unpack(const uint8_t *c, const int bits, __m512i *v) {
+    __m512i s[8];
+    for (int i = 0; i < bits; i++) s[i] = _mm512_loadu_si512(c + 64 * i);
+    if (bits == 8) for (int i = 0; i < 8; i++) v[i] = s[i];
+    else if (bits == 4) {
+        const __m512i mask = _mm512_set1_epi8(15);
+        for (int i = 0; i < 8; i++) v[i] = _mm512_and_si512(i % 2 ? _mm512_srli_epi16(s[i / 2], 4) : s[i / 2], mask);
+    } else {
+        const __m512i mask = _mm512_set1_epi8(3), four = _mm512_set1_epi8(4);
+        for (int i = 0; i < 8; i++) {
+            v[i] = _mm512_and_si512(i % 4 ? _mm512_srli_epi16(s[i / 4], 2 * (i % 4)) : s[i / 4], mask);
+            if (bits == 3) {
+                __m512i top = i < 2 ? _mm512_slli_epi16(s[2], 2 - i) : _mm512_srli_epi16(s[2], i - 2);
+                v[i] = _mm512_ternarylogic_epi32(v[i], top, four, 0xf8);  // v | (top & four)
+            }
+        }
+    }
+}
+
+INLINE void product_bits(const Block *b, const Rows *x, float *y, const int bits) {
+    const uint8_t *codes = b->codes;
+    const int8_t *q = x->codes;
+    const float *xs = x->scales;
+    const int32_t *sums = x->sums;
+    const int64_t rows = x->rows;
+    const int ready = (int)x->ready;
+    __m512i zero = _mm512_set1_epi32((int)b->offset);
+    for (int64_t g = 0; g < b->groups; g++) {
+        __m512 scale = scales16(b->scales, b->scale_type, g);
+        if (b->zeros) zero = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(b->zeros + 16 * g)));
+        for (int64_t j = 0; j < b->steps; j++, codes += 64 * bits) {
+            __m512i v[8];
+            for (int i = 0; i < bits; i++) _mm_prefetch((const char *)codes + AHEAD + 64 * i, _MM_HINT_T0);
+            unpack(codes, bits, v);
+            for (int64_t t = 0; t < rows; t++, q += STEP, xs++, sums++) {
+                __m512i sum = _mm512_set1_epi32(*sums);
+                if (!ready) sum = _mm512_madd_epi16(zero, sum);  // |sum| < 2^15, zero < 2^8
+                for (int i = 0; i < 8; i++) {
+                    int32_t four;
+                    memcpy(&four, q + 4 * i, 4);
+                    sum = _mm512_dpbusd_epi32(sum, v[i], _mm512_set1_epi32(four));
+                }
+                __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(*xs));
+                _mm512_storeu_ps(y + 16 * t, _mm512_fmadd_ps(both, _mm512_cvtepi32_ps(sum), _mm512_loadu_ps(y + 16 * t)));
+            }
+        }
+    }
+}
+
+DEFINE_TIER(qmoe_avx512, "avx512vnni",
+            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+#include "target_end.h"
+#endif

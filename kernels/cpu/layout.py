@@ -1,0 +1,204 @@
+"""The layout of the CPU kernels: blocks of 16 rows, interleaved along K. csrc/qmoe_cpu.h has it
+in full.
+
+The matrices of all experts lie in one buffer, each with its own bits, groups and zero points; a
+table says where and what they are. Every instruction set reads the same layout.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from qmoe.format.quantized import Quantized
+
+VERSION = 1  # of the layout; kept in cache files
+ROWS, STEP, ALIGN = 16, 32, 64
+FIELDS = 6  # of a matrix in the table
+DATA, BLOCK, ZEROS, CODES, BITS, GROUPS = range(FIELDS)
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all matrices of a stack share.
+
+    n, k: logical size. piece: columns that are padded to whole steps of 32 (every group is made of
+    whole pieces). paired: gate rows and up rows take turns in blocks of 16. dtype: of the scales.
+    offset: the zero point that all codes share, 0 if they do not.
+    """
+
+    n: int
+    k: int
+    piece: int
+    paired: bool
+    dtype: torch.dtype
+    offset: int
+
+    def numbers(self) -> list[int]:
+        """As the C code takes them: n, k, piece, paired, scale type, offset."""
+        return [self.n, self.k, self.piece, int(self.paired), TYPES[self.dtype], self.offset]
+
+    @property
+    def steps(self) -> int:
+        return self.k // self.piece * -(-self.piece // STEP)
+
+    @property
+    def parts(self) -> int:
+        return 2 if self.paired else 1
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A stack in the kernels' layout.
+
+    table [E, 6]: of each matrix the first byte in the buffer; of its blocks the bytes and where
+    zero points (0: none) and codes start; bits; groups.
+    """
+
+    shape: Shape
+    buffer: UInt8[Tensor, " B"]
+    table: Int64[Tensor, "E 6"]
+
+
+def pack(matrices: Sequence[Quantized], dtype: torch.dtype, paired: bool = False) -> Packed:
+    """Stacks of one or more matrices each, all [*, N, K], as one; scales are kept in `dtype`."""
+    each = [one for stack in matrices for one in _each(stack)]
+    n, k = each[0].q.shape[1:]
+    piece = gcd(*(k // m.scale.shape[-1] for m in each))
+    offsets = {1 << (m.scheme.bits - 1) if m.zero is None else 0 for m in each}
+    offset = offsets.pop() if len(offsets) == 1 else 0
+    shape = Shape(n, k, piece, paired, dtype, offset)
+    table, size = torch.zeros(len(each), FIELDS, dtype=torch.int64), 0
+    for e, matrix in enumerate(each):
+        row = _row(matrix, shape)
+        row[DATA] = size
+        size += row[BLOCK] * _blocks(shape)
+        table[e] = torch.tensor(row)
+    buffer = torch.zeros(size, dtype=torch.uint8)
+    for row, matrix in zip(table.tolist(), each, strict=True):
+        end = row[DATA] + row[BLOCK] * _blocks(shape)
+        _write(buffer[row[DATA] : end].view(-1, row[BLOCK]), matrix, shape, row)
+    return Packed(shape, buffer, table)
+
+
+def unpack(packed: Packed, e: int) -> Quantized:
+    """Matrix e as it was packed, [1, N, K]; its scheme is not kept and is made anew."""
+    from qmoe.config import CHANNEL, Scheme
+
+    row = [int(v) for v in packed.table[e]]
+    shape, bits = packed.shape, row[BITS]
+    end = row[DATA] + row[BLOCK] * _blocks(shape)
+    blocks = packed.buffer[row[DATA] : end].view(-1, row[BLOCK])
+    vectors = _spread(blocks[:, row[CODES] :].reshape(len(blocks), shape.steps, bits, 64), bits)
+    rows = vectors.view(len(blocks), shape.steps, 8, ROWS, 4).permute(0, 3, 1, 2, 4)
+    q = rows.reshape(-1, shape.k // shape.piece, shape.steps * STEP * shape.piece // shape.k)
+    q = _in_order(q[..., : shape.piece].reshape(-1, shape.k), shape)
+    size, half = row[GROUPS] * ROWS, 1 << (bits - 1)
+    scale = blocks[:, : size * shape.dtype.itemsize].contiguous().view(shape.dtype)
+    scale = _in_order(_rows_of(scale, row[GROUPS]), shape)
+    zero = None
+    if row[ZEROS]:
+        zero = _in_order(_rows_of(blocks[:, row[ZEROS] : row[ZEROS] + size], row[GROUPS]), shape)
+        zero = (zero.to(torch.int16) - half).to(torch.int8)[None]
+    group = CHANNEL if row[GROUPS] == 1 else shape.k // row[GROUPS]
+    codes = (q.to(torch.int16) - half).to(torch.int8)
+    return Quantized(codes[None], scale[None], zero, Scheme(bits, group, zero is None))
+
+
+def code_bytes(packed: Packed) -> int:
+    """Bytes of the codes alone, padding included."""
+    blocks = _blocks(packed.shape)
+    return sum(64 * int(row[BITS]) * packed.shape.steps * blocks for row in packed.table)
+
+
+def _each(stack: Quantized) -> list[Quantized]:
+    zeros = stack.zero if stack.zero is not None else [None] * len(stack.q)
+    return [
+        Quantized(q[None], s[None], None if z is None else z[None], stack.scheme)
+        for q, s, z in zip(stack.q, stack.scale, zeros, strict=True)
+    ]
+
+
+def _blocks(shape: Shape) -> int:
+    return shape.parts * -(-(shape.n // shape.parts) // ROWS)
+
+
+def _row(matrix: Quantized, shape: Shape) -> list[int]:
+    """The table's row of a matrix, at offset 0."""
+    groups, bits = matrix.scale.shape[-1], matrix.scheme.bits
+    scales = groups * ROWS * shape.dtype.itemsize
+    zeros = 0 if matrix.zero is None else scales
+    codes = -(-(scales + (groups * ROWS if zeros else 0)) // ALIGN) * ALIGN
+    return [0, codes + 64 * bits * shape.steps, zeros, codes, bits, groups]
+
+
+def _write(blocks: UInt8[Tensor, "b s"], matrix: Quantized, shape: Shape, row: list[int]) -> None:
+    half = 1 << (row[BITS] - 1)
+    codes = (_in_blocks(matrix.q[0], shape).to(torch.int16) + half).to(torch.uint8)
+    pieces = codes.unflatten(-1, (-1, shape.piece))
+    pieces = torch.nn.functional.pad(pieces, (0, -shape.piece % STEP))
+    vectors = pieces.reshape(len(blocks), ROWS, shape.steps, 8, 4).permute(0, 2, 3, 1, 4)
+    packed = _join(vectors.reshape(len(blocks), shape.steps, 8, 64), row[BITS])
+    blocks[:, row[CODES] :] = packed.flatten(1)
+    scale = _columns_of(_in_blocks(matrix.scale[0].to(shape.dtype), shape))
+    blocks[:, : scale.shape[1] * scale.itemsize] = scale.view(torch.uint8)
+    if matrix.zero is not None:
+        zero = (_in_blocks(matrix.zero[0], shape).to(torch.int16) + half).to(torch.uint8)
+        zero = _columns_of(zero)
+        blocks[:, row[ZEROS] : row[ZEROS] + zero.shape[1]] = zero
+
+
+def _in_blocks(rows: Tensor, shape: Shape) -> Tensor:
+    """[N, *] to [blocks * 16, *]: rows padded, gate and up blocks taking turns if paired."""
+    parts = rows.unflatten(0, (shape.parts, -1))
+    parts = torch.nn.functional.pad(parts, (0, 0, 0, -parts.shape[1] % ROWS))
+    return parts.unflatten(1, (-1, ROWS)).transpose(0, 1).flatten(0, 2)
+
+
+def _in_order(rows: Tensor, shape: Shape) -> Tensor:
+    """The way back."""
+    parts = rows.unflatten(0, (-1, shape.parts, ROWS)).transpose(0, 1).flatten(1, 2)
+    return parts[:, : shape.n // shape.parts].flatten(0, 1).contiguous()
+
+
+def _columns_of(rows: Tensor) -> Tensor:
+    """[blocks * 16, G] to [blocks, G * 16]."""
+    return rows.unflatten(0, (-1, ROWS)).transpose(1, 2).flatten(1).contiguous()
+
+
+def _rows_of(columns: Tensor, groups: int) -> Tensor:
+    """The way back."""
+    return columns.unflatten(1, (groups, ROWS)).transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _join(vectors: UInt8[Tensor, "b s 8 64"], bits: int) -> UInt8[Tensor, "b s bits 64"]:
+    """Eight vectors of codes in `bits` vectors."""
+    if bits == 8:
+        return vectors
+    low = 4 if bits == 4 else 2
+    shifts = torch.arange(0, 8, low, dtype=torch.uint8)[:, None]
+    fields = (vectors & ((1 << low) - 1)).unflatten(2, (-1, 8 // low))
+    joined = (fields << shifts).sum(3, dtype=torch.uint8)
+    if bits != 3:
+        return joined
+    places = torch.arange(8, dtype=torch.uint8)[:, None]
+    top = (vectors >> 2 << places).sum(2, keepdim=True, dtype=torch.uint8)
+    return torch.cat((joined, top), dim=2)
+
+
+def _spread(packed: UInt8[Tensor, "b s bits 64"], bits: int) -> UInt8[Tensor, "b s 8 64"]:
+    """The way back."""
+    if bits == 8:
+        return packed
+    low = 4 if bits == 4 else 2
+    shifts = torch.arange(0, 8, low, dtype=torch.uint8)[:, None]
+    fields = packed[:, :, :low, None] >> shifts & ((1 << low) - 1)
+    vectors = fields.flatten(2, 3)
+    if bits != 3:
+        return vectors
+    places = torch.arange(8, dtype=torch.uint8)[:, None]
+    return vectors | (packed[:, :, 2:3] >> places & 1) << 2

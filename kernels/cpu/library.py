@@ -1,0 +1,110 @@
+"""The shared object of the C kernels: where it is, which instructions it uses, how it is called.
+
+`QMOE_CPU_KERNELS` chooses an instruction set by name (avx512vnni, avxvnni, avx2, neon, scalar), or
+`off`: torch's own ops compute then, as where the package was installed without a compiler.
+"""
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+from qmoe.errors import ConfigError
+from qmoe.system.printing import say
+
+VARIABLE = "QMOE_CPU_KERNELS"
+OFF = "off"
+NAMES = ("avx512vnni", "avxvnni", "avx2", "neon", "scalar")
+_I, _P = ctypes.c_int64, ctypes.c_void_p
+
+
+class StackStruct(ctypes.Structure):
+    """`Stack` of csrc/qmoe_cpu.h."""
+
+    _fields_ = [
+        ("buffer", _P), ("matrices", _P), ("bias", _P), ("experts", _I), ("n", _I), ("k", _I),
+        ("piece", _I), ("paired", _I), ("scale_type", _I), ("offset", _I),
+    ]  # fmt: skip
+
+
+class CallStruct(ctypes.Structure):
+    """`Call` of csrc/qmoe_cpu.h."""
+
+    _fields_ = [
+        ("x", _P), ("out", _P), ("ids", _P), ("gates", _P), ("tokens", _I), ("choices", _I),
+        ("only", _I), ("type", _I), ("activation", _I), ("exact", _I), ("threads", _I),
+        ("alpha", ctypes.c_float), ("limit", ctypes.c_float),
+        ("first", StackStruct), ("second", StackStruct),
+    ]  # fmt: skip
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The shared object with its functions declared, or None if this installation has none."""
+    found = sorted(Path(__file__).parent.glob("_kernels*.so"))
+    if not found:
+        return None
+    lib = ctypes.CDLL(str(found[0]))
+    lib.qmoe_run.argtypes = [ctypes.c_int, ctypes.POINTER(CallStruct)]
+    lib.qmoe_find_tier.argtypes = [ctypes.c_char_p]
+    lib.qmoe_tier_name.restype = ctypes.c_char_p
+    lib.qmoe_use_openmp.argtypes = [_P]
+    lib.qmoe_use_openmp(_openmp())
+    return lib
+
+
+def _openmp() -> int | None:
+    """The address of GOMP_parallel in the OpenMP runtime that torch has loaded: its threads are
+    used, so that a process has one set of them."""
+    import torch  # noqa: F401  (loads it)
+
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, _P).value
+    except AttributeError:
+        return None
+
+
+@cache
+def tier() -> int | None:
+    """The instruction set in use, as the library counts them; None if torch's own ops compute: the
+    library is not there, this machine has no fast tier, or `QMOE_CPU_KERNELS` is `off`.
+
+    Raises ConfigError if the variable names a tier that there is not or that this machine lacks.
+    """
+    chosen = os.environ.get(VARIABLE, "")
+    if chosen not in ("", OFF, *NAMES):
+        raise ConfigError(f"{VARIABLE}={chosen!r}: expected {OFF} or one of {', '.join(NAMES)}")
+    if chosen == OFF:
+        return None
+    lib = library()
+    if lib is None:
+        if chosen:
+            raise ConfigError(
+                f"{VARIABLE}={chosen}: this installation has no CPU kernels; install qmoe again "
+                "on a machine with a C compiler, or unset the variable"
+            )
+        say(
+            "warning: this installation of qmoe has no CPU kernels (they need a C compiler when it "
+            "is installed), so torch's own, slower operations run"
+        )
+        return None
+    number = int(lib.qmoe_find_tier(chosen.encode() if chosen else None))
+    if number < 0:
+        raise ConfigError(f"{VARIABLE}={chosen}: this processor cannot run {chosen} instructions")
+    name = lib.qmoe_tier_name(number).decode()
+    # Scalar code is there to define the others; torch's ops are faster.
+    return number if chosen or name != "scalar" else None
+
+
+def tier_name() -> str | None:
+    """The name of the instruction set in use, None if torch's own ops compute."""
+    number, lib = tier(), library()
+    return None if number is None or lib is None else lib.qmoe_tier_name(number).decode()
+
+
+def run(number: int, call: CallStruct) -> None:
+    """One call; other Python threads run meanwhile. Raises MemoryError."""
+    lib = library()
+    assert lib is not None
+    if lib.qmoe_run(number, call):
+        raise MemoryError("the CPU kernels could not allocate their buffers")

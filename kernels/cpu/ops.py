@@ -1,0 +1,215 @@
+"""The CPU kernels as torch custom ops, so that torch.compile keeps a packed model in one graph.
+
+A stack travels as its buffer, its table and six integers (layout.Shape.numbers). The functions that
+end in _now are the same without torch's dispatcher, which takes longer than a small product.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qmoe.kernels.activation import Activation
+from qmoe.kernels.cpu.layout import TYPES
+from qmoe.kernels.cpu.library import CallStruct, StackStruct, run, tier
+
+ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "clamped_swiglu")
+ABSENT = StackStruct()
+PAIRED = 3  # place in a stack's integers
+
+
+def _stack(
+    buffer: Tensor, table: Tensor, numbers: Sequence[int], bias: Tensor | None
+) -> StackStruct:
+    return StackStruct(
+        buffer.data_ptr(), table.data_ptr(), None if bias is None else bias.data_ptr(),
+        len(table), *numbers,
+    )  # fmt: skip
+
+
+def _run(
+    x: Tensor,
+    out: Tensor,
+    ids: Tensor | int,
+    gates: Tensor | None,
+    shape: tuple[int, int],
+    between: Activation | None,
+    exact: bool,
+    first: StackStruct,
+    second: StackStruct,
+) -> Tensor:
+    """ids: of the experts, or the one that all rows take. shape: tokens, choices."""
+    number = tier()
+    assert number is not None
+    every = isinstance(ids, int)
+    # These lines keep what the pointers point at alive until the call is over.
+    ids_kept = None if isinstance(ids, int) else ids.to(torch.int64).contiguous()
+    gates_kept = None if gates is None else gates.float().contiguous()
+    call = CallStruct(
+        x.data_ptr(), out.data_ptr(),
+        None if ids_kept is None else ids_kept.data_ptr(),
+        None if gates_kept is None else gates_kept.data_ptr(),
+        *shape, ids if every else -1, TYPES[x.dtype],
+        0 if between is None else ACTIVATIONS.index(between.name), exact, torch.get_num_threads(),
+        0.0 if between is None else between.alpha, 0.0 if between is None else between.limit,
+        first, second,
+    )  # fmt: skip
+    run(number, call)
+    return out
+
+
+def _like(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(x.dtype).contiguous()
+
+
+def routed_experts_now(
+    x: Tensor,
+    ids: Tensor,
+    gates: Tensor,
+    first: tuple[Tensor, Tensor, Sequence[int]],
+    second: tuple[Tensor, Tensor, Sequence[int]],
+    between: Activation,
+    biases: tuple[Tensor | None, Tensor | None],
+    exact: bool,
+) -> Tensor:
+    """y[t] = sum over a of gates[t, a] * second[e] @ between(first[e] @ x[t]), e = ids[t, a].
+
+    x [T, H] in float32, bfloat16 or float16; ids [T, A], those outside of [0, E) are no expert;
+    gates [T, A]. A stack is buffer, table and numbers; first is packed with paired rows.
+    biases: [E, N] and [E, H2]. exact: activations as they are and float32 sums, instead of 8 bits
+    per token and 32 features. Returns [T, H2] in the dtype of x.
+    MemoryError; ValueError if first is not paired.
+    """
+    if not first[2][PAIRED]:
+        raise ValueError("first: expected a stack packed with paired rows")
+    x = x.contiguous()
+    out = x.new_empty(len(x), second[2][0])
+    kept = (_like(biases[0], x), _like(biases[1], x))
+    return _run(
+        x, out, ids, gates, (len(x), ids.shape[1]), between, exact,
+        _stack(*first, kept[0]), _stack(*second, kept[1]),
+    )  # fmt: skip
+
+
+def first_product_now(
+    x: Tensor,
+    ids: Tensor | int,
+    stack: tuple[Tensor, Tensor, Sequence[int]],
+    bias: Tensor | None,
+    exact: bool,
+) -> Tensor:
+    """The rows of first[e] @ x[t] for every assignment, [T * A, N]; zeros where there is no expert.
+    ids: [T, A], or the one expert that every row takes (A = 1)."""
+    x = x.contiguous()
+    choices = 1 if isinstance(ids, int) else ids.shape[1]
+    out = x.new_empty(len(x) * choices, stack[2][0])
+    kept = _like(bias, x)
+    return _run(x, out, ids, None, (len(x), choices), None, exact, _stack(*stack, kept), ABSENT)
+
+
+def second_product_now(
+    mid: Tensor,
+    ids: Tensor,
+    gates: Tensor,
+    stack: tuple[Tensor, Tensor, Sequence[int]],
+    bias: Tensor | None,
+    exact: bool,
+) -> Tensor:
+    """The weighted sum over a token's assignments of second[e] @ mid: mid [T * A, I] to [T, H2]."""
+    mid = mid.contiguous()
+    out = mid.new_empty(len(ids), stack[2][0])
+    kept = _like(bias, mid)
+    return _run(
+        mid,
+        out,
+        ids,
+        gates,
+        (ids.shape[0], ids.shape[1]),
+        None,
+        exact,
+        ABSENT,
+        _stack(*stack, kept),
+    )
+
+
+@torch.library.custom_op("qmoe::cpu_routed_experts", mutates_args=())
+def routed_experts(
+    x: Tensor,
+    ids: Tensor,
+    gates: Tensor,
+    first: Tensor,
+    first_table: Tensor,
+    first_numbers: Sequence[int],
+    second: Tensor,
+    second_table: Tensor,
+    second_numbers: Sequence[int],
+    activation: str,
+    alpha: float,
+    limit: float,
+    first_bias: Tensor | None,
+    second_bias: Tensor | None,
+    exact: bool,
+) -> Tensor:
+    """routed_experts_now."""
+    return routed_experts_now(
+        x, ids, gates, (first, first_table, first_numbers), (second, second_table, second_numbers),
+        Activation(activation, alpha, limit), (first_bias, second_bias), exact,
+    )  # fmt: skip
+
+
+@routed_experts.register_fake
+def _(x, ids, gates, first, first_table, first_numbers, second, second_table, second_numbers,  # type: ignore[no-untyped-def]
+      activation, alpha, limit, first_bias, second_bias, exact):  # fmt: skip
+    return x.new_empty(x.shape[0], second_numbers[0])
+
+
+@torch.library.custom_op("qmoe::cpu_first_product", mutates_args=())
+def first_product(
+    x: Tensor,
+    ids: Tensor,
+    buffer: Tensor,
+    table: Tensor,
+    numbers: Sequence[int],
+    bias: Tensor | None,
+    exact: bool,
+) -> Tensor:
+    """first_product_now."""
+    return first_product_now(x, ids, (buffer, table, numbers), bias, exact)
+
+
+@first_product.register_fake
+def _(x, ids, buffer, table, numbers, bias, exact):  # type: ignore[no-untyped-def]
+    return x.new_empty(ids.numel(), numbers[0])
+
+
+@torch.library.custom_op("qmoe::cpu_second_product", mutates_args=())
+def second_product(
+    mid: Tensor,
+    ids: Tensor,
+    gates: Tensor,
+    buffer: Tensor,
+    table: Tensor,
+    numbers: Sequence[int],
+    bias: Tensor | None,
+    exact: bool,
+) -> Tensor:
+    """second_product_now."""
+    return second_product_now(mid, ids, gates, (buffer, table, numbers), bias, exact)
+
+
+@second_product.register_fake
+def _(mid, ids, gates, buffer, table, numbers, bias, exact):  # type: ignore[no-untyped-def]
+    return mid.new_empty(ids.shape[0], numbers[0])
+
+
+@torch.library.custom_op("qmoe::cpu_linear", mutates_args=())
+def linear(
+    x: Tensor, e: int, buffer: Tensor, table: Tensor, numbers: Sequence[int], exact: bool
+) -> Tensor:
+    """x [M, K] times the transpose of matrix e: [M, N]."""
+    return first_product_now(x, e, (buffer, table, numbers), None, exact)
+
+
+@linear.register_fake
+def _(x, e, buffer, table, numbers, exact):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], numbers[0])

@@ -1,0 +1,111 @@
+"""Packed matrices inside a model on a CPU: what experts modules and packed linears hold there if
+the C kernels are installed."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from qmoe.format.grid import dequantize
+from qmoe.format.quantized import Quantized
+from qmoe.kernels.activation import Activation
+from qmoe.kernels.cpu import ops
+from qmoe.kernels.cpu.layout import Packed, Shape, code_bytes, pack, unpack
+from qmoe.kernels.cpu.library import tier
+from qmoe.kernels.moe import Biases
+
+Stacks = Sequence[Quantized]
+
+
+def uses_cpu_kernels(device: torch.device) -> bool:
+    """Whether packed weights on this device go through the C kernels. Says so once, on standard
+    error, if they would but are not installed. ConfigError: see library.tier."""
+    return device.type == "cpu" and tier() is not None
+
+
+class CpuStack(nn.Module):
+    """The matrices of an experts module, or the one of a linear, for the C kernels. Buffers only.
+
+    Activations are rounded to 8 bits per token and 32 features; with `exact` they are taken as
+    they are and summed in float32. Models in float32 are exact: who asks for float32 asks for that.
+    """
+
+    def __init__(
+        self,
+        stacks: Sequence[Quantized | Stacks],
+        dtype: torch.dtype,
+        activation: Activation | None = None,
+        exact: bool | None = None,
+    ):
+        """stacks: the matrices of an experts module [E, N, K], first and second, or the one of a
+        linear (E = 1); each may be a list of stacks of fewer experts, whose bits may differ.
+        activation: the fused one between them, None for the unfused path."""
+        super().__init__()
+        self.activation = activation
+        self.exact = dtype == torch.float32 if exact is None else exact
+        self.shapes: list[Shape] = []
+        for i, stack in enumerate(stacks):
+            matrices = [stack] if isinstance(stack, Quantized) else stack
+            packed = pack(matrices, dtype, paired=activation is not None and i == 0)
+            self.shapes.append(packed.shape)
+            self.register_buffer(f"buffer{i}", packed.buffer, persistent=False)
+            self.register_buffer(f"table{i}", packed.table, persistent=False)
+        self.numbers = [shape.numbers() for shape in self.shapes]
+
+    def _matrix(self, i: int) -> tuple[Tensor, Tensor, list[int]]:
+        return self._buffers[f"buffer{i}"], self._buffers[f"table{i}"], self.numbers[i]  # type: ignore[return-value]
+
+    def packed(self, i: int) -> Packed:
+        """Matrix i (first, second) of all experts."""
+        buffer, table, _ = self._matrix(i)
+        return Packed(self.shapes[i], buffer, table)
+
+    def experts(
+        self,
+        x: Float[Tensor, "T H"],
+        ids: Int[Tensor, "T A"],
+        gates: Float[Tensor, "T A"],
+        activation: Callable[[Tensor], Tensor],
+        biases: Biases = (None, None),
+    ) -> Float[Tensor, "T H2"]:
+        """The routed experts; `activation` is called if it could not be fused. biases: [E, N] and
+        [E, H2]."""
+        first, second, known = self._matrix(0), self._matrix(1), self.activation
+        if not torch.compiler.is_compiling():
+            if known is not None:
+                return ops.routed_experts_now(
+                    x, ids, gates, first, second, known, biases, self.exact
+                )
+            mid = activation(ops.first_product_now(x, ids, first, biases[0], self.exact))
+            return ops.second_product_now(mid, ids, gates, second, biases[1], self.exact)
+        if known is not None:
+            return ops.routed_experts(  # type: ignore[no-any-return]
+                x, ids, gates, *first, *second, known.name, known.alpha, known.limit, *biases,
+                self.exact,
+            )  # fmt: skip
+        mid = activation(ops.first_product(x, ids, *first, biases[0], self.exact))
+        return ops.second_product(mid, ids, gates, *second, biases[1], self.exact)  # type: ignore[no-any-return]
+
+    def matmul(self, x: Float[Tensor, "M K"], e: int) -> Float[Tensor, "M N"]:
+        """x times the transpose of matrix e of the only stack."""
+        if torch.compiler.is_compiling():
+            return ops.linear(x, e, *self._matrix(0), self.exact)  # type: ignore[no-any-return]
+        return ops.first_product_now(x, e, self._matrix(0), None, self.exact)
+
+    def expand(self, e: int) -> Float[Tensor, "N K"]:
+        """The first matrix of expert e in floating point."""
+        weight: Tensor = dequantize(unpack(self.packed(0), e))[0]
+        return weight.to(self.shapes[0].dtype)
+
+    def packed_bytes(self) -> int:
+        """Bytes of packed integers, padding to whole blocks included."""
+        return sum(code_bytes(self.packed(i)) for i in range(len(self.shapes)))
+
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def extra_repr(self) -> str:
+        experts = len(self._matrix(0)[1])
+        sizes = ", ".join(f"[{experts}, {s.n}, {s.k}]" for s in self.shapes)
+        return f"{sizes}, {'exact' if self.exact else 'int8 activations'}"

@@ -1,0 +1,113 @@
+// Random calls of the C kernels, every instruction set against the scalar one, from several threads,
+// with buffers of exactly the size they need: for sanitizers, and for processors that Python's tests
+// do not run on. `make sanitize` builds and runs it.
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "qmoe_cpu.h"
+
+typedef struct {
+    uint64_t state;
+} Random;
+
+static uint64_t next(Random *r) { return r->state = r->state * 6364136223846793005ull + 1442695040888963407ull; }
+static int64_t below(Random *r, int64_t n) { return (int64_t)((next(r) >> 33) % (uint64_t)n); }
+static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+// Values of about 1 in any type.
+static void fill(Random *r, void *to, int64_t type, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t mantissa = (uint32_t)below(r, 1 << 23), sign = (uint32_t)below(r, 2) << 31;
+        uint32_t f = sign | 0x3f000000u | mantissa;
+        if (type == FLOAT32) memcpy((char *)to + 4 * i, &f, 4);
+        else ((uint16_t *)to)[i] = (uint16_t)(type == BFLOAT16 ? f >> 16 : (sign >> 16 | 0x3800 | mantissa >> 13));
+    }
+}
+
+static Stack make_stack(Random *r, int64_t experts, int64_t n, int64_t k, int64_t type, int64_t paired) {
+    int64_t piece = k % 32 ? k : 32, parts = paired ? 2 : 1, steps = k / piece * (up(piece, 32) / 32), size = 0;
+    int64_t blocks = parts * up(n / parts, 16) / 16, one = below(r, 2), width = below(r, 4), ready = one;
+    Matrix *matrices = calloc((size_t)experts, sizeof *matrices);
+    for (int64_t e = 0; e < experts; e++) {
+        int64_t groups = below(r, 2) || piece == k ? 1 : k / 32, zeros = !ready && below(r, 2);
+        int64_t scales = groups * 16 * (type == FLOAT32 ? 4 : 2), codes = up(scales + (zeros ? groups * 16 : 0), 64);
+        int64_t bits = (int64_t[]){2, 3, 4, 8}[one ? width : below(r, 4)];
+        matrices[e] = (Matrix){size, codes + 64 * bits * steps, zeros ? scales : 0, codes, bits, groups};
+        size += matrices[e].block * blocks;
+    }
+    uint8_t *buffer = malloc((size_t)size);
+    for (int64_t i = 0; i < size; i++) buffer[i] = (uint8_t)(next(r) >> 40);
+    for (int64_t e = 0; e < experts; e++) {
+        const Matrix *m = matrices + e;
+        for (int64_t b = 0; b < blocks; b++) fill(r, buffer + m->data + b * m->block, type, m->groups * 16);
+    }
+    void *bias = 0;
+    if (below(r, 2)) fill(r, bias = malloc((size_t)(experts * n * (type == FLOAT32 ? 4 : 2))), type, experts * n);
+    return (Stack){buffer, matrices, bias, experts, n, k, piece, paired, type, ready ? 1 << (matrices->bits - 1) : 0};
+}
+
+static void drop(Stack *s) {
+    free((void *)s->buffer);
+    free((void *)s->matrices);
+    free((void *)s->bias);
+}
+
+static void trial(Random *r) {
+    int64_t experts = 1 + below(r, 5), tokens = 1 + below(r, below(r, 4) ? 9 : 90), choices = 1 + below(r, 3);
+    int64_t type = below(r, 3), what = below(r, 4), size = type == FLOAT32 ? 4 : 2;
+    int64_t sizes[] = {32, 96, 160, 40, 7}, h = sizes[below(r, 5)], i = 1 + below(r, 50), out_n = 1 + below(r, 70);
+    if (what == 3) choices = 1;
+    Call call = {.tokens = tokens, .choices = choices, .type = type, .activation = 1 + below(r, 4), .alpha = 1.7f,
+                 .limit = 0.5f, .exact = below(r, 2), .threads = 1 + below(r, 4), .only = below(r, experts + 1)};
+    if (what != 1) call.first = make_stack(r, experts, what ? out_n : 2 * i, h, type, what == 0);
+    if (what < 2) call.second = make_stack(r, experts, out_n, i, type, 0);
+    int64_t in_rows = what == 1 ? tokens * choices : tokens, in_k = what == 1 ? i : h;
+    int64_t out_rows = what > 1 ? tokens * choices : tokens, out_size = out_rows * out_n * size;
+    int64_t *ids = malloc((size_t)(8 * tokens * choices));
+    float *gates = malloc((size_t)(4 * tokens * choices));
+    for (int64_t s = 0; s < tokens * choices; s++) ids[s] = below(r, experts + 2) - 1;
+    fill(r, gates, FLOAT32, tokens * choices);
+    void *x = malloc((size_t)(in_rows * in_k * size)), *wanted = malloc((size_t)out_size), *out = malloc((size_t)out_size);
+    fill(r, x, type, in_rows * in_k);
+    call.x = x, call.ids = what == 3 ? 0 : ids, call.gates = what < 2 ? gates : 0;
+    int scalar = qmoe_find_tier("scalar");
+    call.out = wanted;
+    if (qmoe_run(scalar, &call)) abort();
+    call.out = out;
+    for (int tier = 0; qmoe_tiers[tier]; tier++) {
+        if (!qmoe_tiers[tier]->usable()) continue;
+        memset(out, 0xa5, (size_t)out_size);
+        if (qmoe_run(tier, &call)) abort();
+        if (memcmp(out, wanted, (size_t)out_size)) {
+            fprintf(stderr, "%s differs from scalar: kind %d, type %d, exact %d, E %d, T %d, A %d, H %d, I %d, N %d\n",
+                    qmoe_tier_name(tier), (int)what, (int)type, (int)call.exact, (int)experts, (int)tokens, (int)choices,
+                    (int)h, (int)i, (int)out_n);
+            exit(1);
+        }
+    }
+    drop(&call.first), drop(&call.second);
+    free(ids), free(gates), free(x), free(wanted), free(out);
+}
+
+static int64_t trials = 300;
+
+static void *work(void *seed) {
+    Random r = {(uint64_t)(size_t)seed * 7919 + 1};
+    for (int64_t i = 0; i < trials; i++) trial(&r);
+    return 0;
+}
+
+int main(int count, char **arguments) {
+    pthread_t thread[3];
+    if (count > 1) trials = atoi(arguments[1]);
+    for (size_t i = 0; i < 3; i++)
+        if (pthread_create(thread + i, 0, work, (void *)(i + 1))) return 1;
+    for (size_t i = 0; i < 3; i++) pthread_join(thread[i], 0);
+    printf("%d random calls, tiers:", 3 * (int)trials);
+    for (int tier = 0; qmoe_tiers[tier]; tier++)
+        if (qmoe_tiers[tier]->usable()) printf(" %s", qmoe_tier_name(tier));
+    puts(": equal bits");
+    return 0;
+}
