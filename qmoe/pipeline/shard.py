@@ -54,8 +54,8 @@ def _packed(source: Source, target: str, quantized: Quantized) -> dict[str, Tens
 
 
 def round_unpacked(source: Source, changed: set[str], packed: set[str]) -> set[str]:
-    """Round in place the parameters `changed` by a rotation that are not to be `packed` to what will
-    be stored of them, so that all that comes after sees what will run; returns their names."""
+    """Round in place the parameters `changed` by a rotation that are not to be `packed` to what
+    will be stored of them, so that all that comes after sees what will run; returns their names."""
     for target in changed - packed:
         parameter = source.model.get_parameter(target)
         parameter.data.copy_(parameter.to(stored_dtype(source, target)))
