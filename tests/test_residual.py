@@ -18,7 +18,7 @@ from qmoe.measure.families import families, save_tiny
 from qmoe.measure.family_check import check
 from qmoe.model.source import open_source
 from qmoe.pipeline.checks import estimate_bytes
-from qmoe.pipeline.find_rotation import find_residual
+from qmoe.pipeline.find_rotation import find_fused_rotation
 from qmoe.pipeline.fused_rotation import turn
 
 LITTLE = CalibrationConfig(text=ONE_DOMAIN, samples=4, seqlen=64, batch=2, self_samples=0)
@@ -209,11 +209,11 @@ def test_what_matters_to_no_token_at_hand_gets_more_of_them(tmp_path, monkeypatc
     save_tiny(family("deepseek_v32"), tmp_path / "source")
     source = open_source(ModelFolder(tmp_path / "source"), torch.float32)
     with torch.no_grad():
-        assert "lm_head" in find_residual(source).outside.norms["model.norm"].readers
+        assert "lm_head" in find_fused_rotation(source).outside.norms["model.norm"].readers
         assert all(p.is_meta for p in source.model.parameters())
         monkeypatch.setattr("qmoe.pipeline.find_rotation.LENGTHS", (32,))
         with pytest.raises(UnsupportedModelError, match="indexer.*does not matter to 32 tokens"):
-            find_residual(source)
+            find_fused_rotation(source)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -239,4 +239,4 @@ def test_a_wrong_guess_is_noticed(tmp_path, demo, monkeypatch):
     source = open_source(ModelFolder(folder), torch.float32)
     monkeypatch.setattr("qmoe.pipeline.find_rotation.is_experts", lambda module: False)
     with torch.no_grad(), pytest.raises(UnsupportedModelError, match=r"layers\.0: .*differs"):
-        find_residual(source)
+        find_fused_rotation(source)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qmoe.errors import CalibrationError
 from qmoe.layer.at_hand import LayerAtHand
@@ -18,13 +18,16 @@ Parameters = dict[str, Tensor]
 
 
 def router_parameters(layer: LayerAtHand) -> Parameters:
-    """The routers' weight matrices in the layer, by name."""
-    return {
-        f"{name}.{key}": parameter
-        for name in layer.structure.routers
-        for key, parameter in layer.submodule(name).named_parameters(recurse=False)
-        if parameter.dim() == 2
-    }
+    """The weight matrices by which routers of the layer score experts, by name. A router that is no
+    linear is among them beside fused experts only: beside others its scores may be anything."""
+    blocks = {name.rpartition(".")[0] for name in layer.experts}
+    found: Parameters = {}
+    for name in layer.structure.routers:
+        module = layer.submodule(name)
+        if isinstance(module, nn.Linear) or name.rpartition(".")[0] in blocks:
+            own = module.named_parameters(recurse=False)
+            found |= {f"{name}.{key}": p for key, p in own if p.dim() == 2}
+    return found
 
 
 def routers(layer: LayerAtHand) -> dict[str, str]:

@@ -29,7 +29,7 @@ from qmoe.packed.audit import audit_model
 from qmoe.packed.load import load
 from qmoe.packed.modules import held, take_stored
 from qmoe.packed.skeleton import open_packed
-from qmoe.pipeline.find_rotation import find_residual
+from qmoe.pipeline.find_rotation import find_fused_rotation
 from qmoe.pipeline.quantize import quantize
 
 CONFIG = QuantConfig(
@@ -142,7 +142,7 @@ def _check_rotated(folder: Path, what: str) -> None:
     """Raises AuditError unless a rotated model gives what it did, on more tokens than those that
     the rotation was proved on, with all its layers, before anything is rounded."""
     source = open_source(ModelFolder(folder), torch.float32)
-    rotation = find_residual(source)
+    rotation = find_fused_rotation(source)
     inputs = inputs_of(source.model, torch.arange(400)[None] * 37 % 509)
     logits = []
     for rotated in (False, True):

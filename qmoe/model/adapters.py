@@ -18,13 +18,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qmoe.checkpoint.decoding import Made
 
-# Parameters by name: the names of those they are made of, and how.
 
-
-def adapt(model: Any) -> None:
-    """Give every experts module of a class known here the experts interface. What its parameters
-    are made of is left in `model._qmoe_made`, by names in the whole model."""
-    model._qmoe_made = {}
+def adapt(model: Any) -> Made:
+    """Give every experts module of a class known here the experts interface. Returns what its
+    parameters are made of, by names in the whole model."""
+    whole_model: Made = {}
     for name, module in list(model.named_modules()):
         adapter = ADAPTERS.get(type(module).__name__)
         if adapter is None:
@@ -40,8 +38,9 @@ def adapt(model: Any) -> None:
             held = nn.Parameter(tensor.detach(), requires_grad=False)
             module.get_submodule(owner).register_parameter(parameter, held)
         for target, (parts, how) in made.items():
-            whole = tuple(f"{name}.{part}" for part in parts)
-            model._qmoe_made[f"{name}.{target}"] = (whole, how)
+            stored = tuple(f"{name}.{part}" for part in parts)
+            whole_model[f"{name}.{target}"] = (stored, how)
+    return whole_model
 
 
 def _declare(module: Any, transposed: bool = False) -> None:

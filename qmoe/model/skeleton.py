@@ -44,7 +44,8 @@ def inputs_of(model: Any, ids: torch.Tensor) -> dict[str, Any]:
 
 def build(config: Any, dtype: torch.dtype, checkpoint: Checkpoint | None = None) -> Any:
     """The model with every parameter on the meta device and its computed buffers (rotary
-    frequencies and the like) real. checkpoint: what it is for, which bounds its size."""
+    frequencies and the like) real. checkpoint: what it is for: it bounds the size, and is shown in
+    the form that the model has (adapters.py)."""
     bounded: AbstractContextManager[None] = nullcontext()
     if checkpoint is not None:
         bounded = parameters_for(len(checkpoint.names()), str(checkpoint.path))
@@ -63,7 +64,9 @@ def build(config: Any, dtype: torch.dtype, checkpoint: Checkpoint | None = None)
     keep_in_float32(model, dtype)
     if not own:
         _compute_buffers(model)
-    adapt(model)
+    made = adapt(model)
+    if checkpoint is not None:
+        checkpoint.show(made)
     return model.eval().requires_grad_(False)
 
 

@@ -136,7 +136,6 @@ def open_source(folder: ModelFolder, dtype: torch.dtype) -> Source:
     model = build(config, dtype, checkpoint)
     # Router logits kept for a training loss cost memory, and no layer reports them while suspended.
     model.config.output_router_logits = False
-    checkpoint.show(model._qmoe_made)
     structure = find(model)
     weights = WeightMap(model, checkpoint)
     check_complete(weights)

@@ -36,7 +36,7 @@ class _Idle(Exception):
     """A module that does not matter to the tokens at hand."""
 
 
-def find_residual(source: Source) -> FusedRotation:
+def find_fused_rotation(source: Source) -> FusedRotation:
     """What touches the residual stream. One layer is in memory at a time, in float32, and none
     afterwards. Raises UnsupportedModelError if the model does not compute the same on a rotated
     stream, ConfigError if its size is odd."""

@@ -27,7 +27,7 @@ from qmoe.pipeline.lm_head import solve_lm_head
 from qmoe.pipeline.output import OutputFolder, Shard
 from qmoe.pipeline.plan import Plan
 from qmoe.pipeline.self_text import CalibrationText
-from qmoe.pipeline.shard import restore, rounded, shard_tensors, stored_dtype
+from qmoe.pipeline.shard import restore, round_unpacked, shard_tensors, stored_dtype
 from qmoe.system.devices import move_to
 from qmoe.system.host_memory import return_freed
 from qmoe.system.progress import progress
@@ -43,7 +43,7 @@ def load_outside(plan: Plan) -> set[str]:
     if plan.rotation is None:
         return set()
     packed = set() if plan.config.lm_head is None else {f"{lm_head}.weight"}
-    return rounded(source, plan.rotation.rotate_outside(source.model), packed)
+    return round_unpacked(source, plan.rotation.rotate_outside(source.model), packed)
 
 
 def outside_layers(plan: Plan, changed: set[str], lm_head: LinearStats | None) -> Shard:
@@ -207,7 +207,7 @@ def _rotate(plan: Plan, layer: Layer) -> set[str]:
     source = plan.source
     names = schemes_of(source, layer, plan.config)
     packed = packed_parameters({name: source.model.get_submodule(name) for name in names})
-    return rounded(source, plan.rotation.rotate_layer(source.model, layer.name), packed)
+    return round_unpacked(source, plan.rotation.rotate_layer(source.model, layer.name), packed)
 
 
 def _saving(plan: Plan, out: OutputFolder, i: int) -> Callable[[LayerStats], None] | None:

@@ -26,7 +26,7 @@ from qmoe.pipeline.checks import (
     make_statistics_folder,
     with_block,
 )
-from qmoe.pipeline.find_rotation import find_residual
+from qmoe.pipeline.find_rotation import find_fused_rotation
 from qmoe.pipeline.fused_rotation import FusedRotation
 from qmoe.pipeline.memory import check_fits, needed, spills
 from qmoe.system.devices import find_device
@@ -136,7 +136,7 @@ def check(
     in_files = bool(given) or saved is not None
     spill = spills(needed(source, config, tokens, in_files), max_memory)
     check_fits(source, config, where)
-    rotation = find_residual(source) if config.rotate == "fused" else None
+    rotation = find_fused_rotation(source) if config.rotate == "fused" else None
     about = _statistics_about(sha256, config, rotation)
     notes = _check_statistics(given, source, about) + notes
     if saved is not None:

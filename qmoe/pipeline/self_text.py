@@ -53,7 +53,7 @@ class CalibrationText:
     self_samples: int = 0
     fallback: str = ""
 
-    def batches(self, c: CalibrationConfig) -> list[Int[Tensor, "B L"]]:
+    def batches(self, c: CalibrationConfig) -> list[Int[Tensor, "_ L"]]:
         """Those of this process."""
         return distributed.shard(self.samples.split(c.batch)) if len(self.samples) else []
 

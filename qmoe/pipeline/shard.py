@@ -53,9 +53,9 @@ def _packed(source: Source, target: str, quantized: Quantized) -> dict[str, Tens
     return out
 
 
-def rounded(source: Source, changed: set[str], packed: set[str]) -> set[str]:
-    """Of the parameters that a rotation changed, those that are not to be packed, by name, rounded
-    in place to what will be stored of them: all that comes after sees what will run."""
+def round_unpacked(source: Source, changed: set[str], packed: set[str]) -> set[str]:
+    """Round in place the parameters `changed` by a rotation that are not to be `packed` to what
+    will be stored of them, so that all that comes after sees what will run; returns their names."""
     for target in changed - packed:
         parameter = source.model.get_parameter(target)
         parameter.data.copy_(parameter.to(stored_dtype(source, target)))
