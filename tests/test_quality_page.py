@@ -1,4 +1,4 @@
-"""The tables of docs/quality/README.md and the README have the figures of docs/quality/quality.csv."""
+"""The tables of docs/quality/README.md and of the README have the figures of quality.csv."""
 
 import csv
 import re
@@ -28,10 +28,8 @@ def tables():
     """The header and the rows of every table on the page, as lists of cells."""
     page = (ROOT / "docs" / "quality" / "README.md").read_text()
     for found in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
-        header, _, *body = [
-            [c.strip() for c in line.split("|")[1:-1]] for line in found.split("\n")[:-1]
-        ]
-        yield header, body
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.splitlines()]
+        yield lines[0], lines[2:]
 
 
 def worst(model, method, bits):
@@ -70,9 +68,7 @@ def test_pieces_of_balanced():
 
 
 def test_routing():
-    [body] = [
-        body for header, body in tables() if header[0].startswith("of the original's experts")
-    ]
+    [body] = [body for header, body in tables() if "of the original's experts" in header[0]]
     for method, *cells in body:
         places = [(model, bits) for model in MODELS for bits in (2, 3, 4)]
         for (model, bits), cell in zip(places, cells, strict=True):
