@@ -54,23 +54,23 @@ def _presets() -> list[Method]:
 
 def _variants() -> list[Method]:
     """`balanced` without one of its pieces each, rotated, and with ten times its text."""
-    unwritten = ("--self-samples", "0", "--samples", "128")
+    given_text = ("--self-samples", "0", "--samples", "128")
     changes = {
-        "without feedback": ("--set", "refit=false"),
-        "without search": ("--set", "search_grid=false"),
-        "without written text": unwritten,
-        "without gate weight": ("--set", "routing_weighted=false"),
+        "without refit": ("--set", "refit=false"),
+        "without grid search": ("--set", "search_grid=false"),
+        "without self-samples": given_text,
+        "without routing weights": ("--set", "routing_weighted=false"),
         "without borrowing": ("--set", "min_tokens=0"),
-        "without written text and borrowing": (*unwritten, "--set", "min_tokens=0"),
+        "without self-samples and borrowing": (*given_text, "--set", "min_tokens=0"),
         # As many borrowed tokens as there are: every expert's Hessian is mostly the layer's.
-        "without written text, borrowing all": (*unwritten, "--set", "min_tokens=32768"),
-        "rotated": ("--rotate", "online"),
+        "without self-samples, borrowing all": (*given_text, "--set", "min_tokens=32768"),
+        "rotated at run time": ("--rotate", "online"),
         "with a fused rotation": ("--rotate", "fused"),
         "with ten times the text": ("--self-samples", "640", "--samples", "640"),
     }
     return [
         Method(f"balanced {what}", "ours", ("--preset", "balanced", *options), (2,),
-               writes="without written text" not in what)
+               writes="without self-samples" not in what)
         for what, options in changes.items()
     ]  # fmt: skip
 
