@@ -88,7 +88,7 @@ def test_another_key_or_version_is_another_file(file, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", ["{", "[1]", '{"key": 1}', '{"key": KEY, "size": SIZE, "tensors": [5]}']
+    "change", ["{", "[1]", '{"key": KEY}', '{"key": KEY, "size": SIZE, "tensors": [5]}']
 )
 def test_an_index_that_makes_no_sense_is_found(file, change):
     path, _ = file
