@@ -90,7 +90,7 @@ def write_cache(path: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
             file.write(MAGIC + len(index).to_bytes(8, "little") + hashlib.sha256(index).digest())
             file.write(index + bytes(-(HEAD + len(index)) % PAGE))
             for of in pages.values():
-                file.write(memoryview(of.reshape(-1).view(torch.uint8).numpy()))
+                file.write(of.reshape(-1).view(torch.uint8).numpy().data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(made, path)

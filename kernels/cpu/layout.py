@@ -163,23 +163,27 @@ def _in_blocks(rows: Tensor, shape: Shape) -> Tensor:
     """[N, *] to [blocks * 16, *]: rows padded, gate and up blocks taking turns if paired."""
     parts = rows.unflatten(0, (shape.parts, -1))
     parts = torch.nn.functional.pad(parts, (0, 0, 0, -parts.shape[1] % ROWS))
-    return parts.unflatten(1, (-1, ROWS)).transpose(0, 1).flatten(0, 2)
+    made: Tensor = parts.unflatten(1, (-1, ROWS)).transpose(0, 1).flatten(0, 2)
+    return made
 
 
 def _in_order(rows: Tensor, shape: Shape) -> Tensor:
     """The way back."""
     parts = rows.unflatten(0, (-1, shape.parts, ROWS)).transpose(0, 1).flatten(1, 2)
-    return parts[:, : shape.n // shape.parts].flatten(0, 1).contiguous()
+    made: Tensor = parts[:, : shape.n // shape.parts].flatten(0, 1).contiguous()
+    return made
 
 
 def _columns_of(rows: Tensor) -> Tensor:
     """[blocks * 16, G] to [blocks, G * 16]."""
-    return rows.unflatten(0, (-1, ROWS)).transpose(1, 2).flatten(1).contiguous()
+    made: Tensor = rows.unflatten(0, (-1, ROWS)).transpose(1, 2).flatten(1).contiguous()
+    return made
 
 
 def _rows_of(columns: Tensor, groups: int) -> Tensor:
     """The way back."""
-    return columns.unflatten(1, (groups, ROWS)).transpose(1, 2).flatten(0, 1).contiguous()
+    made: Tensor = columns.unflatten(1, (groups, ROWS)).transpose(1, 2).flatten(0, 1).contiguous()
+    return made
 
 
 def _join(vectors: UInt8[Tensor, "b s 8 64"], bits: int) -> UInt8[Tensor, "b s bits 64"]:
@@ -191,7 +195,8 @@ def _join(vectors: UInt8[Tensor, "b s 8 64"], bits: int) -> UInt8[Tensor, "b s b
     fields = (vectors & ((1 << low) - 1)).unflatten(2, (-1, 8 // low))
     joined = (fields << shifts).sum(3, dtype=torch.uint8)
     if bits != 3:
-        return joined
+        made: Tensor = joined
+        return made
     places = torch.arange(8, dtype=torch.uint8)[:, None]
     top = (vectors >> 2 << places).sum(2, keepdim=True, dtype=torch.uint8)
     return torch.cat((joined, top), dim=2)
