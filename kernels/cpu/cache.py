@@ -94,9 +94,8 @@ def write_cache(path: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(made, path)
-    except BaseException:
-        os.unlink(made)
-        raise
+    finally:
+        Path(made).unlink(missing_ok=True)  # it is there still if something failed
 
 
 def open_cache(path: Path, key: str) -> Tensors:

@@ -193,10 +193,9 @@ def _join(vectors: UInt8[Tensor, "b s 8 64"], bits: int) -> UInt8[Tensor, "b s b
     low = 4 if bits == 4 else 2
     shifts = torch.arange(0, 8, low, dtype=torch.uint8)[:, None]
     fields = (vectors & ((1 << low) - 1)).unflatten(2, (-1, 8 // low))
-    joined = (fields << shifts).sum(3, dtype=torch.uint8)
+    joined: Tensor = (fields << shifts).sum(3, dtype=torch.uint8)
     if bits != 3:
-        made: Tensor = joined
-        return made
+        return joined
     places = torch.arange(8, dtype=torch.uint8)[:, None]
     top = (vectors >> 2 << places).sum(2, keepdim=True, dtype=torch.uint8)
     return torch.cat((joined, top), dim=2)
