@@ -20,10 +20,11 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy does not follow the editable install's mapping of kernels/ and calibration/, so it gets a copy.
+# mypy does not follow the editable install's mapping of kernels/ and calibration/, so it gets a copy (of
+# the Python alone).
 types: .venv/ready
 	rm -rf build
-	$(BIN)/pip install --quiet --no-deps --target build/typecheck .
+	CC=false $(BIN)/pip install --quiet --no-deps --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy
 
 # The folders of the library and what each imports, drawn here and in ARCHITECTURE.md.

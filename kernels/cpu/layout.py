@@ -68,21 +68,32 @@ def pack(matrices: Sequence[Quantized], dtype: torch.dtype, paired: bool = False
     """Stacks of one or more matrices each, all [*, N, K], as one; scales are kept in `dtype`."""
     each = [one for stack in matrices for one in _each(stack)]
     n, k = each[0].q.shape[1:]
-    piece = gcd(*(k // m.scale.shape[-1] for m in each))
-    offsets = {1 << (m.scheme.bits - 1) if m.zero is None else 0 for m in each}
-    offset = offsets.pop() if len(offsets) == 1 else 0
-    shape = Shape(n, k, piece, paired, dtype, offset)
-    table, size = torch.zeros(len(each), FIELDS, dtype=torch.int64), 0
-    for e, matrix in enumerate(each):
-        row = _row(matrix, shape)
-        row[DATA] = size
-        size += row[BLOCK] * _blocks(shape)
-        table[e] = torch.tensor(row)
+    kinds = [(m.scheme.bits, m.scale.shape[-1], m.zero is not None) for m in each]
+    shape, table, size = arrange(kinds, n, k, dtype, paired)
     buffer = torch.zeros(size, dtype=torch.uint8)
     for row, matrix in zip(table.tolist(), each, strict=True):
-        end = row[DATA] + row[BLOCK] * _blocks(shape)
-        _write(buffer[row[DATA] : end].view(-1, row[BLOCK]), matrix, shape, row)
+        _write(_blocks_of(buffer, row, shape), matrix, shape, row)
     return Packed(shape, buffer, table)
+
+
+def arrange(
+    kinds: Sequence[tuple[int, int, bool]], n: int, k: int, dtype: torch.dtype, paired: bool = False
+) -> tuple[Shape, Int64[Tensor, "E 6"], int]:
+    """Where everything lies, without the bytes: the shape, the table, and the buffer's size.
+
+    kinds: of each matrix [n, k] its bits, its groups, and whether it has zero points.
+    """
+    piece = gcd(*(k // groups for _, groups, _ in kinds))
+    offsets = {0 if zeros else 1 << (bits - 1) for bits, _, zeros in kinds}
+    shape = Shape(n, k, piece, paired, dtype, offsets.pop() if len(offsets) == 1 else 0)
+    rows, size = [], 0
+    for bits, groups, zeros in kinds:
+        scales = groups * ROWS * dtype.itemsize
+        codes = -(-(scales + zeros * groups * ROWS) // ALIGN) * ALIGN
+        block = codes + 64 * bits * shape.steps
+        rows.append([size, block, scales * zeros, codes, bits, groups])
+        size += block * _blocks(shape)
+    return shape, torch.tensor(rows, dtype=torch.int64), size
 
 
 def unpack(packed: Packed, e: int) -> Quantized:
@@ -91,8 +102,7 @@ def unpack(packed: Packed, e: int) -> Quantized:
 
     row = [int(v) for v in packed.table[e]]
     shape, bits = packed.shape, row[BITS]
-    end = row[DATA] + row[BLOCK] * _blocks(shape)
-    blocks = packed.buffer[row[DATA] : end].view(-1, row[BLOCK])
+    blocks = _blocks_of(packed.buffer, row, shape)
     vectors = _spread(blocks[:, row[CODES] :].reshape(len(blocks), shape.steps, bits, 64), bits)
     rows = vectors.view(len(blocks), shape.steps, 8, ROWS, 4).permute(0, 3, 1, 2, 4)
     q = rows.reshape(-1, shape.k // shape.piece, shape.steps * STEP * shape.piece // shape.k)
@@ -127,13 +137,10 @@ def _blocks(shape: Shape) -> int:
     return shape.parts * -(-(shape.n // shape.parts) // ROWS)
 
 
-def _row(matrix: Quantized, shape: Shape) -> list[int]:
-    """The table's row of a matrix, at offset 0."""
-    groups, bits = matrix.scale.shape[-1], matrix.scheme.bits
-    scales = groups * ROWS * shape.dtype.itemsize
-    zeros = 0 if matrix.zero is None else scales
-    codes = -(-(scales + (groups * ROWS if zeros else 0)) // ALIGN) * ALIGN
-    return [0, codes + 64 * bits * shape.steps, zeros, codes, bits, groups]
+def _blocks_of(buffer: Tensor, row: Sequence[int], shape: Shape) -> UInt8[Tensor, "b s"]:
+    """The blocks of the matrix with this row of the table."""
+    end = row[DATA] + row[BLOCK] * _blocks(shape)
+    return buffer[row[DATA] : end].view(-1, row[BLOCK])
 
 
 def _write(blocks: UInt8[Tensor, "b s"], matrix: Quantized, shape: Shape, row: list[int]) -> None:
@@ -156,23 +163,27 @@ def _in_blocks(rows: Tensor, shape: Shape) -> Tensor:
     """[N, *] to [blocks * 16, *]: rows padded, gate and up blocks taking turns if paired."""
     parts = rows.unflatten(0, (shape.parts, -1))
     parts = torch.nn.functional.pad(parts, (0, 0, 0, -parts.shape[1] % ROWS))
-    return parts.unflatten(1, (-1, ROWS)).transpose(0, 1).flatten(0, 2)
+    made: Tensor = parts.unflatten(1, (-1, ROWS)).transpose(0, 1).flatten(0, 2)
+    return made
 
 
 def _in_order(rows: Tensor, shape: Shape) -> Tensor:
     """The way back."""
     parts = rows.unflatten(0, (-1, shape.parts, ROWS)).transpose(0, 1).flatten(1, 2)
-    return parts[:, : shape.n // shape.parts].flatten(0, 1).contiguous()
+    made: Tensor = parts[:, : shape.n // shape.parts].flatten(0, 1).contiguous()
+    return made
 
 
 def _columns_of(rows: Tensor) -> Tensor:
     """[blocks * 16, G] to [blocks, G * 16]."""
-    return rows.unflatten(0, (-1, ROWS)).transpose(1, 2).flatten(1).contiguous()
+    made: Tensor = rows.unflatten(0, (-1, ROWS)).transpose(1, 2).flatten(1).contiguous()
+    return made
 
 
 def _rows_of(columns: Tensor, groups: int) -> Tensor:
     """The way back."""
-    return columns.unflatten(1, (groups, ROWS)).transpose(1, 2).flatten(0, 1).contiguous()
+    made: Tensor = columns.unflatten(1, (groups, ROWS)).transpose(1, 2).flatten(0, 1).contiguous()
+    return made
 
 
 def _join(vectors: UInt8[Tensor, "b s 8 64"], bits: int) -> UInt8[Tensor, "b s bits 64"]:
@@ -182,7 +193,7 @@ def _join(vectors: UInt8[Tensor, "b s 8 64"], bits: int) -> UInt8[Tensor, "b s b
     low = 4 if bits == 4 else 2
     shifts = torch.arange(0, 8, low, dtype=torch.uint8)[:, None]
     fields = (vectors & ((1 << low) - 1)).unflatten(2, (-1, 8 // low))
-    joined = (fields << shifts).sum(3, dtype=torch.uint8)
+    joined: Tensor = (fields << shifts).sum(3, dtype=torch.uint8)
     if bits != 3:
         return joined
     places = torch.arange(8, dtype=torch.uint8)[:, None]

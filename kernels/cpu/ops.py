@@ -4,7 +4,7 @@ A stack travels as its buffer, its table and six integers (layout.Shape.numbers)
 end in _now are the same without torch's dispatcher, which takes longer than a small product.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -132,84 +132,52 @@ def second_product_now(
     )
 
 
-@torch.library.custom_op("qmoe::cpu_routed_experts", mutates_args=())
-def routed_experts(
-    x: Tensor,
-    ids: Tensor,
-    gates: Tensor,
-    first: Tensor,
-    first_table: Tensor,
-    first_numbers: Sequence[int],
-    second: Tensor,
-    second_table: Tensor,
-    second_numbers: Sequence[int],
-    activation: str,
-    alpha: float,
-    limit: float,
-    first_bias: Tensor | None,
-    second_bias: Tensor | None,
-    exact: bool,
-) -> Tensor:
-    """routed_experts_now."""
-    return routed_experts_now(
-        x, ids, gates, (first, first_table, first_numbers), (second, second_table, second_numbers),
-        Activation(activation, alpha, limit), (first_bias, second_bias), exact,
-    )  # fmt: skip
+# Defined by schemas and not by `custom_op`, whose wrappers take twice as long as all the rest.
+_LIBRARY = torch.library.Library("qmoe", "FRAGMENT")
+_STACK = "Tensor {0}, Tensor {0}_table, int[] {0}_numbers"
 
 
-@routed_experts.register_fake
-def _(x, ids, gates, first, first_table, first_numbers, second, second_table, second_numbers,  # type: ignore[no-untyped-def]
-      activation, alpha, limit, first_bias, second_bias, exact):  # fmt: skip
-    return x.new_empty(x.shape[0], second_numbers[0])
+def _define(
+    name: str, arguments: str, compute: Callable[..., Tensor], fake: Callable[..., Tensor]
+) -> None:
+    _LIBRARY.define(f"{name}({arguments}) -> Tensor")
+    _LIBRARY.impl(name, compute, "CPU")
+    torch.library.register_fake(f"qmoe::{name}", fake, lib=_LIBRARY)
 
 
-@torch.library.custom_op("qmoe::cpu_first_product", mutates_args=())
-def first_product(
-    x: Tensor,
-    ids: Tensor,
-    buffer: Tensor,
-    table: Tensor,
-    numbers: Sequence[int],
-    bias: Tensor | None,
-    exact: bool,
-) -> Tensor:
-    """first_product_now."""
-    return first_product_now(x, ids, (buffer, table, numbers), bias, exact)
+_define(
+    "cpu_routed_experts",
+    f"Tensor x, Tensor ids, Tensor gates, {_STACK.format('first')}, {_STACK.format('second')}, "
+    "str activation, float alpha, float limit, Tensor? first_bias, Tensor? second_bias, bool exact",
+    lambda x, ids, gates, a, a_table, a_numbers, b, b_table, b_numbers, name, alpha, limit, *rest:
+        routed_experts_now(
+            x, ids, gates, (a, a_table, a_numbers), (b, b_table, b_numbers),
+            Activation(name, alpha, limit), rest[:2], rest[2],
+        ),
+    lambda x, ids, gates, a, a_table, a_numbers, b, b_table, b_numbers, *rest:
+        x.new_empty(x.shape[0], b_numbers[0]),
+)  # fmt: skip
+_define(
+    "cpu_first_product",
+    f"Tensor x, Tensor ids, {_STACK.format('first')}, Tensor? bias, bool exact",
+    lambda x, ids, *rest: first_product_now(x, ids, rest[:3], *rest[3:]),
+    lambda x, ids, first, table, numbers, *rest: x.new_empty(ids.numel(), numbers[0]),
+)
+_define(
+    "cpu_second_product",
+    f"Tensor mid, Tensor ids, Tensor gates, {_STACK.format('second')}, Tensor? bias, bool exact",
+    lambda mid, ids, gates, *rest: second_product_now(mid, ids, gates, rest[:3], *rest[3:]),
+    lambda mid, ids, gates, second, table, numbers, *rest: mid.new_empty(ids.shape[0], numbers[0]),
+)
+_define(
+    "cpu_linear",
+    f"Tensor x, int e, {_STACK.format('stack')}, bool exact",
+    lambda x, e, *rest: first_product_now(x, e, rest[:3], None, rest[3]),
+    lambda x, e, stack, table, numbers, exact: x.new_empty(x.shape[0], numbers[0]),
+)
 
-
-@first_product.register_fake
-def _(x, ids, buffer, table, numbers, bias, exact):  # type: ignore[no-untyped-def]
-    return x.new_empty(ids.numel(), numbers[0])
-
-
-@torch.library.custom_op("qmoe::cpu_second_product", mutates_args=())
-def second_product(
-    mid: Tensor,
-    ids: Tensor,
-    gates: Tensor,
-    buffer: Tensor,
-    table: Tensor,
-    numbers: Sequence[int],
-    bias: Tensor | None,
-    exact: bool,
-) -> Tensor:
-    """second_product_now."""
-    return second_product_now(mid, ids, gates, (buffer, table, numbers), bias, exact)
-
-
-@second_product.register_fake
-def _(mid, ids, gates, buffer, table, numbers, bias, exact):  # type: ignore[no-untyped-def]
-    return mid.new_empty(ids.shape[0], numbers[0])
-
-
-@torch.library.custom_op("qmoe::cpu_linear", mutates_args=())
-def linear(
-    x: Tensor, e: int, buffer: Tensor, table: Tensor, numbers: Sequence[int], exact: bool
-) -> Tensor:
-    """x [M, K] times the transpose of matrix e: [M, N]."""
-    return first_product_now(x, e, (buffer, table, numbers), None, exact)
-
-
-@linear.register_fake
-def _(x, e, buffer, table, numbers, exact):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], numbers[0])
+# As the functions above, with a stack as three arguments each, and ids that are a tensor.
+routed_experts = torch.ops.qmoe.cpu_routed_experts.default
+first_product = torch.ops.qmoe.cpu_first_product.default
+second_product = torch.ops.qmoe.cpu_second_product.default
+linear = torch.ops.qmoe.cpu_linear.default

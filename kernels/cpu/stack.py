@@ -33,21 +33,24 @@ class CpuStack(nn.Module):
 
     def __init__(
         self,
-        stacks: Sequence[Quantized | Stacks],
+        stacks: Sequence[Quantized | Stacks | Packed],
         dtype: torch.dtype,
         activation: Activation | None = None,
         exact: bool | None = None,
     ):
         """stacks: the matrices of an experts module [E, N, K], first and second, or the one of a
-        linear (E = 1); each may be a list of stacks of fewer experts, whose bits may differ.
+        linear (E = 1); each may be a list of stacks of fewer experts, whose bits may differ, or
+        packed already (the first one paired if an activation is fused).
         activation: the fused one between them, None for the unfused path."""
         super().__init__()
         self.activation = activation
         self.exact = dtype == torch.float32 if exact is None else exact
         self.shapes: list[Shape] = []
         for i, stack in enumerate(stacks):
-            matrices = [stack] if isinstance(stack, Quantized) else stack
-            packed = pack(matrices, dtype, paired=activation is not None and i == 0)
+            packed = stack
+            if not isinstance(packed, Packed):
+                matrices = [packed] if isinstance(packed, Quantized) else packed
+                packed = pack(matrices, dtype, paired=activation is not None and i == 0)
             self.shapes.append(packed.shape)
             self.register_buffer(f"buffer{i}", packed.buffer, persistent=False)
             self.register_buffer(f"table{i}", packed.table, persistent=False)
