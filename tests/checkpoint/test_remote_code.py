@@ -25,7 +25,7 @@ from qmoe.cli.main import main
 from qmoe.errors import UnsupportedModelError
 from qmoe.format.compressed_tensors import Schemes, unpacked_tensors
 
-CODE = Path(__file__).parent / "data" / "remote-code"
+CODE = Path(__file__).resolve().parents[1] / "data" / "remote-code"
 STYLES = ["grok", "deepseek", "expert_choice"]
 CONFIG = QuantConfig(
     experts=Scheme(4, 32),
