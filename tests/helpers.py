@@ -1,13 +1,13 @@
 """Tiny random models, MoE inputs, and the one tolerance."""
 
+import filecmp
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,6 +23,7 @@ from transformers import (
 
 from qmoe.calibration.pieces import Reading, choose, slices
 from qmoe.calibration.text import Texts
+from qmoe.pipeline.output import OutputFolder
 
 # Where the kernels' tests run them: on the CPU in Triton's interpreter, or compiled on a GPU.
 DEVICE = torch.device(os.environ.get("QMOE_TEST_DEVICE", "cpu"))
@@ -117,6 +118,25 @@ def first_layers(model: Path, path: Path, count: int) -> Path:
     return path
 
 
+def same_files(a: Path, b: Path) -> bool:
+    """Whether two folders hold files of the same names and bytes."""
+    names = sorted(p.name for p in a.iterdir())
+    assert names and names == sorted(p.name for p in b.iterdir())
+    return filecmp.cmpfiles(a, b, names, shallow=False) == (names, [], [])
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> None:
+    """Make runs in this process stop as by Ctrl-C after that many shards."""
+    original = OutputFolder.write_shard
+
+    def write(self: OutputFolder, i: int, *rest: Any) -> None:
+        if i == shards:
+            raise KeyboardInterrupt
+        original(self, i, *rest)
+
+    monkeypatch.setattr(OutputFolder, "write_shard", write)
+
+
 def assert_close(actual: Tensor, expected: Tensor, most: float = 1e-4, rms: float = 2e-5) -> None:
     """Errors relative to max(|expected|, its RMS): the largest and their RMS must be small."""
     assert actual.shape == expected.shape
@@ -150,14 +170,3 @@ def moe_inputs(T: int, A: int, E: int, H: int, I: int) -> tuple[Tensor, ...]:  #
     first = torch.randn(E, 2 * I, H) * H**-0.5
     second = torch.randn(E, H, I) * I**-0.5
     return x, ids, gates, first, second
-
-
-def start(tmp_path: Path, model: Path, preamble: str = "", *options: str) -> Any:
-    """A real `qmoe quantize` of `model` into tmp_path/out, in a process of its own."""
-    # What nohup or a shell's `&` told the tests to ignore, this process is to heed.
-    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    heed += "signal.signal(signal.SIGHUP, signal.SIG_DFL)"
-    code = f"{heed}\n{preamble}\nimport sys; from qmoe.cli.main import main; sys.exit(main())"
-    arguments = ["quantize", str(model), str(tmp_path / "out"), *options]
-    command = [sys.executable, "-P", "-W", "ignore", "-c", code, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

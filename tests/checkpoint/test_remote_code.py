@@ -3,18 +3,16 @@
 The reference is the same code run as a plain torch module, without transformers' loading.
 """
 
-import importlib
 import json
 import shutil
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import ONE_DOMAIN, assert_close
+from remote_models import CODE, save
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, dynamic_module_utils
+from transformers import AutoTokenizer
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
@@ -25,7 +23,6 @@ from qmoe.cli.main import main
 from qmoe.errors import UnsupportedModelError
 from qmoe.format.compressed_tensors import Schemes, unpacked_tensors
 
-CODE = Path(__file__).resolve().parents[1] / "data" / "remote-code"
 STYLES = ["grok", "deepseek", "expert_choice"]
 CONFIG = QuantConfig(
     experts=Scheme(4, 32),
@@ -34,55 +31,7 @@ CONFIG = QuantConfig(
 )
 IDS = torch.arange(1, 33).view(2, 16) * 37
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Nothing is left in the user's cache of such code."""
-    cache = str(tmp_path / "modules")
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", cache)
-    monkeypatch.setenv("HF_MODULES_CACHE", cache)  # of processes that measure memory
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield
-    for name in [n for n in sys.modules if n.split(".")[0] == "transformers_modules"]:
-        del sys.modules[name]
-
-
-def plain(**changes):
-    """The model as a plain torch module, from the code where it lies."""
-    sys.path.insert(0, str(CODE.parent))
-    try:
-        code = importlib.import_module(f"{CODE.name}.modeling_tiny_remote")
-    finally:
-        del sys.path[0]
-    config = code.TinyRemoteConfig(**changes)
-    return code.TinyRemoteForCausalLM(config).eval().requires_grad_(False)
-
-
-def save(style, path, demo, **changes):
-    """A folder as authors publish it; returns the model."""
-    torch.manual_seed(0)
-    model = plain(style=style, **changes)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(std=parameter.shape[-1] ** -0.5)
-        elif "norm" in name or "before" in name:
-            parameter.normal_().exp_()
-    path.mkdir()
-    save_file(dict(model.state_dict()), path / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict() | {
-        "architectures": ["TinyRemoteForCausalLM"],
-        "dtype": "float32",
-        "auto_map": {
-            "AutoConfig": "configuration_tiny_remote.TinyRemoteConfig",
-            "AutoModelForCausalLM": "modeling_tiny_remote.TinyRemoteForCausalLM",
-        },
-    }
-    (path / "config.json").write_text(json.dumps(config))
-    for file in CODE.glob("*.py"):
-        shutil.copyfile(file, path / file.name)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(demo / name, path / name)
-    return model
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def quantize(source, quantized, config=CONFIG, **options):

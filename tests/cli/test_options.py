@@ -8,7 +8,6 @@ import sys
 import time
 
 import pytest
-from helpers import start
 
 import qmoe
 from qmoe import QuantConfig
@@ -88,8 +87,8 @@ def test_files_have_the_mode_that_the_umask_says(tmp_path, demo):
     assert set(modes.values()) == {"0o640"}, modes
 
 
-def test_a_closed_terminal_is_like_an_interrupt(tmp_path, demo):
-    process = start(tmp_path, demo, "", "--preset", "fast", "--samples", "64")
+def test_a_closed_terminal_is_like_an_interrupt(tmp_path, demo, forks):
+    process = forks.quantize(demo, tmp_path / "out", "--preset", "fast", "--samples", "64")
     while not (tmp_path / "out.partial").exists():  # all layers are still to come: time enough
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from helpers import save_random, start
+from helpers import save_random
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -236,18 +236,18 @@ def test_settings_that_contradict_each_other(capsys, tmp_path, demo):
     )
 
 
-def test_disk_full_while_writing(tmp_path, demo):
+def test_disk_full_while_writing(tmp_path, demo, forks):
     """The kernel refuses to let files grow past 300 kB, as a full disk or quota would."""
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
-    process = start(tmp_path, demo, limit, *LITTLE)
+    process = forks.quantize(demo, tmp_path / "out", *LITTLE, before=limit)
     err = process.communicate()[1]
     assert process.returncode == 1 and "the disk is full; nothing was left behind" in err, err
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
-def test_a_small_disk_really_full(tmp_path, demo):
+def test_a_small_disk_really_full(tmp_path, demo, forks):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)])
@@ -256,7 +256,7 @@ def test_a_small_disk_really_full(tmp_path, demo):
     try:
         lie = "import shutil; d = shutil.disk_usage; "
         lie += "shutil.disk_usage = lambda p: d('/')._replace(free=10**12)"
-        process = start(disk, demo, lie, *LITTLE)
+        process = forks.quantize(demo, disk / "out", *LITTLE, before=lie)
         err = process.communicate()[1]
         assert process.returncode == 1 and "the disk is full; run the same command" in err, err
         assert [p.name for p in disk.iterdir()] == ["out.partial"]
@@ -351,10 +351,11 @@ def test_statistics_in_the_destination(capsys, tmp_path, demo):
     expect_error(capsys, tmp_path, "need different folders", demo, out, "--save-statistics", out)
 
 
-def test_disk_full_while_keeping_statistics(tmp_path, demo):
+def test_disk_full_while_keeping_statistics(tmp_path, demo, forks):
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))"
-    process = start(tmp_path, demo, limit, *LITTLE, "--save-statistics", str(tmp_path / "s"))
+    kept = ("--save-statistics", str(tmp_path / "s"))
+    process = forks.quantize(demo, tmp_path / "out", *LITTLE, *kept, before=limit)
     err = process.communicate()[1]
     assert process.returncode == 1 and "the disk is full" in err and "Traceback" not in err, err
     assert not (tmp_path / "out").exists() and list((tmp_path / "s").iterdir()) == []

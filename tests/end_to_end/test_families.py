@@ -19,7 +19,7 @@ import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.errors import OutputError
 
-# gpt-oss stores its experts fused: plain transformers has no names for them (see measure/test_families.py).
+# gpt-oss stores its experts fused: plain transformers has no names for them.
 NAMED = [family for family in FAMILIES if family != "gpt_oss"]
 CALIBRATION = CalibrationConfig(ONE_DOMAIN, samples=6, seqlen=64, batch=2)
 IDS = torch.arange(1, 33).view(2, 16) * 37

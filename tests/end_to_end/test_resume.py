@@ -1,13 +1,12 @@
 """A run that was stopped, in any way, goes on and writes the same bytes."""
 
-import filecmp
 import random
 import shutil
 import signal
 import time
 
 import pytest
-from helpers import ONE_DOMAIN, first_layers, start
+from helpers import ONE_DOMAIN, first_layers, interrupt_after, same_files
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig
@@ -25,15 +24,9 @@ def whole(demo, tmp_path_factory):
     return folder / "out"
 
 
-def same_files(a, b):
-    names = sorted(p.name for p in a.iterdir())
-    assert names == sorted(p.name for p in b.iterdir())
-    return filecmp.cmpfiles(a, b, names, shallow=False) == (names, [], [])
-
-
-def stop(tmp_path, demo, sign, shards, delay=0.0):
+def stop(forks, tmp_path, demo, sign, shards, delay=0.0):
     """Start a run and stop it once it has finished that many shards."""
-    process = start(tmp_path, demo, "", *SLOW)
+    process = forks.quantize(demo, tmp_path / "out", *SLOW)
     partial = tmp_path / "out.partial"
     while len(list(partial.glob(".qmoe-shard-*.json"))) < shards:
         assert process.poll() is None, process.communicate()[1]
@@ -46,9 +39,9 @@ def stop(tmp_path, demo, sign, shards, delay=0.0):
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, demo, whole, shards):
+def test_a_killed_run_goes_on_to_the_same_bytes(forks, tmp_path, demo, whole, shards):
     delay = random.Random(shards).random() * 0.2
-    status, _ = stop(tmp_path, demo, signal.SIGKILL, shards, delay)
+    status, _ = stop(forks, tmp_path, demo, signal.SIGKILL, shards, delay)
     assert status == -signal.SIGKILL and (tmp_path / "out.partial").exists()
     assert main(["quantize", str(demo), str(tmp_path / "out"), *SLOW]) == 0
     assert same_files(whole, tmp_path / "out")
@@ -56,27 +49,13 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, demo, whole, shards):
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
-def test_an_interrupted_run_says_so_and_goes_on(tmp_path, demo, whole, sign):
-    status, err = stop(tmp_path, demo, sign, 1)
+def test_an_interrupted_run_says_so_and_goes_on(forks, tmp_path, demo, whole, sign):
+    status, err = stop(forks, tmp_path, demo, sign, 1)
     assert status == 130, err
     assert "interrupted: the same command goes on" in err
     assert "Traceback" not in err
     assert main(["quantize", str(demo), str(tmp_path / "out"), *SLOW]) == 0
     assert same_files(whole, tmp_path / "out")
-
-
-def interrupt_after(monkeypatch, shards):
-    """Make this process stop like Ctrl-C after that many shards."""
-    from qmoe.pipeline.output import OutputFolder
-
-    original = OutputFolder.write_shard
-
-    def write(self, i, tensors, note):
-        if i == shards:
-            raise KeyboardInterrupt
-        original(self, i, tensors, note)
-
-    monkeypatch.setattr(OutputFolder, "write_shard", write)
 
 
 @pytest.mark.parametrize("method", ["rtn", "awq", "gptq", "awq-gptq"])
@@ -117,8 +96,8 @@ def test_nothing_finished_leaves_nothing(tmp_path, demo, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_runs_do_not_write_one_destination(tmp_path, demo):
-    process = start(tmp_path, demo, "", *SLOW)
+def test_two_runs_do_not_write_one_destination(tmp_path, demo, forks):
+    process = forks.quantize(demo, tmp_path / "out", *SLOW)
     while not (tmp_path / "out.partial" / ".qmoe-partial").exists():
         assert process.poll() is None
         time.sleep(0.01)

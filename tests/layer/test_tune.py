@@ -1,11 +1,10 @@
 """Tuning layers against the original, and text that a model writes itself."""
 
-import filecmp
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import FAMILIES, ONE_DOMAIN, first_layers, save_random
+from helpers import FAMILIES, ONE_DOMAIN, first_layers, interrupt_after, same_files, save_random
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
@@ -22,12 +21,6 @@ from qmoe.pipeline.self_text import _bytes
 LOW = Scheme(2, 32, False)
 TEXT = CalibrationConfig(ONE_DOMAIN, samples=16, seqlen=64)
 TUNED = QuantConfig(experts=LOW, dense=LOW, search_grid=False, tune=12, calibration=TEXT)
-
-
-def same_files(a, b):
-    names = sorted(p.name for p in a.iterdir())
-    assert names == sorted(p.name for p in b.iterdir())
-    return filecmp.cmpfiles(a, b, names, shallow=False) == (names, [], [])
 
 
 def test_rounding_on_the_grid_and_its_straight_through_gradient():
@@ -91,20 +84,11 @@ def test_tuned_families_pass_the_audit_and_load(family, demo, tmp_path):
 
 
 def test_a_tuned_run_goes_on_to_the_same_bytes(demo, tmp_path, monkeypatch):
-    from qmoe.pipeline.output import OutputFolder
-
     source = first_layers(demo, tmp_path / "source", 2)
     config = replace(TUNED, tune=3, calibration=replace(TEXT, self_samples=4))
     qmoe.quantize(source, tmp_path / "whole", config, progress=False)
-    write = OutputFolder.write_shard
-
-    def stop_at_second(self, i, tensors, note):
-        if i == 1:
-            raise KeyboardInterrupt
-        write(self, i, tensors, note)
-
     with monkeypatch.context() as patch:
-        patch.setattr(OutputFolder, "write_shard", stop_at_second)
+        interrupt_after(patch, 1)
         with pytest.raises(KeyboardInterrupt):
             qmoe.quantize(source, tmp_path / "out", config, progress=False)
     with monkeypatch.context() as patch:  # what the model wrote is kept, not written again

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import ONE_DOMAIN, assert_close, save_random
+from helpers import ONE_DOMAIN, assert_close, interrupt_after, save_random
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -131,15 +131,8 @@ def test_a_run_goes_on_to_the_same_bytes(name, changes, tmp_path, demo, monkeypa
     """Also where what is not packed is rounded to 16 bits: the layers behind it must see that."""
     source = save_random(name, tmp_path / "source", demo, torch.bfloat16)
     quantize(source, tmp_path / "whole", **changes)
-    write = qmoe.pipeline.output.OutputFolder.write_shard
-
-    def once(self, i, *args):
-        if i == 1:
-            raise KeyboardInterrupt
-        write(self, i, *args)
-
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(qmoe.pipeline.output.OutputFolder, "write_shard", once)
+        interrupt_after(patched, 1)
         quantize(source, tmp_path / "out", **changes)
     quantize(source, tmp_path / "out", **changes)
     for file in (tmp_path / "whole").iterdir():

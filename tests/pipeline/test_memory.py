@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import ONE_DOMAIN, first_layers
-from test_resume import same_files
+from helpers import ONE_DOMAIN, first_layers, same_files
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme

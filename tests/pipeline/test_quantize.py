@@ -1,13 +1,12 @@
 """The whole way on the trained demo model: quality, reproducibility, statistics, generation."""
 
-import filecmp
 import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import first_layers
+from helpers import first_layers, same_files
 from safetensors.torch import load_file
 
 import qmoe
@@ -18,12 +17,6 @@ from qmoe.packed.report import fallbacks
 
 SMALL = CalibrationConfig(samples=8)
 FAST = QuantConfig(search_grid=False, calibration=SMALL)
-
-
-def same_files(a, b):
-    names = sorted(p.name for p in a.iterdir())
-    assert names == sorted(p.name for p in b.iterdir())
-    return filecmp.cmpfiles(a, b, names, shallow=False) == (names, [], [])
 
 
 def test_the_demo_model_predicts(demo, quantized):

@@ -4,12 +4,10 @@ from collections import OrderedDict, namedtuple
 
 import pretend_device
 import pytest
-import test_remote_code
 import torch
-from helpers import ONE_DOMAIN, save_random
+from helpers import ONE_DOMAIN, interrupt_after, same_files, save_random
+from remote_models import save
 from safetensors.torch import load_file
-from test_remote_code import own_cache as own_cache  # a fixture that is used by itself
-from test_resume import interrupt_after, same_files
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import qmoe
@@ -87,8 +85,9 @@ def test_so_it_does_with_grouped_routing_and_bf16(demo, tmp_path, there):
     check(source, FAST, tmp_path)
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_so_it_does_with_experts_that_are_modules(demo, tmp_path, there):
-    test_remote_code.save("deepseek", tmp_path / "source", demo)
+    save("deepseek", tmp_path / "source", demo)
     check(tmp_path / "source", FAST, tmp_path, trust_remote_code=True)
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from helpers import ONE_DOMAIN, start
+from helpers import ONE_DOMAIN
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig
@@ -29,9 +29,10 @@ OutputFolder.write_shard = lambda *args: (write(*args), time.sleep(60))"""
 
 
 @pytest.fixture
-def running(tmp_path, demo):
+def running(tmp_path, demo, forks):
     """A run into tmp_path/out that calls itself process 1 and has finished a shard."""
-    process = start(tmp_path, demo, FIRST, *SLOW, "--save-statistics", str(tmp_path / "s"))
+    kept = ("--save-statistics", str(tmp_path / "s"))
+    process = forks.quantize(demo, tmp_path / "out", *SLOW, *kept, before=FIRST)
     while not list((tmp_path / "out.partial").glob(".qmoe-shard-*.json")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
@@ -52,7 +53,7 @@ def test_two_processes_of_one_number(running, tmp_path, demo, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.partial", "s"]
 
 
-def test_a_number_that_is_used_again(running, tmp_path, demo):
+def test_a_number_that_is_used_again(running, tmp_path, demo, forks):
     """After a reboot another process has the number of the one that was killed."""
     running.kill()
     running.communicate()
@@ -61,7 +62,8 @@ def test_a_number_that_is_used_again(running, tmp_path, demo):
     lock.write_text(json.dumps(note))
     with pytest.raises(OutputError, match="holds unfinished work that differs"):  # no other process
         qmoe.quantize(demo, tmp_path / "out", RTN, progress=False)
-    process = start(tmp_path, demo, "", *SLOW, "--save-statistics", str(tmp_path / "s"))
+    kept = ("--save-statistics", str(tmp_path / "s"))
+    process = forks.quantize(demo, tmp_path / "out", *SLOW, *kept)
     err = process.communicate()[1]
     assert process.returncode == 0, err
     assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
