@@ -4,6 +4,7 @@ import filecmp
 import json
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,16 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> None:
         original(self, i, *rest)
 
     monkeypatch.setattr(OutputFolder, "write_shard", write)
+
+
+def mostly_slow(cases: Sequence[tuple[Any, ...]], quick: Callable[..., bool]) -> list[Any]:
+    """Parameters of a test of which only those that `quick(*case)` names are run by `make test`."""
+    chosen = [quick(*case) for case in cases]
+    assert any(chosen), "nothing is left"
+    return [
+        pytest.param(*case, marks=() if now else pytest.mark.slow)
+        for case, now in zip(cases, chosen, strict=True)
+    ]
 
 
 def assert_close(actual: Tensor, expected: Tensor, most: float = 1e-4, rms: float = 2e-5) -> None:
