@@ -56,6 +56,26 @@ def quantized(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def short(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model's first two layers: as real as the whole, in part of its time."""
+    from helpers import first_layers
+
+    return first_layers(demo, tmp_path_factory.mktemp("short") / "source", 2)
+
+
+@pytest.fixture(scope="session")
+def quantized_short(short: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """These two layers quantized on less text, with `helpers.QUICK`."""
+    from helpers import QUICK
+
+    import qmoe
+
+    path = tmp_path_factory.mktemp("quantized-short") / "q4"
+    qmoe.quantize(short, path, QUICK, progress=False)
+    return path
+
+
+@pytest.fixture(scope="session")
 def forks() -> Iterator[ForkServer]:
     """Starts processes of their own that have imported qmoe."""
     server = ForkServer()

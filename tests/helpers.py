@@ -22,6 +22,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from qmoe import CalibrationConfig, QuantConfig
 from qmoe.calibration.pieces import Reading, choose, slices
 from qmoe.calibration.text import Texts
 from qmoe.pipeline.output import OutputFolder
@@ -30,6 +31,9 @@ from qmoe.pipeline.output import OutputFolder
 DEVICE = torch.device(os.environ.get("QMOE_TEST_DEVICE", "cpu"))
 
 ONE_DOMAIN = "bundled:austen"  # where any text does: tokenizing all of them takes a second
+
+LITTLE_TEXT = CalibrationConfig(ONE_DOMAIN, samples=4, seqlen=128)
+QUICK = QuantConfig(search_grid=False, calibration=LITTLE_TEXT)
 
 BASE = dict(
     vocab_size=4096,

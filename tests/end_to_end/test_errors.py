@@ -7,13 +7,20 @@ import subprocess
 
 import pytest
 import torch
-from helpers import save_random
+from helpers import ONE_DOMAIN, save_random
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qmoe.cli.main import main
 
-LITTLE = ("--preset", "fast", "--samples", "4")  # of work, for processes of their own
+LITTLE = (
+    "--preset",
+    "fast",
+    "--calibration",
+    ONE_DOMAIN,
+    "--samples",
+    "4",
+)  # of work, for processes of their own
 
 
 @pytest.fixture

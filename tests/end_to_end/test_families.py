@@ -6,12 +6,13 @@ Weights are kept in float32 so that every comparison can be tight.
 import json
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
-from helpers import FAMILIES, ONE_DOMAIN, assert_close, save_random
+from helpers import FAMILIES, ONE_DOMAIN, assert_close, mostly_slow, save_random
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -118,8 +119,10 @@ def dequantized_twin(source, quantized, path):
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("family", NAMED)
+@pytest.mark.parametrize(
+    "family, symmetric",  # below plain transformers loads the symmetric ones
+    mostly_slow([*product(NAMED, (True, False))], lambda family, symmetric: not symmetric),
+)
 def test_reloaded_equals_the_model_with_dequantized_weights(family, symmetric, tmp_path, demo):
     source, quantized, report = quantize(
         family, tmp_path, demo, experts=Scheme(4, 32, symmetric), dense=Scheme(8, -1, symmetric)
@@ -219,7 +222,10 @@ def test_dense_linears_can_be_left_alone(tmp_path, demo, plain):
     assert found is not None, told[-3000:]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    mostly_slow([(f,) for f in FAMILIES], lambda f: f in ("mixtral", "gpt_oss", "deepseek_v3")),
+)
 def test_awq_folds_leave_the_unrounded_model_as_it_was(family, tmp_path, demo):
     """At 8 bits AWQ's folding is all that is left to see: the logits must be the original's."""
     source, quantized, report = quantize(
@@ -239,6 +245,7 @@ def test_awq_folds_leave_the_unrounded_model_as_it_was(family, tmp_path, demo):
     assert any("norm" in n for n in folded), "no norm took a scale"
 
 
+@pytest.mark.slow
 def test_more_than_ten_layers_load(tmp_path, demo):
     """`layers.1` is a prefix of `layers.10`."""
     source = save_random("qwen3_moe", tmp_path / "s", demo, torch.float32, num_hidden_layers=12)

@@ -45,6 +45,7 @@ def edit_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.mark.slow
 def test_seventy_damages(tmp_path):
     """A small piece of what scripts/fuzz_input.py does by the thousand."""
     script = str(ROOT / "scripts" / "fuzz_input.py")

@@ -32,6 +32,7 @@ def weights(folder):
                 yield name, file.get_tensor(name)
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_does(tmp_path, demo):
     for out, run in (("one", quantize), ("two", by_two)):
         done = run(demo, tmp_path / out)
@@ -49,6 +50,7 @@ def test_two_processes_write_what_one_does(tmp_path, demo):
         assert a["error"] == pytest.approx(b["error"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_refusal_reaches_every_process(tmp_path, demo):
     (tmp_path / "out").mkdir()
     done = by_two(demo, tmp_path / "out")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import FAMILIES, ONE_DOMAIN, first_layers, interrupt_after, same_files, save_random
+from helpers import ONE_DOMAIN, first_layers, interrupt_after, mostly_slow, same_files, save_random
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
@@ -59,6 +59,14 @@ def test_router_logits_count_less_their_mean():
         logits_error({"experts": aim["experts"][:1]}, aim)
 
 
+def test_tuning_brings_a_layer_closer(demo, tmp_path):
+    source = first_layers(demo, tmp_path / "source", 1)
+    config = replace(TUNED, refit=False)
+    (layer,) = qmoe.quantize(source, tmp_path / "out", config, progress=False)["layers"]
+    assert layer["tuning"]["tuned"] < layer["tuning"]["solved"]
+
+
+@pytest.mark.slow
 def test_tuning_brings_layers_closer_and_says_what_became_of_routing(demo, tmp_path):
     text = CalibrationConfig(samples=24, seqlen=64, batch=4)
     config = replace(TUNED, refit=False, tune=24, calibration=text)
@@ -73,27 +81,28 @@ def test_tuning_brings_layers_closer_and_says_what_became_of_routing(demo, tmp_p
     assert evaluate(tmp_path / "out", against=demo, samples=2)["overall"]["qmoe"]["kl"] < 0.2
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family",
+    mostly_slow([("deepseek_v3",), ("qwen2_moe",), ("gpt_oss",)], lambda name: name == "gpt_oss"),
+)
 def test_tuned_families_pass_the_audit_and_load(family, demo, tmp_path):
     source = save_random(family, tmp_path / "source", demo, torch.bfloat16)
     qmoe.quantize(source, tmp_path / "out", replace(TUNED, tune=3), progress=False)
     model, tokenizer = qmoe.load(tmp_path / "out")
     ids = tokenizer("The", return_tensors="pt")["input_ids"]
     assert model(input_ids=ids).logits.isfinite().all()
-    assert family in FAMILIES
 
 
-def test_a_tuned_run_goes_on_to_the_same_bytes(demo, tmp_path, monkeypatch):
-    source = first_layers(demo, tmp_path / "source", 2)
+def test_a_tuned_run_goes_on_to_the_same_bytes(short, tmp_path, monkeypatch):
     config = replace(TUNED, tune=3, calibration=replace(TEXT, self_samples=4))
-    qmoe.quantize(source, tmp_path / "whole", config, progress=False)
+    qmoe.quantize(short, tmp_path / "whole", config, progress=False)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 1)
         with pytest.raises(KeyboardInterrupt):
-            qmoe.quantize(source, tmp_path / "out", config, progress=False)
+            qmoe.quantize(short, tmp_path / "out", config, progress=False)
     with monkeypatch.context() as patch:  # what the model wrote is kept, not written again
         patch.setattr("qmoe.pipeline.self_text.write", None)
-        qmoe.quantize(source, tmp_path / "out", config, progress=False)
+        qmoe.quantize(short, tmp_path / "out", config, progress=False)
     assert same_files(tmp_path / "whole", tmp_path / "out")
     report = read_report(tmp_path / "out")
     assert (
@@ -102,10 +111,10 @@ def test_a_tuned_run_goes_on_to_the_same_bytes(demo, tmp_path, monkeypatch):
     assert not [line for line in report["fallbacks"] if "text" in line]
 
 
-def test_no_memory_to_write_text_is_reported(demo, tmp_path, monkeypatch):
+def test_no_memory_to_write_text_is_reported(short, tmp_path, monkeypatch):
     monkeypatch.setattr("qmoe.pipeline.self_text.free", lambda: 100_000)
     config = QuantConfig(search_grid=False, calibration=replace(TEXT, self_samples=4))
-    report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
+    report = qmoe.quantize(short, tmp_path / "out", config, progress=False)
     assert report["fallbacks"][0].startswith(
         "no text was written, 4 samples asked for: that takes 0.0"
     )
@@ -113,11 +122,11 @@ def test_no_memory_to_write_text_is_reported(demo, tmp_path, monkeypatch):
     assert report["calibration"]["self_samples"] == 0
 
 
-def test_without_memory_for_the_original_a_copy_writes(demo, tmp_path, monkeypatch):
-    whole, copy = _bytes(open_source(demo, torch.bfloat16))
+def test_without_memory_for_the_original_a_copy_writes(short, tmp_path, monkeypatch):
+    whole, copy = _bytes(open_source(short, torch.bfloat16))
     monkeypatch.setattr("qmoe.pipeline.self_text.free", lambda: int(1.3 * (whole + copy) / 2))
     config = QuantConfig(search_grid=False, calibration=replace(TEXT, self_samples=4))
-    report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
+    report = qmoe.quantize(short, tmp_path / "out", config, progress=False)
     first = report["fallbacks"][0]
     assert first.startswith("a copy with 4-bit experts wrote text, 4 samples asked for: the orig")
     assert report["calibration"]["samples"] == [20, 64]
@@ -131,12 +140,12 @@ def test_tuning_starts_from_gptq(method):
         QuantConfig(method, tune=10)
 
 
-def test_a_family_that_cannot_continue_text_is_reported(demo, tmp_path, monkeypatch):
+def test_a_family_that_cannot_continue_text_is_reported(short, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise ValueError("this cache has no length")
 
     monkeypatch.setattr("qmoe.pipeline.self_text._continue", fail)
     config = QuantConfig(search_grid=False, calibration=replace(TEXT, self_samples=4))
-    report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
+    report = qmoe.quantize(short, tmp_path / "out", config, progress=False)
     assert "generating failed: ValueError: this cache has no length" in report["fallbacks"][0]
     assert report["calibration"]["self_samples"] == 0

@@ -1,10 +1,11 @@
 """A rotation fused into the weights around the residual stream: the same model, other numbers."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
-from helpers import ONE_DOMAIN, assert_close, interrupt_after, save_random
+from helpers import ONE_DOMAIN, assert_close, interrupt_after, mostly_slow, save_random
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -55,8 +56,11 @@ def test_it_is_a_hadamard_matrix_with_signs(H):
         assert torch.equal(turn(torch.eye(H) * signs), rotate(torch.eye(H), block))
 
 
+NAMES = ["qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama4_text", "qwen3_next"]
+
+
 @pytest.mark.parametrize(
-    "name", ["qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama4_text", "qwen3_next"]
+    "name", mostly_slow([(n,) for n in NAMES], lambda n: n in ("deepseek_v3", "gpt_oss"))
 )
 def test_a_reloaded_model_equals_the_one_with_what_was_written(name, tmp_path):
     """Shared experts, biases, latent attention, transposed and interleaved experts, norms of 1 + w,
@@ -67,8 +71,13 @@ def test_a_reloaded_model_equals_the_one_with_what_was_written(name, tmp_path):
     assert entry["format"] == "pack-quantized" and "transform_config" not in entry
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "qwen3_next"])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "name, tied",
+    mostly_slow(
+        [*product(("qwen3_moe", "gpt_oss", "qwen3_next"), (False, True))],
+        lambda name, tied: (name, tied) in [("qwen3_next", False), ("qwen3_moe", True)],
+    ),
+)
 def test_it_is_the_original_up_to_rounding(name, tied, tmp_path):
     """In 8 bits it differs from the original by about as much as without a rotation."""
     save_tiny(family(name), tmp_path / "source")
@@ -120,12 +129,14 @@ def test_all_that_changed_is_written_in_its_own_dtype(tmp_path, demo):
 
 @pytest.mark.parametrize(
     "name, changes",
-    [
-        ("qwen3_moe", {"tune": 2}),
-        ("qwen3_moe", {"dense": None}),
-        ("gpt_oss", {"lm_head": Scheme(8, 64)}),
-    ],
-    ids=["tuned", "dense in 16 bits", "biases and head"],
+    mostly_slow(
+        [
+            ("qwen3_moe", {"tune": 2}),
+            ("qwen3_moe", {"dense": None}),
+            ("gpt_oss", {"lm_head": Scheme(8, 64)}),
+        ],
+        lambda name, changes: "dense" in changes,
+    ),
 )
 def test_a_run_goes_on_to_the_same_bytes(name, changes, tmp_path, demo, monkeypatch):
     """Also where what is not packed is rounded to 16 bits: the layers behind it must see that."""

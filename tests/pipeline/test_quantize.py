@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import first_layers, same_files
+from helpers import LITTLE_TEXT, QUICK, mostly_slow, same_files
 from safetensors.torch import load_file
 
 import qmoe
@@ -27,6 +27,7 @@ def test_the_demo_model_predicts(demo, quantized):
             assert score["perplexity"] < 150, (name, domain)
 
 
+@pytest.mark.slow
 def test_gptq_beats_rounding_in_and_out_of_domain(demo, tmp_path):
     config = QuantConfig(
         experts=Scheme(3, 128, False),
@@ -42,15 +43,15 @@ def test_gptq_beats_rounding_in_and_out_of_domain(demo, tmp_path):
     assert ours and result["scores"]["nf4"]["austen"]["kl"] > 0
 
 
-def test_same_seed_same_bytes(demo, quantized, tmp_path):
-    qmoe.quantize(demo, tmp_path / "again", FAST, progress=False)
-    assert same_files(quantized, tmp_path / "again")
+def test_same_seed_same_bytes(short, quantized_short, tmp_path):
+    qmoe.quantize(short, tmp_path / "again", QUICK, progress=False)
+    assert same_files(quantized_short, tmp_path / "again")
 
 
-def test_another_seed_other_bytes(demo, quantized, tmp_path):
-    config = replace(FAST, calibration=CalibrationConfig(samples=8, seed=1))
-    qmoe.quantize(demo, tmp_path / "other", config, progress=False)
-    assert not same_files(quantized, tmp_path / "other")
+def test_another_seed_other_bytes(short, quantized_short, tmp_path):
+    config = replace(QUICK, calibration=replace(LITTLE_TEXT, seed=1))
+    qmoe.quantize(short, tmp_path / "other", config, progress=False)
+    assert not same_files(quantized_short, tmp_path / "other")
 
 
 def test_what_is_not_quantized_is_byte_for_byte_the_source(demo, quantized):
@@ -82,37 +83,35 @@ def test_the_report_tells_what_was_done(quantized):
     assert len(named) >= 4 and len(report["fallbacks"]) == 4
 
 
-def test_statistics_saved_and_used_give_nearly_the_same_model(demo, tmp_path):
-    source = first_layers(demo, tmp_path / "source", 2)
-    qmoe.quantize(source, tmp_path / "a", FAST, save_statistics=tmp_path / "s", progress=False)
-    qmoe.quantize(source, tmp_path / "b", FAST, statistics_from=[tmp_path / "s"], progress=False)
+def test_statistics_saved_and_used_give_the_same_model(short, tmp_path):
+    qmoe.quantize(short, tmp_path / "a", QUICK, save_statistics=tmp_path / "s", progress=False)
+    qmoe.quantize(short, tmp_path / "b", QUICK, statistics_from=[tmp_path / "s"], progress=False)
     for file in (tmp_path / "a").glob("*.safetensors"):
         first, second = load_file(file), load_file(tmp_path / "b" / file.name)
         for name, tensor in first.items():
             assert torch.equal(tensor, second[name]), name
 
 
-def test_statistics_of_two_texts_can_be_summed(demo, tmp_path):
-    source = first_layers(demo, tmp_path / "source", 2)
+def test_statistics_of_two_texts_can_be_summed(short, tmp_path):
     for seed in (0, 1):
-        config = replace(FAST, calibration=CalibrationConfig(samples=8, seed=seed))
+        config = replace(QUICK, calibration=replace(LITTLE_TEXT, seed=seed))
         qmoe.quantize(
-            source,
+            short,
             tmp_path / f"q{seed}",
             config,
             save_statistics=tmp_path / f"s{seed}",
             progress=False,
         )
     both = [tmp_path / "s0", tmp_path / "s1"]
-    report = qmoe.quantize(source, tmp_path / "both", FAST, statistics_from=both, progress=False)
+    report = qmoe.quantize(short, tmp_path / "both", QUICK, statistics_from=both, progress=False)
     (entry,) = report["layers"][0]["experts"].values()
-    assert sum(entry["tokens"]) == 2 * 8 * 256 * 4
+    assert sum(entry["tokens"]) == 2 * 4 * 128 * 4
     assert report["layers"][0]["error"] is None
 
 
-def test_statistics_of_another_model_are_refused_before_work(demo, tmp_path):
-    source, folder = first_layers(demo, tmp_path / "source", 2), tmp_path / "s"
-    qmoe.quantize(source, tmp_path / "q", FAST, save_statistics=folder, progress=False)
+def test_statistics_of_another_model_are_refused_before_work(short, tmp_path):
+    source, folder = short, tmp_path / "s"
+    qmoe.quantize(source, tmp_path / "q", QUICK, save_statistics=folder, progress=False)
     (folder / "layer-00001.safetensors").unlink()
     with pytest.raises(CalibrationError, match="layer-00001.safetensors: no readable statistics"):
         qmoe.quantize(source, tmp_path / "x", statistics_from=[folder], progress=False)
@@ -148,8 +147,16 @@ def test_a_line_names_the_rarest_of_many_experts():
     assert line.endswith(", 68 (expert 32) and 32 more")
 
 
-@pytest.mark.parametrize("bits, group, symmetric", [(2, 32, False), (3, 64, True), (8, 128, True)])
-@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+SCHEMES = [(2, 32, False), (3, 64, True), (8, 128, True)]
+
+
+@pytest.mark.parametrize(
+    "method, bits, group, symmetric",
+    mostly_slow(
+        [(method, *scheme) for method in ("rtn", "gptq", "awq") for scheme in SCHEMES],
+        lambda method, bits, *_: (method, bits) in [("rtn", 8), ("gptq", 3), ("awq", 2)],
+    ),
+)
 def test_methods_and_schemes_give_working_models(demo, tmp_path, method, bits, group, symmetric):
     config = replace(FAST, method=method, experts=Scheme(bits, group, symmetric))
     config = replace(config, act_order=bits != 3, search_grid=bits == 2)

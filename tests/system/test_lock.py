@@ -20,7 +20,7 @@ from qmoe.pipeline.output import OutputFolder
 from qmoe.system.lock import NAME, Lock
 
 RTN = QuantConfig("rtn")
-SLOW = ("--preset", "fast", "--samples", "24", "--batch", "1")
+SLOW = ("--preset", "fast", "--calibration", ONE_DOMAIN, "--samples", "4", "--batch", "1")
 # A process 1, as in a container, that rests after each shard.
 FIRST = """import os, time; os.getpid = lambda: 1
 from qmoe.pipeline.output import OutputFolder
@@ -29,10 +29,10 @@ OutputFolder.write_shard = lambda *args: (write(*args), time.sleep(60))"""
 
 
 @pytest.fixture
-def running(tmp_path, demo, forks):
+def running(tmp_path, short, forks):
     """A run into tmp_path/out that calls itself process 1 and has finished a shard."""
     kept = ("--save-statistics", str(tmp_path / "s"))
-    process = forks.quantize(demo, tmp_path / "out", *SLOW, *kept, before=FIRST)
+    process = forks.quantize(short, tmp_path / "out", *SLOW, *kept, before=FIRST)
     while not list((tmp_path / "out.partial").glob(".qmoe-shard-*.json")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
@@ -41,19 +41,21 @@ def running(tmp_path, demo, forks):
     process.communicate()
 
 
-def test_two_processes_of_one_number(running, tmp_path, demo, monkeypatch):
+def test_two_processes_of_one_number(running, tmp_path, short, monkeypatch):
     """As two containers on one disk; and one that wants the same folder of statistics."""
     monkeypatch.setattr(os, "getpid", lambda: 1)
     said = f"process 1 on {socket.gethostname()} .since 20.* is writing it"
     with pytest.raises(OutputError, match=f"out.partial: {said}"):
-        qmoe.quantize(demo, tmp_path / "out", RTN, progress=False)
+        qmoe.quantize(short, tmp_path / "out", RTN, progress=False)
     few = QuantConfig(calibration=CalibrationConfig(ONE_DOMAIN, samples=1))
     with pytest.raises(OutputError, match=f"s: {said}"):
-        qmoe.quantize(demo, tmp_path / "other", few, save_statistics=tmp_path / "s", progress=False)
+        qmoe.quantize(
+            short, tmp_path / "other", few, save_statistics=tmp_path / "s", progress=False
+        )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.partial", "s"]
 
 
-def test_a_number_that_is_used_again(running, tmp_path, demo, forks):
+def test_a_number_that_is_used_again(running, tmp_path, short, forks):
     """After a reboot another process has the number of the one that was killed."""
     running.kill()
     running.communicate()
@@ -61,9 +63,9 @@ def test_a_number_that_is_used_again(running, tmp_path, demo, forks):
     note = json.loads(lock.read_text()) | {"pid": os.getppid()}
     lock.write_text(json.dumps(note))
     with pytest.raises(OutputError, match="holds unfinished work that differs"):  # no other process
-        qmoe.quantize(demo, tmp_path / "out", RTN, progress=False)
+        qmoe.quantize(short, tmp_path / "out", RTN, progress=False)
     kept = ("--save-statistics", str(tmp_path / "s"))
-    process = forks.quantize(demo, tmp_path / "out", *SLOW, *kept)
+    process = forks.quantize(short, tmp_path / "out", *SLOW, *kept)
     err = process.communicate()[1]
     assert process.returncode == 0, err
     assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
@@ -71,14 +73,14 @@ def test_a_number_that_is_used_again(running, tmp_path, demo, forks):
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS])
-def test_a_file_system_without_locks(tmp_path, demo, monkeypatch, code):
+def test_a_file_system_without_locks(tmp_path, short, monkeypatch, code):
     """It goes on and says so; after a run that was killed it asks, since it cannot know."""
 
     def flock(file, how):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    report = qmoe.quantize(demo, tmp_path / "out", RTN, progress=False)
+    report = qmoe.quantize(short, tmp_path / "out", RTN, progress=False)
     line = f"{tmp_path / 'out.partial'}: written without a lock, its file system has none"
     assert line in report["fallbacks"]
     shutil.rmtree(tmp_path / "out")
@@ -89,7 +91,7 @@ def test_a_file_system_without_locks(tmp_path, demo, monkeypatch, code):
     lock = tmp_path / "out.partial" / NAME
     lock.write_text(json.dumps({"pid": 7, "host": "there", "since": "then"}))
     with pytest.raises(OutputError, match=rf"process 7 on there \(since then\).*remove {lock}"):
-        qmoe.quantize(demo, tmp_path / "out", RTN, progress=False)
+        qmoe.quantize(short, tmp_path / "out", RTN, progress=False)
     lock.unlink()
     with OutputFolder(tmp_path / "out", 2, {"a": "b"}) as folder:
         assert folder.done == [0]
