@@ -82,7 +82,7 @@ def test_an_encoded_model_equals_its_decoded_twin(name, tmp_path):
         qmoe.quantize(folder, tmp_path / f"{folder.name}-q", CONFIG, progress=False)
         shards = sorted((tmp_path / f"{folder.name}-q").glob("*.safetensors"))
         outputs.append({k: v for shard in shards for k, v in load_file(shard).items()})
-    assert outputs[0].keys() == outputs[1].keys()
+    assert outputs[0] and outputs[0].keys() == outputs[1].keys()
     assert all(torch.equal(outputs[0][key], outputs[1][key]) for key in outputs[0])
     config = json.loads((tmp_path / "encoded-q" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"

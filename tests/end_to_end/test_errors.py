@@ -36,6 +36,7 @@ def run(capsys, *args):
 
 
 def expect_error(capsys, tmp_path, message, *args):
+    assert message, "every error has something of its own"
     capsys.readouterr()
     before = sorted(p.name for p in tmp_path.iterdir())
     status, err = run(capsys, *args)
@@ -303,19 +304,19 @@ def test_evaluating_what_is_not_quantized(capsys, demo):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "changes, message",
     [
-        {"num_hidden_layers": "four"},
-        {"hidden_act": "no-such"},
-        {"num_experts_per_tok": 99},
-        {"dtype": "bfloat1"},
-        {"decoder_sparse_step": 0},
-        {"pad_token_id": 10**9},
+        ({"num_hidden_layers": "four"}, "expected int, got str (value: 'four')"),
+        ({"hidden_act": "no-such"}, "cannot build a language model from this config: KeyError"),
+        ({"num_experts_per_tok": 99}, "config.json sends a token to 99 of 16 experts"),
+        ({"dtype": "bfloat1"}, "cannot read this architecture: module 'torch' has no attribute"),
+        ({"decoder_sparse_step": 0}, "integer modulo by zero"),
+        ({"pad_token_id": 10**9}, "Padding_idx must be within num_embeddings"),
     ],
 )
-def test_config_that_makes_no_sense(capsys, tmp_path, model, changes):
+def test_config_that_makes_no_sense(capsys, tmp_path, model, changes, message):
     edit_config(model, **changes)
-    expect_error(capsys, tmp_path, "", model, tmp_path / "out")
+    expect_error(capsys, tmp_path, message, model, tmp_path / "out")
 
 
 def test_a_quantization_config_of_null_is_none(tmp_path, model):

@@ -310,7 +310,7 @@ def test_experts_stored_in_one_tensor_give_the_same_as_expert_by_expert(tmp_path
     for folder in ("single", "fused"):
         files = sorted((tmp_path / folder).glob("*.safetensors"))
         found.append({k: v for file in files for k, v in load_file(file).items()})
-    assert found[0].keys() == found[1].keys()
+    assert found[0] and found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 

@@ -39,7 +39,7 @@ def test_two_processes_write_what_one_does(tmp_path, demo):
         assert done.returncode == 0, done.stderr
         assert "audit passed" in done.stdout and done.stdout.count("became") == 1
     one, two = dict(weights(tmp_path / "one")), dict(weights(tmp_path / "two"))
-    assert one.keys() == two.keys()
+    assert len(one) > 600 and one.keys() == two.keys()
     # Sums over the text are added in another order, but in float64, and rounded once.
     assert all(torch.equal(one[name], two[name]) for name in one)
     reports = [json.loads((tmp_path / n / "qmoe_report.json").read_text()) for n in ("one", "two")]

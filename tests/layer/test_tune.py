@@ -71,6 +71,7 @@ def test_tuning_brings_layers_closer_and_says_what_became_of_routing(demo, tmp_p
     text = CalibrationConfig(samples=24, seqlen=64, batch=4)
     config = replace(TUNED, refit=False, tune=24, calibration=text)
     report = qmoe.quantize(demo, tmp_path / "out", config, progress=False)
+    assert len(report["layers"]) == 4
     for layer in report["layers"]:
         assert layer["tuning"]["tuned"] < layer["tuning"]["solved"]
         assert layer["tuning"]["tuned"] == layer["error"]

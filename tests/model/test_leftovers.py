@@ -64,7 +64,7 @@ def leaves_out(tmp_path, demo, family, extra, config=RTN, **changes):
     qmoe.quantize(twin, tmp_path / "q-twin", config, progress=False)
     report = qmoe.quantize(source, tmp_path / "q", config, progress=False)
     found, expected = weights(tmp_path / "q"), weights(tmp_path / "q-twin")
-    assert found.keys() == expected.keys()
+    assert found and found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
     qmoe.load(tmp_path / "q", progress=False)
     return report
