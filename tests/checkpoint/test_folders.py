@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import mostly_slow
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -259,7 +260,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("shards", mostly_slow([(1,), (3,)], lambda shards: shards == 3))
 def test_what_a_hub_name_downloads(tmp_path, model, shards):
     """Then again without a network. Each in a process of its own: the library reads its settings
     once."""

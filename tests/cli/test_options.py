@@ -3,8 +3,6 @@
 import os
 import signal
 import stat
-import subprocess
-import sys
 import time
 
 import pytest
@@ -42,7 +40,7 @@ QuantConfig.from_dict(3)
 """
 
 
-def test_arguments_of_the_wrong_kind(tmp_path):
+def test_arguments_of_the_wrong_kind(tmp_path, forks):
     """In a process of its own: the type checks of the tests are not there for a user."""
     code = f"""
 from qmoe import *
@@ -57,8 +55,7 @@ for call in {WRONG.strip().splitlines()!r}:
     except BaseException as error:
         print(call, repr(error))
 """
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
+    assert forks.run(code) == (0, "", "")
 
 
 def test_text_options_contradict_statistics():

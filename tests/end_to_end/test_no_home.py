@@ -4,12 +4,13 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import mostly_slow
 
+# A fresh process, since libraries look for a home while they are imported; one for all commands.
 NAMELESS = """
-import os, pwd, sys
+import contextlib, io, json, os, pwd, sys
 for name in [n for n in os.environ if n.startswith(("HF_", "XDG_"))]:
     del os.environ[name]
 os.environ.pop("HOME", None)
@@ -18,38 +19,38 @@ if "HOME" not in os.environ:
     def nobody(uid): raise KeyError(uid)
     pwd.getpwuid = nobody
 from qmoe.cli.main import main
-sys.exit(main(sys.argv[1:]))
+for command in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(command)
+    print(json.dumps([status, out.getvalue(), err.getvalue()]))
 """
-HOMES = [{"HOME": "/proc/1"}, {}]
+HOMES = {"not writable": {"HOME": "/proc/1"}, "none": {}}
 
 
-def qmoe(home: dict[str, str], folder: Path, *args: object) -> tuple[int, str, str]:
-    code = NAMELESS.format(home=home | {"HF_HUB_OFFLINE": "1"})
-    command = [sys.executable, "-P", "-W", "ignore", "-c", code, *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stdout, done.stderr
-
-
-@pytest.mark.parametrize("home", HOMES, ids=["not writable", "none"])
-def test_local_text_needs_no_home(tmp_path, quantized, home):
+@pytest.mark.parametrize(
+    "home", mostly_slow([(name,) for name in HOMES], lambda name: name == "none")
+)
+def test_without_a_home(tmp_path, demo, quantized_short, home):
+    """Local text needs none; what needs a cache says how to name one."""
     rows = [{"text": f"In year {i} the question was asked again, for once."} for i in range(200)]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     shutil.copyfile(tmp_path / "data" / "train.jsonl", tmp_path / "t.jsonl")
     texts = ("--text", "t.jsonl", "--text", f"hf:{tmp_path}/data")
-    found = qmoe(home, tmp_path, "eval", quantized, "--samples", 1, "--seqlen", 16, *texts)
-    assert found[0] == 0 and not found[2] and "perplexity" in found[1], found
+    commands = [
+        ["eval", str(quantized_short), "--samples", "1", "--seqlen", "16", *texts],
+        ["quantize", "owner/name", "out"],
+        ["quantize", str(demo), "out", "--calibration", "hf:owner/name/x"],
+    ]
+    code = NAMELESS.format(home=HOMES[home] | {"HF_HUB_OFFLINE": "1"})
+    command = [sys.executable, "-P", "-W", "ignore", "-c", code, json.dumps(commands)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    local, model, text = [json.loads(line) for line in done.stdout.splitlines()]
+    assert local[0] == 0 and not local[2] and "perplexity" in local[1], local
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "t.jsonl"]
-
-
-@pytest.mark.parametrize("home", HOMES, ids=["not writable", "none"])
-def test_what_needs_a_cache_says_how_to_name_one(tmp_path, demo, home):
-    status, _, err = qmoe(home, tmp_path, "quantize", "owner/name", "out")
-    assert status == 1 and err.startswith("error: owner/name: no such local folder"), err
-    assert "HF_HOME" in err
-    args = ("quantize", demo, "out", "--calibration", "hf:owner/name/x")
-    status, _, err = qmoe(home, tmp_path, *args)
-    last = err.splitlines()[-1]
-    assert status == 1 and last.startswith("error: hf:owner/name/x: cannot load the dataset"), err
-    assert "HF_HOME" in last and "examples/s" not in err
+    assert model[0] == 1 and model[2].startswith("error: owner/name: no such local folder"), model
+    last = text[2].splitlines()[-1]
+    assert text[0] == 1 and last.startswith("error: hf:owner/name/x: cannot load the dataset"), text
+    assert "HF_HOME" in model[2] and "HF_HOME" in last and "examples/s" not in text[2]
