@@ -23,6 +23,7 @@ import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
 import qmoe.cli.commands
 import qmoe.measure.evaluate
+import qmoe.measure.families
 import qmoe.packed.load
 import qmoe.pipeline.quantize  # noqa: F401
 

@@ -142,13 +142,17 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> None:
     monkeypatch.setattr(OutputFolder, "write_shard", write)
 
 
+def slow(*values: Any) -> Any:
+    """One case of a test that `make test` leaves to `make test-all`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def mostly_slow(cases: Sequence[tuple[Any, ...]], quick: Callable[..., bool]) -> list[Any]:
     """Parameters of a test of which only those that `quick(*case)` names are run by `make test`."""
     chosen = [quick(*case) for case in cases]
     assert any(chosen), "nothing is left"
     return [
-        pytest.param(*case, marks=() if now else pytest.mark.slow)
-        for case, now in zip(cases, chosen, strict=True)
+        pytest.param(*case) if now else slow(*case) for case, now in zip(cases, chosen, strict=True)
     ]
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import ONE_DOMAIN, assert_close, first_layers, save_random
+from helpers import ONE_DOMAIN, assert_close, first_layers, save_random, slow
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -67,7 +67,9 @@ def test_weights_with_outliers_lose_less(method):
     assert (lost[1] < 0.5 * lost[0]).all()
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama4"])
+@pytest.mark.parametrize(
+    "family", [slow("qwen3_moe"), slow("qwen2_moe"), "deepseek_v3", "gpt_oss", slow("llama4")]
+)
 def test_a_reloaded_model_equals_the_one_with_dequantized_weights(family, tmp_path):
     """Shared experts, grouped routing, biases, experts stored transposed and interleaved."""
     config = QuantConfig(

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from helpers import ONE_DOMAIN, mostly_slow, save_random
+from helpers import ONE_DOMAIN, mostly_slow, save_random, slow
 from safetensors.torch import load_file, save_file
 
 import qmoe
@@ -158,8 +158,8 @@ def faint(path, demo, size, dtype=HALF):
     "config",
     [
         QuantConfig("rtn", Scheme(8, 32)),
-        QuantConfig("awq", Scheme(8, 32), calibration=TEXT),
-        QuantConfig("gptq", Scheme(8, 32), search_grid=True, refit=True, calibration=TEXT),
+        slow(QuantConfig("awq", Scheme(8, 32), calibration=TEXT)),
+        slow(QuantConfig("gptq", Scheme(8, 32), search_grid=True, refit=True, calibration=TEXT)),
         QuantConfig("gptq", Scheme(4, 32, False), search_grid=False, tune=3, calibration=TEXT),
     ],
     ids=["rtn", "awq", "gptq", "tuned"],

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import ONE_DOMAIN, save_random
+from helpers import ONE_DOMAIN, save_random, slow
 from safetensors.torch import load_file, save_file
 
 import qmoe
@@ -92,9 +92,9 @@ def test_a_prediction_layer_of_a_model_that_has_not_61(tmp_path, demo, config):
     "name",
     [
         "mtp.layers.0.eh_proj.weight",
-        "model.mtp_block.0.norm.weight",
-        "model.mtp_layers.0.x.weight",
-        "model.nextn.0.norm.weight",
+        slow("model.mtp_block.0.norm.weight"),
+        slow("model.mtp_layers.0.x.weight"),
+        slow("model.nextn.0.norm.weight"),
     ],
 )
 def test_prediction_layers_by_name(tmp_path, demo, name):
@@ -124,7 +124,7 @@ def test_layers_that_are_too_many(tmp_path, demo, extra, changes, said):
         qmoe.quantize(source, tmp_path / "q", RTN, progress=False)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", slow("deepseek_v3"), slow("gpt_oss")])
 @pytest.mark.parametrize("place", ["model.layers.{}.self_attn.rotary_emb", "model.rotary_emb"])
 def test_rotary_tables(tmp_path, demo, family, place):
     tables = {f"{place.format(i)}.inv_freq": torch.rand(8) for i in range(2)}
@@ -186,7 +186,15 @@ def test_names_that_other_programs_gave(tmp_path, demo, spoil, remedy):
 
 
 @pytest.mark.parametrize(
-    "named", [None, [], ["MyMixtralForCausalLM"], [""], ["LlamaForCausalLM"], ["pipeline"]]
+    "named",
+    [
+        None,
+        slow([]),
+        ["MyMixtralForCausalLM"],
+        slow([""]),
+        ["LlamaForCausalLM"],
+        slow(["pipeline"]),
+    ],
 )
 def test_architectures_that_name_no_class_of_the_family(tmp_path, demo, named):
     report = leaves_out(tmp_path, demo, "mixtral", {}, architectures=named)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import ONE_DOMAIN
+from helpers import ONE_DOMAIN, slow
 from safetensors.torch import load_file, save_file
 
 import qmoe
@@ -46,7 +46,9 @@ def made(family, path, dtype=torch.bfloat16, config=ROUNDED):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "jamba", "nemotron_h", "qwen3_next"])
+@pytest.mark.parametrize(
+    "family", ["deepseek_v3", "gpt_oss", slow("jamba"), slow("nemotron_h"), slow("qwen3_next")]
+)
 def test_routes_and_logits_in_bfloat16_are_transformers(family, tmp_path):
     source, quantized, _ = made(family, tmp_path)
     config = open_packed(quantized).model.config

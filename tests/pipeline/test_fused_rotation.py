@@ -5,7 +5,15 @@ from itertools import product
 
 import pytest
 import torch
-from helpers import ONE_DOMAIN, assert_close, interrupt_after, mostly_slow, same_files, save_random
+from helpers import (
+    ONE_DOMAIN,
+    assert_close,
+    interrupt_after,
+    mostly_slow,
+    same_files,
+    save_random,
+    slow,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -177,11 +185,12 @@ def test_statistics_of_another_stream_are_refused(tmp_path, demo):
     [
         ("dbrx", "LayerNorm.*no RMSNorm"),
         ("switch_transformers", "an encoder and a decoder"),
-        ("gemma4_text", r"layers\.0"),
-        ("jetmoe", "modules of their own"),
-        ("longcat_flash", "identity experts"),
-        ("dots3_note_text", r"layers\.0: rotate fused: differs"),  # beyond the tokens it looks at
-        ("qwen3_vl_moe", "visual.* is not called for text"),
+        slow("gemma4_text", r"layers\.0"),
+        slow("jetmoe", "modules of their own"),
+        slow("longcat_flash", "identity experts"),
+        # Beyond the tokens it looks at.
+        ("dots3_note_text", r"layers\.0: rotate fused: differs"),
+        slow("qwen3_vl_moe", "visual.* is not called for text"),
     ],
 )
 def test_what_cannot_be_rotated_is_refused_by_name(name, complaint, tmp_path):
@@ -191,7 +200,7 @@ def test_what_cannot_be_rotated_is_refused_by_name(name, complaint, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
-@pytest.mark.parametrize("tied", [None, False, True])
+@pytest.mark.parametrize("tied", [None, slow(False), slow(True)])
 def test_it_can_be_compared_with_its_original(tied, tmp_path, demo):
     source = save_random(
         "mixtral", tmp_path / "source", demo, torch.float32, tie_word_embeddings=tied is True

@@ -121,18 +121,18 @@ def test_statistics_of_another_model_are_refused_before_work(short, tmp_path):
         )
 
 
-def test_an_expert_that_no_token_reaches(demo, tmp_path):
+def test_an_expert_that_no_token_reaches(short, tmp_path):
     """One word over and over starves most experts: nothing fails, everything is reported."""
     (tmp_path / "word.txt").write_text("the " * 400)
     word = CalibrationConfig(str(tmp_path / "word.txt"), 1, 64)
     config = replace(FAST, min_tokens=0, calibration=word)
-    report = qmoe.quantize(demo, tmp_path / "q", config, progress=False)
+    report = qmoe.quantize(short, tmp_path / "q", config, progress=False)
     rounded = [line for line in report["fallbacks"] if "rounded to nearest" in line]
     assert rounded and "no usable statistics" in rounded[0]
     model, _ = qmoe.load(tmp_path / "q", progress=False)
     assert model(input_ids=torch.arange(32)[None]).logits.isfinite().all()
     config = replace(FAST, calibration=word)
-    report = qmoe.quantize(demo, tmp_path / "q2", config, progress=False)
+    report = qmoe.quantize(short, tmp_path / "q2", config, progress=False)
     assert not [line for line in report["fallbacks"] if "rounded to nearest" in line]
     assert [line for line in report["fallbacks"] if "too few: 0 (expert" in line]
 

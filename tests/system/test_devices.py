@@ -5,7 +5,7 @@ from collections import OrderedDict, namedtuple
 import pretend_device
 import pytest
 import torch
-from helpers import ONE_DOMAIN, interrupt_after, same_files, save_random
+from helpers import ONE_DOMAIN, interrupt_after, mostly_slow, same_files, save_random
 from remote_models import save
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -76,7 +76,9 @@ def check(source, config, tmp_path, **options):
         assert pretend_device.operations["aten::_softmax_backward_data"]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", mostly_slow([(n,) for n in CONFIGS], lambda n: n in ("column order", "tuned", "awq"))
+)
 def test_a_device_gives_what_the_cpu_gives(name, demo, tmp_path, there):
     source = save_random("qwen2_moe", tmp_path / "source", demo, torch.float32)
     check(source, CONFIGS[name], tmp_path)
