@@ -1,20 +1,28 @@
 # Every target sets up what it needs: a virtual environment in .venv with pinned versions.
 PYTHON ?= python3
 BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 CC ?= cc
 CROSS ?= aarch64-linux-gnu-gcc
 SANITIZED := -std=c11 -g -ffp-contract=off -fno-math-errno -fno-trapping-math -Ikernels/cpu/csrc \
 	tests/kernels/cpu/sanitize.c $(wildcard kernels/cpu/csrc/*.c) -lm -lpthread
 
-.PHONY: quickstart test lint types rooms sanitize kernels gpu-dry-run families check clean
+.PHONY: quickstart test test-all lint types rooms sanitize kernels gpu-dry-run families check clean
 
 quickstart: .venv/ready
 	$(BIN)/python scripts/quickstart.py
 
-# Processes of one thread each: small models gain nothing from threads.
+# Processes of one thread each: small models gain nothing from threads. A file's tests stay together,
+# so that what they share is made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadfile
+
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 8
+	$(PYTEST) -m "not slow"
+
+# With the full products of which `make test` runs a sample: ranks, kills, every width and dtype.
+test-all: .venv/ready
+	$(PYTEST)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -58,7 +66,7 @@ gpu-dry-run: .venv/ready
 families: .venv/ready
 	$(BIN)/qmoe families --check
 
-check: lint types sanitize kernels gpu-dry-run test families
+check: lint types sanitize kernels gpu-dry-run test-all families
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

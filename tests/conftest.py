@@ -15,6 +15,7 @@ else:
 
 import pytest
 import torch
+from processes import ForkServer
 
 ROOT = Path(__file__).resolve().parents[1]
 # A folder named `kernels` on sys.path breaks transformers; `python -m pytest` would put it there.
@@ -56,6 +57,34 @@ def quantized(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def short(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model's first two layers: as real as the whole, in part of its time."""
+    from helpers import first_layers
+
+    return first_layers(demo, tmp_path_factory.mktemp("short") / "source", 2)
+
+
+@pytest.fixture(scope="session")
+def quantized_short(short: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """These two layers quantized on less text, with `helpers.QUICK`."""
+    from helpers import QUICK
+
+    import qmoe
+
+    path = tmp_path_factory.mktemp("quantized-short") / "q4"
+    qmoe.quantize(short, path, QUICK, progress=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[ForkServer]:
+    """Starts processes of their own that have imported qmoe."""
+    server = ForkServer()
+    yield server
+    server.close()
+
+
 @pytest.fixture
 def quiet() -> Iterator[None]:
     """transformers says errors only."""
@@ -65,6 +94,20 @@ def quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     yield
     logging.set_verbosity(level)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is left in the user's cache of models' own code."""
+    from transformers import dynamic_module_utils
+
+    cache = str(tmp_path / "modules")
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", cache)
+    monkeypatch.setenv("HF_MODULES_CACHE", cache)  # of processes that measure memory
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for name in [n for n in sys.modules if n.split(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
 
 
 @pytest.fixture

@@ -1,13 +1,14 @@
 """Tiny random models, MoE inputs, and the one tolerance."""
 
+import filecmp
 import json
 import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,13 +22,18 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from qmoe import CalibrationConfig, QuantConfig
 from qmoe.calibration.pieces import Reading, choose, slices
 from qmoe.calibration.text import Texts
+from qmoe.pipeline.output import OutputFolder, Shard
 
 # Where the kernels' tests run them: on the CPU in Triton's interpreter, or compiled on a GPU.
 DEVICE = torch.device(os.environ.get("QMOE_TEST_DEVICE", "cpu"))
 
 ONE_DOMAIN = "bundled:austen"  # where any text does: tokenizing all of them takes a second
+
+LITTLE_TEXT = CalibrationConfig(ONE_DOMAIN, samples=4, seqlen=128, self_samples=0)
+QUICK = QuantConfig(search_grid=False, calibration=LITTLE_TEXT)
 
 BASE = dict(
     vocab_size=4096,
@@ -117,6 +123,39 @@ def first_layers(model: Path, path: Path, count: int) -> Path:
     return path
 
 
+def same_files(a: Path, b: Path) -> bool:
+    """Whether two folders hold files of the same names and bytes."""
+    names = sorted(p.name for p in a.iterdir())
+    assert names and names == sorted(p.name for p in b.iterdir())
+    return filecmp.cmpfiles(a, b, names, shallow=False) == (names, [], [])
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> None:
+    """Make runs in this process stop as by Ctrl-C after that many shards."""
+    original = OutputFolder.write_shard
+
+    def write(self: OutputFolder, shard: Shard) -> None:
+        if shard.index == shards:
+            raise KeyboardInterrupt
+        original(self, shard)
+
+    monkeypatch.setattr(OutputFolder, "write_shard", write)
+
+
+def slow(*values: Any) -> Any:
+    """One case of a test that `make test` leaves to `make test-all`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def mostly_slow(cases: Sequence[tuple[Any, ...]], quick: Callable[..., bool]) -> list[Any]:
+    """Parameters of a test of which only those that `quick(*case)` names are run by `make test`."""
+    chosen = [quick(*case) for case in cases]
+    assert any(chosen), "nothing is left"
+    return [
+        pytest.param(*case) if now else slow(*case) for case, now in zip(cases, chosen, strict=True)
+    ]
+
+
 def assert_close(actual: Tensor, expected: Tensor, most: float = 1e-4, rms: float = 2e-5) -> None:
     """Errors relative to max(|expected|, its RMS): the largest and their RMS must be small."""
     assert actual.shape == expected.shape
@@ -150,14 +189,3 @@ def moe_inputs(T: int, A: int, E: int, H: int, I: int) -> tuple[Tensor, ...]:  #
     first = torch.randn(E, 2 * I, H) * H**-0.5
     second = torch.randn(E, H, I) * I**-0.5
     return x, ids, gates, first, second
-
-
-def start(tmp_path: Path, model: Path, preamble: str = "", *options: str) -> Any:
-    """A real `qmoe quantize` of `model` into tmp_path/out, in a process of its own."""
-    # What nohup or a shell's `&` told the tests to ignore, this process is to heed.
-    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    heed += "signal.signal(signal.SIGHUP, signal.SIG_DFL)"
-    code = f"{heed}\n{preamble}\nimport sys; from qmoe.cli.main import main; sys.exit(main())"
-    arguments = ["quantize", str(model), str(tmp_path / "out"), *options]
-    command = [sys.executable, "-P", "-W", "ignore", "-c", code, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

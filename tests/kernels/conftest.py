@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers import DEVICE
 
-# These are about torch's own CPU kernels, machine code and pure functions.
-ON_CPUS_ONLY = ("test_launch.py", "test_moe.py", "test_sass.py")
+# These are about torch's own CPU kernels and pure functions.
+ON_CPUS_ONLY = ("test_launch.py", "test_moe.py")
 
 # These say of each tensor where it is, as users do.
 OWN_DEVICES = ("test_models.py", "test_on_device.py")

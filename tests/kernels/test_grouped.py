@@ -2,10 +2,11 @@
 store outside of either is found; and whole layers with the PTX that GPUs run, emulated."""
 
 from dataclasses import replace
+from itertools import product as every
 
 import pytest
 import torch
-from helpers import DEVICE, assert_close
+from helpers import DEVICE, assert_close, mostly_slow
 from ptx_emulator import teach
 from torch.nn import functional as F
 
@@ -141,7 +142,10 @@ SHAPES = [  # K, group, symmetric, dtype
 
 @pytest.mark.parametrize(
     "bits, order, shape",
-    [(b, o, SHAPES[(i + j) % 5]) for i, b in enumerate(WIDTHS) for j, o in enumerate(ORDERS)],
+    mostly_slow(
+        [(b, o, SHAPES[(i + j) % 5]) for i, b in enumerate(WIDTHS) for j, o in enumerate(ORDERS)],
+        lambda bits, order, shape: ORDERS.index(order) == WIDTHS.index(bits) % len(ORDERS),
+    ),
     ids=str,
 )
 def test_expanded_weights_are_exact(bits, order, shape, fence):
@@ -155,13 +159,15 @@ def test_expanded_weights_are_exact(bits, order, shape, fence):
 
 
 @pytest.mark.parametrize(
-    "T, dtype", [(4, torch.float16), (129, torch.float32)], ids=["inline fp16", "sorted fp32"]
+    "T, paired, biased",
+    mostly_slow(
+        [*every((4, 129), (True, False), (True, False))], lambda T, p, b: (T == 4) == (p == b)
+    ),
 )
-@pytest.mark.parametrize("paired", [True, False], ids=["gated", "plain"])
-@pytest.mark.parametrize("biased", [True, False], ids=["biases", ""])
-def test_the_products_apart(T, dtype, paired, biased, fence):
+def test_the_products_apart(T, paired, biased, fence):
     """For activations that are not fused. Rows of no expert stay unwritten and are not read."""
     E, H, N = 5, 40, 34
+    dtype = torch.float16 if T == 4 else torch.float32  # rows found in the ids, or sorted
     between, width = (silu, N // 2) if paired else (relu2, N)
     a, first = matrices(E, N, H, (3, 8), dtype=dtype, symmetric=False)
     b, second = matrices(E, 41, width, 4, dtype=dtype)
@@ -180,8 +186,13 @@ def test_the_products_apart(T, dtype, paired, biased, fence):
     assert_close(got.float(), expected, *CLOSE[dtype])
 
 
-@pytest.mark.parametrize("split", [2, 4])
-@pytest.mark.parametrize("T, kept", [(3, 4096), (3, 0), (130, 4096)])
+@pytest.mark.parametrize(
+    "split, T, kept",
+    mostly_slow(
+        [(s, *c) for s, c in every((2, 4), [(3, 4096), (3, 0), (130, 4096)])],
+        lambda split, T, kept: (split == 4) == (T == 3),
+    ),
+)
 def test_shares_of_k_under_gates_and_biases(monkeypatch, split, T, kept, fence):
     """kept: above that many assignments contributions are kept in the model's dtype."""
     monkeypatch.setattr(layer.launch, "choose_split", lambda *shapes: split)
@@ -232,9 +243,13 @@ def test_no_byte_outside_is_read_or_written(bits, fence):
         assert_close(got, reference(x, ids, gates, first, second, silu, b1, b2))
 
 
-@pytest.mark.parametrize("BM", [8, 64, 128])
-@pytest.mark.parametrize("BN", [64, 128])
-@pytest.mark.parametrize("P", [70, 260], ids=["inline", "sorted"])
+@pytest.mark.parametrize(
+    "BM, BN, P",
+    mostly_slow(
+        [*every((8, 64, 128), (64, 128), (70, 260))],  # P: found in the ids, or sorted
+        lambda BM, BN, P: (BN == 64) == ((P == 260) == (BM == 64)),
+    ),
+)
 def test_every_tile(BM, BN, P, fence):
     """Rows of one expert that fill several tiles, and of one that fill none."""
     E, H, I = 3, 40, 70  # noqa: E741

@@ -33,27 +33,28 @@ def logits(model):
     return model(input_ids=IDS.to(model.device)).logits.cpu()
 
 
-def test_a_model_through_the_kernels_equals_torchs_form(quantized, through_kernels):
-    plain, _ = qmoe.load(quantized, torch.float32, progress=False)
-    packed = through_kernels(quantized)
+def test_a_model_through_the_kernels_equals_torchs_form(quantized_short, through_kernels):
+    plain, _ = qmoe.load(quantized_short, torch.float32, progress=False)
+    packed = through_kernels(quantized_short)
     experts = packed.model.layers[0].mlp.experts
     assert experts.qmoe_arena.activation == Activation("silu")
     assert not hasattr(experts, "qmoe_first")
     assert_close(logits(packed), logits(plain))
 
 
-def test_a_model_with_too_little_memory_for_its_experts(quantized, through_kernels):
-    whole = through_kernels(quantized)
+def test_a_model_with_too_little_memory_for_its_experts(quantized_short, through_kernels):
+    whole = through_kernels(quantized_short)
     need = sum(layer.mlp.experts.qmoe_arena.nbytes() for layer in whole.model.layers)
-    little = through_kernels(quantized, expert_memory=need // 3)
+    little = through_kernels(quantized_short, expert_memory=need // 3)
     slots = little.model.layers[0].mlp.experts.qmoe_arena
     assert isinstance(slots, SlotStack) and len(slots.held.pairs) < 16
     assert slots.held.pairs[0][0] >= 0  # warmed by the calibration counts
-    assert_close(logits(little), logits(whole))
-    enough = through_kernels(quantized, expert_memory=2 * need)
+    plain, _ = qmoe.load(quantized_short, torch.float32, progress=False)
+    assert_close(logits(little), logits(plain))
+    enough = through_kernels(quantized_short, expert_memory=2 * need)
     assert isinstance(enough.model.layers[0].mlp.experts.qmoe_arena, ArenaStack)
     with pytest.raises(qmoe.QmoeError, match="a token chooses 4; give"):
-        through_kernels(quantized, expert_memory=need // 40)
+        through_kernels(quantized_short, expert_memory=need // 40)
 
 
 def test_expert_memory_without_a_gpu_is_refused(quantized):

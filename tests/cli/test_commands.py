@@ -1,0 +1,73 @@
+"""Every command from its arguments to what it prints."""
+
+import json
+import subprocess
+from types import SimpleNamespace
+
+from qmoe.cli.main import main
+from qmoe.measure.bench import memory
+
+
+def test_json_output_of_every_command(demo, quantized, tmp_path, capsys):
+    def run(*args):
+        assert main([*map(str, args), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    report = run("quantize", demo, tmp_path / "q", "--method", "rtn")
+    assert report["bytes"]["experts packed"] > 0
+    assert run("inspect", quantized)["bytes"] == report["bytes"]
+    assert len(run("inspect", quantized, "--experts")["experts"]) == 64
+    parts = run("inspect", demo)["parts"]
+    assert {
+        "name": "model.layers.0.mlp.experts",
+        "shapes": [[16, 256, 256], [16, 256, 128]],
+    } in parts
+    scores = run("eval", quantized, "--samples", "1", "--text", "heldout:austen")["scores"]
+    assert scores["qmoe"]["austen"]["perplexity"] > 1
+
+
+@pytest.fixture
+def in_forks(forks, monkeypatch):
+    """Processes that measure memory are forks, which have imported what they need."""
+
+    def run(command, **_):
+        status, out, err = forks.run(command[-1])
+        return subprocess.CompletedProcess(command, status, out, err)
+
+    monkeypatch.setattr("qmoe.measure.bench.subprocess", SimpleNamespace(run=run))
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_a_fresh_process(quantized):
+    found = memory("qmoe", quantized)
+    assert 0 < found["without_model"] < found["loaded"] <= found["peak"]
+
+
+def test_bench_measures_every_model(short, quantized_short, in_forks, capsys):
+    command = ["bench", str(quantized_short), "--against", str(short), "--baseline", "rtn", "nf4"]
+    assert main([*command, "--prompt", "16", "--tokens", "2", "--repeats", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result) == {"qmoe", "original", "rtn", "nf4"}
+    for figures in result.values():
+        assert figures["prefill_tokens_per_s"] > 0 and figures["decode_tokens_per_s"] > 0
+    # 4 of 16 experts and the whole dense tier are read for a token; embeddings are tied.
+    assert result["qmoe"]["bytes_per_token"] < 0.7 * result["original"]["bytes_per_token"]
+    expert_bytes = 2 * 16 * 3 * 256 * 128 * 2
+    rest = result["original"]["weights_in_memory"] - expert_bytes
+    assert result["original"]["bytes_per_token"] == rest + expert_bytes // 4
+
+
+def test_people_get_tables_and_no_progress_bars_when_piped(
+    demo, short, quantized, in_forks, tmp_path, capsys
+):
+    for command in (
+        ["quantize", short, tmp_path / "q", "--preset", "fast", "--samples", "4"],
+        ["inspect", quantized, "--experts"],
+        ["inspect", demo],
+        ["eval", quantized, "--against", demo, "--samples", "1"],
+        ["eval", quantized, "--against", demo, "--samples", "1", "--baseline", "rtn"],
+        ["bench", quantized, "--prompt", "8", "--tokens", "1", "--repeats", "1"],
+    ):
+        assert main([str(c) for c in command]) == 0
+        out, err = capsys.readouterr()
+        assert out.strip() and not err.strip(), err

@@ -1,0 +1,103 @@
+"""A process that has imported qmoe and forks for each request: a fresh Python without its imports.
+
+Importing torch and transformers takes several seconds of CPU time, a fork takes milliseconds.
+
+    python -P -W ignore tests/fork_server.py FD
+
+FD is a Unix socket. A request is its length in four bytes, which carry the file descriptors of
+standard input, output, error and of a pipe for the process's number and status; then JSON: `code`,
+`args`, `cwd`, `env`, `umask`. The new process runs `code` as `python -c` would and ends as Python
+ends. What libraries read from the environment while they are imported is this server's.
+"""
+
+import io
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+from typing import Any
+
+import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
+
+import qmoe.cli.commands
+import qmoe.measure.evaluate
+import qmoe.measure.families
+import qmoe.packed.load
+import qmoe.pipeline.quantize  # noqa: F401
+
+
+def serve(listening: socket.socket) -> dict[str, Any]:
+    """Answer requests until the other side closes; forked processes return their request."""
+    while True:
+        head, fds, *_ = socket.recv_fds(listening, 4, 4)
+        if not head:
+            while wait_for_one(0):
+                pass
+            os._exit(0)  # an ordinary end would take a second to free what was imported
+        (size,) = struct.unpack("!I", head)
+        request: dict[str, Any] = json.loads(listening.recv(size, socket.MSG_WAITALL))
+        if not os.fork():
+            listening.close()
+            watch(fds[3])
+            os.close(fds[3])
+            for number, fd in enumerate(fds[:3]):
+                os.dup2(fd, number)
+                os.close(fd)
+            return request
+        for fd in fds:
+            os.close(fd)
+        while wait_for_one(os.WNOHANG):
+            pass
+
+
+def wait_for_one(options: int) -> bool:
+    """Reap a child, whose CPU time then counts as this server's; False if there is none."""
+    try:
+        return os.waitpid(-1, options)[0] != 0
+    except ChildProcessError:
+        return False
+
+
+def watch(told: int) -> None:
+    """Fork again: the child returns, its parent tells its number and, when it ends, its status."""
+    pid = os.fork()
+    if not pid:
+        return
+    os.write(told, struct.pack("!i", pid))
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.write(told, struct.pack("!i", status))
+    os._exit(0)
+
+
+def stream(fd: int, mode: str) -> io.TextIOWrapper:
+    """A standard stream as Python makes it under the environment's settings."""
+    unbuffered = mode == "w" and bool(os.environ.get("PYTHONUNBUFFERED"))
+    encoding, _, errors = os.environ.get("PYTHONIOENCODING", "utf-8").partition(":")
+    errors = "backslashreplace" if fd == 2 else errors or "strict"
+    raw = open(fd, f"{mode}b", 0 if unbuffered else -1, closefd=False)  # noqa: SIM115
+    return io.TextIOWrapper(raw, encoding, errors, line_buffering=fd == 2, write_through=unbuffered)
+
+
+def become(request: dict[str, Any]) -> None:
+    """Take on the environment, the streams and the signals of a fresh process."""
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    os.umask(request["umask"])
+    sys.stdin = sys.__stdin__ = stream(0, "r")
+    sys.stdout = sys.__stdout__ = stream(1, "w")
+    sys.stderr = sys.__stderr__ = stream(2, "w")
+    # What nohup or a shell's `&` told the tests to ignore, this process is to heed.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.argv = ["-c", *request["args"]]
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: pytest closes the socket
+    asked = serve(socket.socket(fileno=int(sys.argv[1])))
+    become(asked)
+    exec(compile(asked["code"], "<code>", "exec"), {"__name__": "__main__"})
