@@ -4,6 +4,8 @@ import json
 import subprocess
 from types import SimpleNamespace
 
+import pytest
+
 from qmoe.cli.main import main
 from qmoe.measure.bench import memory
 

@@ -4,6 +4,7 @@ import torch
 from helpers import save_random
 from safetensors.torch import load_file
 
+from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.config import Scheme
 from qmoe.model import experts
 from qmoe.model.source import open_source
@@ -18,7 +19,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 @torch.no_grad()
 def test_tensors_of_a_quantized_layer(tmp_path, demo):
     path = save_random("mixtral", tmp_path / "m", demo, torch.bfloat16)
-    source = open_source(path, torch.bfloat16)
+    source = open_source(ModelFolder(path), torch.bfloat16)
     before = load_file(path / "model.safetensors")
     names = source.weights.sources("model.layers.0")
     source.weights.load(names, torch.float32)
