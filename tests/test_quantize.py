@@ -159,7 +159,8 @@ def test_a_line_names_the_rarest_of_many_experts():
 @pytest.mark.parametrize("bits, group, symmetric", [(2, 32, False), (3, 64, True), (8, 128, True)])
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
 def test_methods_and_schemes_give_working_models(demo, tmp_path, method, bits, group, symmetric):
-    config = replace(FAST, method=method, experts=Scheme(bits, group, symmetric))
+    scheme = Scheme(bits, group, symmetric)
+    config = replace(FAST, method=method, refit=method == "gptq", experts=scheme)
     config = replace(config, act_order=bits != 3, search_grid=bits == 2)
     qmoe.quantize(demo, tmp_path / "q", config, progress=False)
     result = evaluate(tmp_path / "q", against=demo, samples=2)
