@@ -144,7 +144,7 @@ class QuantConfig:
             if getattr(self, name) and self.method not in methods:
                 raise ConfigError(
                     f"{name}: is a step of the method {' or '.join(methods)}, the method is "
-                    f"{self.method}; leave {name} out or choose such a method"
+                    f"{self.method}; leave {name} out, switch it off, or choose such a method"
                 )
         if self.rotate not in get_args(Rotate):
             raise ConfigError(f"rotate: expected one of {get_args(Rotate)}, got {self.rotate!r}")

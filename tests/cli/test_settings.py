@@ -26,11 +26,11 @@ class Reached(Exception):
 def test_the_command_and_the_library_have_one_default(monkeypatch, demo, tmp_path, command):
     seen = []
 
-    def stop(settings, *args):
+    def stop(src, dst, settings, **more):
         seen.append(settings)
         raise Reached
 
-    monkeypatch.setattr("qmoe.pipeline.quantize.check_combination", stop)
+    monkeypatch.setattr("qmoe.pipeline.quantize.check", stop)
     with pytest.raises(Reached):
         main(["quantize", str(demo), str(tmp_path / "out"), *command])
     for given in ([], [QuantConfig()], [QuantConfig.preset("balanced")]):

@@ -88,7 +88,7 @@ def test_experts_in_another_form_with_awq_and_compared_with_the_original_streame
     sends to another expert; a wrong fold costs nats."""
     source, quantized = tmp_path / "source", tmp_path / "quantized"
     save_tiny(FAMILIES[name], source)
-    config = replace(FAST, method="awq", experts=Scheme(8, 32))
+    config = replace(FAST, method="awq", refit=False, experts=Scheme(8, 32))
     qmoe.quantize(source, quantized, config, progress=False)
     result = qmoe.measure.evaluate.evaluate(quantized, against=source, samples=2, seqlen=64)
     assert 0 < result["overall"]["qmoe"]["kl"] < 0.2

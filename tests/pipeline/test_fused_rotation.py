@@ -101,7 +101,12 @@ def test_it_is_the_original_up_to_rounding(name, tied, tmp_path):
     lost = {}
     for way in ("off", "fused"):
         report = quantize(
-            tmp_path / "source", tmp_path / way, rotate=way, experts=Scheme(8, 32), method="rtn"
+            tmp_path / "source",
+            tmp_path / way,
+            rotate=way,
+            experts=Scheme(8, 32),
+            method="rtn",
+            refit=False,
         )
         model, _ = qmoe.load(tmp_path / way, progress=False)
         with torch.no_grad():
@@ -211,7 +216,7 @@ def test_it_can_be_compared_with_its_original(tied, tmp_path, demo):
     if tied is None:
         del config["tie_word_embeddings"]
     path.write_text(json.dumps(config))
-    quantize(source, tmp_path / "out", experts=Scheme(8, 32), method="rtn")
+    quantize(source, tmp_path / "out", experts=Scheme(8, 32), method="rtn", refit=False)
     found = evaluate(tmp_path / "out", against=source, text=ONE_DOMAIN, samples=1, seqlen=32)
     assert 0 < found["overall"]["qmoe"]["kl"] < 0.05
 

@@ -158,8 +158,9 @@ SCHEMES = [(2, 32, False), (3, 64, True), (8, 128, True)]
     ),
 )
 def test_methods_and_schemes_give_working_models(demo, tmp_path, method, bits, group, symmetric):
-    config = replace(FAST, method=method, experts=Scheme(bits, group, symmetric))
-    config = replace(config, act_order=bits != 3, search_grid=bits == 2)
+    scheme = Scheme(bits, group, symmetric)
+    config = replace(FAST, method=method, refit=method == "gptq", experts=scheme)
+    config = replace(config, act_order=bits != 3, search_grid=bits == 2 and method == "gptq")
     qmoe.quantize(demo, tmp_path / "q", config, progress=False)
     result = evaluate(tmp_path / "q", against=demo, samples=2)
     assert result["overall"]["qmoe"]["kl"] < {2: 0.2, 3: 0.03, 8: 0.002}[bits]
