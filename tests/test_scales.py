@@ -52,7 +52,7 @@ def test_every_stored_scale_is_a_positive_number_near_what_was_wanted(dtype):
     assert ((stored - wanted).abs()[4:] <= wanted[4:] / 100).all()
 
 
-@pytest.mark.parametrize("method, searched", SOLVERS)
+@pytest.mark.parametrize("method, search_grid", SOLVERS)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
