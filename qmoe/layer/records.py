@@ -43,7 +43,7 @@ class MatrixRecord:
         )
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "MatrixRecord":
+    def from_json(cls, value: Any) -> "MatrixRecord":
         error, bounded = value.get("error", []), value.get("bounded", {"rows": {}, "dtype": ""})
         return cls(
             [float(e) for e in (error if isinstance(error, list) else [error])],
@@ -84,7 +84,7 @@ class ExpertsRecord:
         }
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "ExpertsRecord":
+    def from_json(cls, value: Any) -> "ExpertsRecord":
         rest = dict(value)
         tokens, mass, borrowed = (rest.pop(k, None) for k in ("tokens", "routing_mass", "borrowed"))
         routing_kept = rest.pop("routing_kept", {})
@@ -136,7 +136,7 @@ class LayerRecord:
         }
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "LayerRecord":
+    def from_json(cls, value: Any) -> "LayerRecord":
         """Raises a LookupError, TypeError, ValueError or AttributeError for anything else than what
         `to_json` gives."""
         return cls(

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig
 from qmoe.calibration import stats
+from qmoe.calibration.stats import LAYOUT
 from qmoe.cli.main import main
 from qmoe.errors import CalibrationError
 from qmoe.pipeline import self_text
@@ -63,7 +64,7 @@ def test_the_report_of_a_run_and_of_one_on_its_statistics(demo, tmp_path, config
 
 def test_notes_in_statistics_that_are_damaged(tmp_path):
     path = tmp_path / "s.safetensors"
-    write_safetensors(path, {}, {"qmoe_statistics": "1", "notes": "{"})
+    write_safetensors(path, {}, {"qmoe_statistics": LAYOUT, "notes": "{"})
     with pytest.raises(CalibrationError, match="its notes are damaged"):
         stats.check(path, {})
 

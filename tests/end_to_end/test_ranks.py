@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from helpers import assert_close, first_layers
 from safetensors import safe_open
 
 from qmoe.system import distributed
@@ -15,15 +16,16 @@ OPTIONS = ("--samples", "10", "--self-samples", "6")
 OPTIONS += ("--set", "calibration.batch=2", "--set", "search_grid=false")
 
 
-def quantize(demo, out, *launcher):
+def quantize(demo, out, *launcher, more=()):
     command = [sys.executable, "-P", "-m", *launcher, "qmoe", "quantize", str(demo), str(out)]
     # Sums are split by thread, and torchrun gives each process one.
     alone = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *OPTIONS], capture_output=True, text=True, env=alone)
+    return subprocess.run([*command, *OPTIONS, *more], capture_output=True, text=True, env=alone)
 
 
-def by_two(demo, out):
-    return quantize(demo, out, "torch.distributed.run", "--nproc-per-node", "2", "--module")
+def by_two(demo, out, more=()):
+    launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--module")
+    return quantize(demo, out, *launcher, more=more)
 
 
 def weights(folder):
@@ -49,6 +51,21 @@ def test_two_processes_write_what_one_does(tmp_path, demo):
             assert entry["tokens"] == b["experts"][name]["tokens"]
             assert entry["borrowed"] == b["experts"][name]["borrowed"]
         assert a["error"] == pytest.approx(b["error"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_save_statistics_together(tmp_path, demo):
+    """The first one writes them, but all must solve in the same steps."""
+    source = first_layers(demo, tmp_path / "source", 1)
+    for name, run in (("one", quantize), ("two", by_two)):
+        done = run(source, tmp_path / name, more=("--save-statistics", str(tmp_path / f"s-{name}")))
+        assert done.returncode == 0, done.stderr
+    one, two = dict(weights(tmp_path / "s-one")), dict(weights(tmp_path / "s-two"))
+    assert (
+        one.keys() <= two.keys() and len(one) > 8
+    )  # linears fed alike share theirs in one process
+    for name in one:
+        assert_close(two[name], one[name])
 
 
 @pytest.mark.slow
