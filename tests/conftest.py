@@ -2,9 +2,11 @@
 
 import importlib
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 # Triton decides when a kernel is defined whether its interpreter runs it: on CPUs it does, and
 # `QMOE_TEST_DEVICE=cuda pytest tests/kernels` runs the compiled kernels instead.
@@ -83,6 +85,17 @@ def forks() -> Iterator[ForkServer]:
     server = ForkServer()
     yield server
     server.close()
+
+
+@pytest.fixture
+def bench_in_forks(forks: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that measure memory are forks, which have imported what they need."""
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        status, out, err = forks.run(command[-1])
+        return subprocess.CompletedProcess(command, status, out, err)
+
+    monkeypatch.setattr("qmoe.measure.bench.subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import ONE_DOMAIN, assert_close
+from helpers import ONE_DOMAIN, assert_close, slow
 from remote_models import CODE, save
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -23,7 +23,6 @@ from qmoe.cli.main import main
 from qmoe.errors import UnsupportedModelError
 from qmoe.format.compressed_tensors import Schemes, unpacked_tensors
 
-STYLES = ["grok", "deepseek", "expert_choice"]
 CONFIG = QuantConfig(
     experts=Scheme(4, 32),
     search_grid=False,
@@ -48,7 +47,7 @@ def dequantized(quantized):
     return unpacked_tensors(tensors, Schemes(config, ""))
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", [slow("grok"), "deepseek", "expert_choice"])
 def test_reloaded_equals_the_code_with_dequantized_weights(style, tmp_path, demo):
     twin = save(style, tmp_path / "source", demo)
     report = quantize(tmp_path / "source", tmp_path / "quantized")
@@ -88,7 +87,7 @@ def brute_force(style, model, x):
     return [(best == e).any(-1).nonzero()[:, 0] for e in range(E)]
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", [slow("grok"), slow("deepseek"), "expert_choice"])
 def test_experts_are_calibrated_on_the_tokens_that_are_routed_to_them(style, tmp_path, demo):
     model = save(style, tmp_path / "source", demo)
     # Nothing before the experts of the second layer may have been quantized.
@@ -123,7 +122,7 @@ def test_experts_are_calibrated_on_the_tokens_that_are_routed_to_them(style, tmp
         assert_close(stats[f"{name}.{e}.{linear}"].hessian, hessians[e], most=1e-3, rms=1e-4)
 
 
-@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("saved", [False, slow(True)])
 def test_experts_that_saw_few_tokens_borrow_from_their_list(saved, tmp_path, demo):
     model = save("grok", tmp_path / "source", demo)
     tensors = load_file(tmp_path / "source" / "model.safetensors")
@@ -184,6 +183,7 @@ def test_without_the_option_nothing_runs_and_the_error_says_what_would(tmp_path,
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_commands_run_with_the_option(tmp_path, demo, capsys):
     source, quantized = str(tmp_path / "source"), str(tmp_path / "quantized")
     save("deepseek", tmp_path / "source", demo)

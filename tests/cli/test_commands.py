@@ -1,8 +1,6 @@
 """Every command from its arguments to what it prints."""
 
 import json
-import subprocess
-from types import SimpleNamespace
 
 import pytest
 
@@ -28,24 +26,13 @@ def test_json_output_of_every_command(demo, quantized, tmp_path, capsys):
     assert scores["qmoe"]["austen"]["perplexity"] > 1
 
 
-@pytest.fixture
-def in_forks(forks, monkeypatch):
-    """Processes that measure memory are forks, which have imported what they need."""
-
-    def run(command, **_):
-        status, out, err = forks.run(command[-1])
-        return subprocess.CompletedProcess(command, status, out, err)
-
-    monkeypatch.setattr("qmoe.measure.bench.subprocess", SimpleNamespace(run=run))
-
-
 @pytest.mark.slow
 def test_memory_is_measured_in_a_fresh_process(quantized):
     found = memory("qmoe", quantized)
     assert 0 < found["without_model"] < found["loaded"] <= found["peak"]
 
 
-def test_bench_measures_every_model(short, quantized_short, in_forks, capsys):
+def test_bench_measures_every_model(short, quantized_short, bench_in_forks, capsys):
     command = ["bench", str(quantized_short), "--against", str(short), "--baseline", "rtn", "nf4"]
     assert main([*command, "--prompt", "16", "--tokens", "2", "--repeats", "1", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -60,7 +47,7 @@ def test_bench_measures_every_model(short, quantized_short, in_forks, capsys):
 
 
 def test_people_get_tables_and_no_progress_bars_when_piped(
-    demo, short, quantized, in_forks, tmp_path, capsys
+    demo, short, quantized, bench_in_forks, tmp_path, capsys
 ):
     for command in (
         ["quantize", short, tmp_path / "q", "--preset", "fast", "--samples", "4"],

@@ -57,11 +57,11 @@ def test_a_model_with_too_little_memory_for_its_experts(quantized_short, through
         through_kernels(quantized_short, expert_memory=need // 40)
 
 
-def test_expert_memory_without_a_gpu_is_refused(quantized):
+def test_expert_memory_without_a_gpu_is_refused(quantized_short):
     with pytest.raises(qmoe.QmoeError, match="of use with a GPU only"):
-        qmoe.load(quantized, expert_memory=10**9, progress=False)
+        qmoe.load(quantized_short, expert_memory=10**9, progress=False)
     with pytest.raises(qmoe.QmoeError, match="device: expected cpu, cuda"):
-        qmoe.load(quantized, device="tpu", progress=False)
+        qmoe.load(quantized_short, device="tpu", progress=False)
     if not torch.cuda.is_available():
         with pytest.raises(qmoe.QmoeError, match="0 CUDA devices found"):
-            qmoe.load(quantized, device="cuda", progress=False)
+            qmoe.load(quantized_short, device="cuda", progress=False)

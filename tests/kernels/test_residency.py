@@ -107,11 +107,11 @@ def test_a_slow_memory_changes_nothing_but_time():
     for _, slow in made:
         slow.warm(range(E))
         assert sorted(e for e, _ in slow.held.pairs) == [8, 9, 10, 11]  # the most used ones
-    for step, T in enumerate((1, 1, 1, 9, 1, 1)):
+    for step, T in enumerate((1, 1, 9, 1, 1)):
         for layer, (fast, slow) in enumerate(made):
             x, gates = torch.randn(T, H), torch.rand(T, A)
             ids = torch.stack([torch.randperm(5 + 2 * layer)[:A] for _ in range(T)])
-            if step == 4:
+            if step == 3:
                 ids[:] = E  # every assignment a sentinel
             assert_close(slow.experts(x, ids, gates, SILU), fast.experts(x, ids, gates, SILU))
 

@@ -95,7 +95,7 @@ def test_tuned_families_pass_the_audit_and_load(family, demo, tmp_path):
 
 
 def test_a_tuned_run_goes_on_to_the_same_bytes(short, tmp_path, monkeypatch):
-    config = replace(TUNED, tune=3, calibration=replace(TEXT, self_samples=4))
+    config = replace(TUNED, tune=3, calibration=replace(TEXT, samples=6, self_samples=4))
     qmoe.quantize(short, tmp_path / "whole", config, progress=False)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 1)
@@ -107,7 +107,7 @@ def test_a_tuned_run_goes_on_to_the_same_bytes(short, tmp_path, monkeypatch):
     assert same_files(tmp_path / "whole", tmp_path / "out")
     report = read_report(tmp_path / "out")
     assert (
-        report["calibration"]["samples"] == [20, 64] and report["calibration"]["self_samples"] == 4
+        report["calibration"]["samples"] == [10, 64] and report["calibration"]["self_samples"] == 4
     )
     assert not [line for line in report["fallbacks"] if "text" in line]
 

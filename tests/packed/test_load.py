@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from helpers import ONE_DOMAIN
 
 import qmoe
 from qmoe import QuantConfig
@@ -22,7 +23,7 @@ def without_tokenizer(model):
         (model / name).unlink()
 
 
-def test_a_model_without_tokenizer(tmp_path, model, capsys):
+def test_a_model_without_tokenizer(tmp_path, model, capsys, bench_in_forks):
     without_tokenizer(model)
     assert main(["quantize", str(model), str(tmp_path / "out"), "--method", "rtn"]) == 0
     assert "no tokenizer: the source has none" in capsys.readouterr().out
@@ -35,9 +36,8 @@ def test_a_model_without_tokenizer(tmp_path, model, capsys):
 
 
 def test_a_model_without_tokenizer_from_saved_statistics(tmp_path, demo, model):
-    few = QuantConfig(
-        search_grid=False, calibration=qmoe.CalibrationConfig(samples=1, self_samples=0)
-    )
+    text = qmoe.CalibrationConfig(ONE_DOMAIN, samples=1, seqlen=64, self_samples=0)
+    few = QuantConfig(search_grid=False, calibration=text)
     saved = tmp_path / "s"
     qmoe.quantize(demo, tmp_path / "first", few, save_statistics=saved, progress=False)
     without_tokenizer(model)

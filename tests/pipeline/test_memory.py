@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import ONE_DOMAIN, first_layers, same_files
+from helpers import ONE_DOMAIN, same_files, slow
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
@@ -60,9 +60,9 @@ def test_no_room_on_disk_is_an_error_and_not_a_signal(tmp_path, monkeypatch):
         Scratch(tmp_path).keep(torch.randn(5000))
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_waiting_on_disk_changes_no_byte(tmp_path, demo, method, monkeypatch):
-    source = first_layers(demo, tmp_path / "source", 2)
+@pytest.mark.parametrize("method", ["gptq", slow("awq")])
+def test_waiting_on_disk_changes_no_byte(tmp_path, short, method, monkeypatch):
+    source = short
     config = replace(CONFIG, method=method, search_grid=False, refit=method == "gptq")
     qmoe.quantize(source, tmp_path / "whole", config, progress=False)
     kept = []

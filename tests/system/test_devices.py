@@ -95,6 +95,7 @@ def test_so_it_does_with_experts_that_are_modules(demo, tmp_path, there):
     check(tmp_path / "source", FAST, tmp_path, trust_remote_code=True)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_device_goes_on(demo, tmp_path, there, monkeypatch):
     source = save_random("mixtral", tmp_path / "source", demo, torch.float32)
     qmoe.quantize(source, tmp_path / "whole", FAST, device="cuda", progress=False)
