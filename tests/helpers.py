@@ -161,3 +161,10 @@ def start(tmp_path: Path, model: Path, preamble: str = "", *options: str) -> Any
     arguments = ["quantize", str(model), str(tmp_path / "out"), *options]
     command = [sys.executable, "-P", "-W", "ignore", "-c", code, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def second_matrix(experts: Any, e: int) -> Tensor:
+    """The second matrix of expert e of a packed experts module, expanded."""
+    if hasattr(experts, "qmoe_arena"):
+        return experts.qmoe_arena.expand(e, 1)
+    return experts.qmoe_second.expand(e)

@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from qmoe.config import Scheme
 from qmoe.grid import dequantize
 from qmoe.kernels.activation import Activation
 from qmoe.kernels.cpu import ops
-from qmoe.kernels.cpu.layout import Packed, Shape, code_bytes, pack, unpack
+from qmoe.kernels.cpu.layout import Packed, Shape, code_bytes, pack, scheme_of, unpack
 from qmoe.kernels.cpu.library import tier
 from qmoe.kernels.moe import Biases
 from qmoe.types import Quantized
@@ -47,10 +48,7 @@ class CpuStack(nn.Module):
         self.exact = dtype == torch.float32 if exact is None else exact
         self.shapes: list[Shape] = []
         for i, stack in enumerate(stacks):
-            packed = stack
-            if not isinstance(packed, Packed):
-                matrices = [packed] if isinstance(packed, Quantized) else packed
-                packed = pack(matrices, dtype, paired=activation is not None and i == 0)
+            packed = _packed(stack, dtype, paired=activation is not None and i == 0)
             self.shapes.append(packed.shape)
             self.register_buffer(f"buffer{i}", packed.buffer, persistent=False)
             self.register_buffer(f"table{i}", packed.table, persistent=False)
@@ -58,6 +56,11 @@ class CpuStack(nn.Module):
 
     def _matrix(self, i: int) -> tuple[Tensor, Tensor, list[int]]:
         return self._buffers[f"buffer{i}"], self._buffers[f"table{i}"], self.numbers[i]  # type: ignore[return-value]
+
+    @property
+    def scheme(self) -> Scheme:
+        """Of the first matrix; without its rotation, which is not the kernels' business."""
+        return scheme_of(self.packed(0), 0)
 
     def packed(self, i: int) -> Packed:
         """Matrix i (first, second) of all experts."""
@@ -96,10 +99,10 @@ class CpuStack(nn.Module):
             return ops.linear(x, e, *self._matrix(0), self.exact)  # type: ignore[no-any-return]
         return ops.first_product_now(x, e, self._matrix(0), None, self.exact)
 
-    def expand(self, e: int) -> Float[Tensor, "N K"]:
-        """The first matrix of expert e in floating point."""
-        weight: Tensor = dequantize(unpack(self.packed(0), e))[0]
-        return weight.to(self.shapes[0].dtype)
+    def expand(self, e: int, i: int = 0) -> Float[Tensor, "N K"]:
+        """Matrix i (first, second) of expert e in floating point."""
+        weight: Tensor = dequantize(unpack(self.packed(i), e))[0]
+        return weight.to(self.shapes[i].dtype)
 
     def packed_bytes(self) -> int:
         """Bytes of packed integers, padding to whole blocks included."""
@@ -112,3 +115,9 @@ class CpuStack(nn.Module):
         experts = len(self._matrix(0)[1])
         sizes = ", ".join(f"[{experts}, {s.n}, {s.k}]" for s in self.shapes)
         return f"{sizes}, {'exact' if self.exact else 'int8 activations'}"
+
+
+def _packed(stack: Quantized | Stacks | Packed, dtype: torch.dtype, paired: bool) -> Packed:
+    if isinstance(stack, Packed):
+        return stack
+    return pack([stack] if isinstance(stack, Quantized) else stack, dtype, paired)
