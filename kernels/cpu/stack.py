@@ -46,6 +46,7 @@ class CpuStack(nn.Module):
         super().__init__()
         self.activation = activation
         self.exact = dtype == torch.float32 if exact is None else exact
+        self.scheme = _scheme(stacks[0])
         self.shapes: list[Shape] = []
         for i, stack in enumerate(stacks):
             packed = _packed(stack, dtype, paired=activation is not None and i == 0)
@@ -56,11 +57,6 @@ class CpuStack(nn.Module):
 
     def _matrix(self, i: int) -> tuple[Tensor, Tensor, list[int]]:
         return self._buffers[f"buffer{i}"], self._buffers[f"table{i}"], self.numbers[i]  # type: ignore[return-value]
-
-    @property
-    def scheme(self) -> Scheme:
-        """Of the first matrix; without its rotation, which is not the kernels' business."""
-        return scheme_of(self.packed(0), 0)
 
     def packed(self, i: int) -> Packed:
         """Matrix i (first, second) of all experts."""
@@ -121,3 +117,10 @@ def _packed(stack: Quantized | Stacks | Packed, dtype: torch.dtype, paired: bool
     if isinstance(stack, Packed):
         return stack
     return pack([stack] if isinstance(stack, Quantized) else stack, dtype, paired)
+
+
+def _scheme(stack: Quantized | Stacks | Packed) -> Scheme:
+    """Of the first matrix."""
+    if isinstance(stack, Packed):
+        return scheme_of(stack, 0)
+    return stack.scheme if isinstance(stack, Quantized) else stack[0].scheme
