@@ -189,3 +189,10 @@ def moe_inputs(T: int, A: int, E: int, H: int, I: int) -> tuple[Tensor, ...]:  #
     first = torch.randn(E, 2 * I, H) * H**-0.5
     second = torch.randn(E, H, I) * I**-0.5
     return x, ids, gates, first, second
+
+
+def second_matrix(experts: Any, e: int) -> Tensor:
+    """The second matrix of expert e of a packed experts module, expanded."""
+    if hasattr(experts, "qmoe_arena"):
+        return experts.qmoe_arena.expand(e, 1)
+    return experts.qmoe_second.expand(e)

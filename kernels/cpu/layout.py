@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from qmoe.config import CHANNEL, Scheme
 from qmoe.format.quantized import Quantized
 
 VERSION = 1  # of the layout; kept in cache files
@@ -98,8 +99,6 @@ def arrange(
 
 def unpack(packed: Packed, e: int) -> Quantized:
     """Matrix e as it was packed, [1, N, K]; its scheme is not kept and is made anew."""
-    from qmoe.config import CHANNEL, Scheme
-
     row = [int(v) for v in packed.table[e]]
     shape, bits = packed.shape, row[BITS]
     blocks = _blocks_of(packed.buffer, row, shape)
@@ -114,9 +113,15 @@ def unpack(packed: Packed, e: int) -> Quantized:
     if row[ZEROS]:
         zero = _in_order(_rows_of(blocks[:, row[ZEROS] : row[ZEROS] + size], row[GROUPS]), shape)
         zero = (zero.to(torch.int16) - half).to(torch.int8)[None]
-    group = CHANNEL if row[GROUPS] == 1 else shape.k // row[GROUPS]
     codes = (q.to(torch.int16) - half).to(torch.int8)
-    return Quantized(codes[None], scale[None], zero, Scheme(bits, group, zero is None))
+    return Quantized(codes[None], scale[None], zero, scheme_of(packed, e))
+
+
+def scheme_of(packed: Packed, e: int) -> Scheme:
+    """How matrix e is quantized. A rotation is not kept, and one group is one channel."""
+    row = [int(v) for v in packed.table[e]]
+    group = CHANNEL if row[GROUPS] == 1 else packed.shape.k // row[GROUPS]
+    return Scheme(row[BITS], group, row[ZEROS] == 0)
 
 
 def code_bytes(packed: Packed) -> int:

@@ -7,11 +7,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from qmoe.config import Scheme
 from qmoe.format.grid import dequantize
 from qmoe.format.quantized import Quantized
 from qmoe.kernels.activation import Activation
 from qmoe.kernels.cpu import ops
-from qmoe.kernels.cpu.layout import Packed, Shape, code_bytes, pack, unpack
+from qmoe.kernels.cpu.layout import Packed, Shape, code_bytes, pack, scheme_of, unpack
 from qmoe.kernels.cpu.library import tier
 from qmoe.kernels.moe import Biases
 
@@ -45,12 +46,10 @@ class CpuStack(nn.Module):
         super().__init__()
         self.activation = activation
         self.exact = dtype == torch.float32 if exact is None else exact
+        self.scheme = _scheme(stacks[0])
         self.shapes: list[Shape] = []
         for i, stack in enumerate(stacks):
-            packed = stack
-            if not isinstance(packed, Packed):
-                matrices = [packed] if isinstance(packed, Quantized) else packed
-                packed = pack(matrices, dtype, paired=activation is not None and i == 0)
+            packed = _packed(stack, dtype, paired=activation is not None and i == 0)
             self.shapes.append(packed.shape)
             self.register_buffer(f"buffer{i}", packed.buffer, persistent=False)
             self.register_buffer(f"table{i}", packed.table, persistent=False)
@@ -96,10 +95,10 @@ class CpuStack(nn.Module):
             return ops.linear(x, e, *self._matrix(0), self.exact)  # type: ignore[no-any-return]
         return ops.first_product_now(x, e, self._matrix(0), None, self.exact)
 
-    def expand(self, e: int) -> Float[Tensor, "N K"]:
-        """The first matrix of expert e in floating point."""
-        weight: Tensor = dequantize(unpack(self.packed(0), e))[0]
-        return weight.to(self.shapes[0].dtype)
+    def expand(self, e: int, i: int = 0) -> Float[Tensor, "N K"]:
+        """Matrix i (first, second) of expert e in floating point."""
+        weight: Tensor = dequantize(unpack(self.packed(i), e))[0]
+        return weight.to(self.shapes[i].dtype)
 
     def packed_bytes(self) -> int:
         """Bytes of packed integers, padding to whole blocks included."""
@@ -112,3 +111,16 @@ class CpuStack(nn.Module):
         experts = len(self._matrix(0)[1])
         sizes = ", ".join(f"[{experts}, {s.n}, {s.k}]" for s in self.shapes)
         return f"{sizes}, {'exact' if self.exact else 'int8 activations'}"
+
+
+def _packed(stack: Quantized | Stacks | Packed, dtype: torch.dtype, paired: bool) -> Packed:
+    if isinstance(stack, Packed):
+        return stack
+    return pack([stack] if isinstance(stack, Quantized) else stack, dtype, paired)
+
+
+def _scheme(stack: Quantized | Stacks | Packed) -> Scheme:
+    """Of the first matrix."""
+    if isinstance(stack, Packed):
+        return scheme_of(stack, 0)
+    return stack.scheme if isinstance(stack, Quantized) else stack[0].scheme

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from qmoe.model.norm_readers import Fold, find_folds, with_weights
+from qmoe.model.norm_readers import NormReaders, find_norm_readers, with_weights
 
 
 class Norm(nn.Module):
@@ -38,10 +38,10 @@ def test_all_readers_of_a_norm_are_found():
     block = Block().requires_grad_(False)
     modules = with_weights(block, "layers.0")
     assert "layers.0.mlp.1" not in modules  # it has no weights
-    folds = find_folds(modules, lambda: block(torch.randn(2, 5, 8)))
-    assert folds == [
-        Fold("layers.0.first", ["layers.0.q", "layers.0.k"]),
-        Fold("layers.0.second", ["layers.0.mlp.0", "layers.0.router"]),
+    found = find_norm_readers(modules, lambda: block(torch.randn(2, 5, 8)))
+    assert found == [
+        NormReaders("layers.0.first", ["layers.0.q", "layers.0.k"]),
+        NormReaders("layers.0.second", ["layers.0.mlp.0", "layers.0.router"]),
     ]
 
 
@@ -49,7 +49,7 @@ def test_hooks_are_gone_afterwards_also_after_an_error():
     block = Block().requires_grad_(False)
     modules = with_weights(block, "")
     try:
-        find_folds(modules, lambda: block(torch.randn(2, 5, 7)))
+        find_norm_readers(modules, lambda: block(torch.randn(2, 5, 7)))
     except RuntimeError:
         pass
     else:

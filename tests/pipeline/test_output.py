@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from qmoe.errors import CheckpointError, ConfigError, OutputError
-from qmoe.pipeline.output import OutputFolder, check_destination
+from qmoe.pipeline.checks import check_destination
+from qmoe.pipeline.output import OutputFolder, Shard
 
 SAME = {"source": "model", "damp": "0.01"}
 FIRST, SECOND = {"a": torch.arange(6.0).view(2, 3)}, {"b": torch.ones(4, dtype=torch.int32)}
@@ -21,15 +22,15 @@ def folder(tmp_path, shards=2, fingerprint=SAME):
 def begun(tmp_path, error=KeyboardInterrupt):
     """Leave a run behind that finished its first shard and ended with an error."""
     with folder(tmp_path) as out:
-        out.write_shard(0, FIRST, {"layer": "first"})
+        out.write_shard(Shard(0, FIRST, None, {"a": "digest"}))
         raise error
 
 
 def test_a_finished_folder_has_the_shards_their_index_and_nothing_else(tmp_path):
     with folder(tmp_path) as out:
-        out.write_shard(0, FIRST, {})
+        out.write_shard(Shard(0, FIRST, None, {}))
         assert not (tmp_path / "out").exists()
-        out.write_shard(1, SECOND, {})
+        out.write_shard(Shard(1, SECOND, None, {}))
         out.write_index()
     files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     index = "model.safetensors.index.json"
@@ -44,7 +45,7 @@ def test_a_finished_folder_has_the_shards_their_index_and_nothing_else(tmp_path)
 
 def test_a_single_shard_needs_no_index(tmp_path):
     with folder(tmp_path, shards=1) as out:
-        out.write_shard(0, FIRST, {})
+        out.write_shard(Shard(0, FIRST, None, {}))
         out.write_index()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.safetensors"]
 
@@ -53,11 +54,9 @@ def test_finished_shards_are_there_for_the_next_run(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         begun(tmp_path)
     with folder(tmp_path) as out:
-        assert out.done == [0] and out.finished(1) is None
-        note = out.finished(0)
-        assert note is not None and note["layer"] == "first"
+        assert out.finished == {0} and out.digests() == {"a": "digest"}
         assert torch.equal(out.read_shard(0)["a"], FIRST["a"])
-        out.write_shard(1, SECOND, {})
+        out.write_shard(Shard(1, SECOND, None, {}))
         out.write_index()
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert list(index["weight_map"]) == ["a", "b"]  # what was read counts as written
@@ -69,7 +68,7 @@ def test_unfinished_work_on_something_else_is_refused_and_kept(tmp_path):
     other = SAME | {"damp": "0.5"}
     with pytest.raises(OutputError, match=r"differs \(damp was 0.01, is 0.5\)"):
         folder(tmp_path, fingerprint=other).__enter__()
-    assert folder(tmp_path).__enter__().done == [0]
+    assert folder(tmp_path).__enter__().finished == {0}
 
 
 def test_with_nothing_finished_other_work_takes_the_place(tmp_path):
@@ -78,8 +77,8 @@ def test_with_nothing_finished_other_work_takes_the_place(tmp_path):
     for lock in killed.locks:
         lock.release()
     with folder(tmp_path, fingerprint=SAME | {"damp": "0.5"}) as other:
-        assert other.done == [] and not (other.path / "config.json").exists()
-        other.write_shard(0, FIRST, {})
+        assert not other.finished and not (other.path / "config.json").exists()
+        other.write_shard(Shard(0, FIRST, None, {}))
 
 
 @pytest.mark.parametrize(
@@ -134,5 +133,5 @@ def test_a_destination_must_be_free_and_have_room(tmp_path):
         check_destination(tmp_path, 1)
     with pytest.raises(OutputError, match="parent folder .* does not exist"):
         check_destination(tmp_path / "no" / "out", 1)
-    with pytest.raises(OutputError, match="needs about .* GB"):
+    with pytest.raises(OutputError, match="needs about .* TB"):
         check_destination(tmp_path / "out", 1 << 60)

@@ -60,8 +60,8 @@ void qmoe_run_phases(Phase *phases, int count, void *job, int64_t threads) {
     Parallel *parallel = atomic_load(&openmp);
     int64_t most = 1;
     for (int p = 0; p < count; p++) most = phases[p].items > most ? phases[p].items : most;
-    threads = threads < most ? threads : most;
-    threads = threads < MOST ? threads : MOST;
+    // All threads or one: a team of another size would end threads that the next call starts again.
+    threads = most == 1 ? 1 : threads < MOST ? threads : MOST;
     if (threads <= 1 || (parallel && atomic_load(&forked))) {
         run(&work);
     } else if (parallel) {

@@ -9,9 +9,15 @@ import threading
 import pytest
 import torch
 
+from qmoe.kernels.activation import Activation
 from qmoe.kernels.cpu import cache
 from qmoe.kernels.cpu.cache import PAGE, StaleCache, cache_key, cached, open_cache, write_cache
+from qmoe.kernels.cpu.layout import Packed, arrange
+from qmoe.kernels.cpu.library import tier
+from qmoe.kernels.cpu.stack import CpuStack
+from qmoe.kernels.reference import random_matrices
 
+BRAIN = torch.bfloat16
 KEY = cache_key(["digest of the shards", "silu"])
 
 
@@ -174,3 +180,24 @@ assert own() - before < 16 << 10, own() - before
         pytest.skip("reads /proc")
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(tier() is None, reason="installed without a C compiler")
+def test_a_layer_runs_from_a_cache(tmp_path):
+    """The bytes come from the file, all that steers access is arranged anew."""
+    cpu, silu = torch.device("cpu"), Activation("silu")
+    stacks = [random_matrices(3, n, k, (2, 4), 32, BRAIN, cpu) for n, k in ((64, 96), (96, 32))]
+    stack = CpuStack(stacks, BRAIN, silu)
+    made = {name: buffer for name, buffer in stack.named_buffers() if name.startswith("buffer")}
+    found = cached(tmp_path / "a.cache", KEY, lambda: made)
+    packed = []
+    for i, matrices in enumerate(stacks):
+        kinds = [(m.scheme.bits, m.scale.shape[-1], m.zero is not None) for m in matrices]
+        n, k = matrices[0].q.shape[1:]
+        shape, table, size = arrange(kinds, n, k, BRAIN, paired=i == 0)
+        assert size == len(found[f"buffer{i}"]) and torch.equal(table, stack.packed(i).table)
+        packed.append(Packed(shape, found[f"buffer{i}"], table))
+    again = CpuStack(packed, BRAIN, silu)
+    x, ids, gates = torch.randn(5, 96).to(BRAIN), torch.randint(0, 3, (5, 2)), torch.rand(5, 2)
+    wanted = stack.experts(x, ids, gates, silu)
+    assert torch.equal(again.experts(x, ids, gates, silu), wanted) and again.scheme == stack.scheme

@@ -1,10 +1,12 @@
 """Which instructions are chosen, and what happens without the extension."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 from qmoe.errors import ConfigError
 from qmoe.kernels.cpu import library
@@ -57,6 +59,18 @@ def test_instructions_of_other_processors_are_errors(fresh):
                 library.tier()
 
 
+def test_without_a_compiler_the_extension_is_left_out(tmp_path):
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    folders = ["--build-temp", str(tmp_path / "temp"), "--build-lib", str(tmp_path / "lib")]
+    environment = {**os.environ, "CC": "false", "LDSHARED": "false"}
+    done = subprocess.run(
+        command + folders, cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
 STATE = """
 import re, sys, threading, torch
 def state():
@@ -84,7 +98,6 @@ assert before == after and len(after[1]) <= 1, (before, after)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("variable", ["OMP_PROC_BIND=true", "GOMP_CPU_AFFINITY=0"])
 def test_the_process_stays_as_it_was(variable):
-    import os
 
     name, value = variable.split("=")
     environment = {**os.environ, name: value, "OMP_NUM_THREADS": "2"}
