@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from qmoe.checkpoint.decoding import Decoded, Made, decoded
 from qmoe.checkpoint.folders import CONFIG, INDEX, read_index, read_json, weight_files
 from qmoe.errors import CheckpointError
+from qmoe.system.files import CONTENT, sha256
 from qmoe.system.progress import progress
 
 DTYPES = {
@@ -161,6 +162,17 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of the shard files."""
         return sum((self.path / file).stat().st_size for file in self._files)
+
+    def fingerprints(self) -> list[str]:
+        """What tells each shard from one with other contents: the digest of its tensors that qmoe
+        writes into its header, with the file's size and time; of any other file the SHA-256."""
+        found = []
+        for file in self._files:
+            digest = (self._handle(file).metadata() or {}).get(CONTENT)
+            about = (self.path / file).stat()
+            known = f"{digest} {about.st_size} {about.st_mtime_ns}"
+            found.append(known if digest else sha256(self.path / file))
+        return found
 
     def check_finite(self) -> str:
         """Read every tensor once; raises CheckpointError naming the first with NaN or Inf.

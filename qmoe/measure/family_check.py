@@ -27,8 +27,9 @@ from qmoe.model.source import open_source
 from qmoe.model.structure import find
 from qmoe.packed.audit import audit_model
 from qmoe.packed.load import load
-from qmoe.packed.modules import held, take_stored
+from qmoe.packed.modules import held
 from qmoe.packed.skeleton import open_packed
+from qmoe.packed.stored import take_stored
 from qmoe.pipeline.find_rotation import find_fused_rotation
 from qmoe.pipeline.quantize import quantize
 
@@ -81,7 +82,7 @@ def check_in_bfloat16(
     """Raises AuditError unless a folder loaded in bfloat16 is transformers' model of the same
     weights there. exact: what that gives in float32. Returns the share of tokens that go to the
     same experts, and the median relative error of the logits."""
-    model, _ = load(quantized, torch.bfloat16, progress=False)
+    model, _ = load(quantized, torch.bfloat16, activations="bf16", progress=False)
     what = model.config.model_type
     twin: Any = model_class(model.config).from_pretrained(source, dtype=torch.bfloat16).eval()
     adapt(twin)

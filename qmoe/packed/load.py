@@ -1,9 +1,9 @@
 """`load`: a quantized folder as a transformers model that runs packed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -12,15 +12,20 @@ from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.checkpoint.tokenizer import has_tokenizer
 from qmoe.errors import ConfigError, OutputError
 from qmoe.kernels import uses_arena
+from qmoe.kernels.cpu.stack import uses_cpu_kernels
 from qmoe.model.source import Source, check_complete
 from qmoe.packed.audit import audit_model, audit_unpacked
 from qmoe.packed.modules import PackedLinear, finish_experts
 from qmoe.packed.offload import offload_experts
+from qmoe.packed.prepared import keep_prepared, open_prepared, prepared_file
+from qmoe.packed.run_on import RunOn
 from qmoe.packed.skeleton import open_packed
 from qmoe.system.devices import find_device
 from qmoe.system.host_memory import return_freed
 from qmoe.system.progress import is_shown, progress, shown
 from qmoe.system.sizes import parse_size
+
+Activations = Literal["int8", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Loading:
     device: str = "cpu"
     expert_memory: str | int | None = None
     trust_remote_code: bool = False
+    activations: Activations = "int8"
+    cache: bool = True
 
     def __call__(self, path: str | Path) -> Any:
         """The model alone."""
@@ -45,6 +52,8 @@ def load(
     *,
     device: str | torch.device = "cpu",
     expert_memory: str | int | None = None,
+    activations: Activations = "int8",
+    cache: bool = True,
     progress: bool = True,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
@@ -52,11 +61,16 @@ def load(
 
     path: a quantized folder or a hub name.
     dtype: of activations and unquantized weights; None is the checkpoint's own. bfloat16 is the
-        fast one on CPUs (kernels/stack.py).
+        fast one on CPUs.
     device: "cpu", or a GPU ("cuda", "cuda:1"), where packed weights run through the Triton kernels.
     expert_memory: the GPU's memory for routed experts, in bytes or as a size ("6GB"). If they need
         more they stay in pinned host memory, and those in use are copied to the GPU
         (qmoe/packed/offload.py). None keeps all of them on the GPU.
+    activations: "int8" rounds the inputs of packed products on a CPU to 8 bits per token and 32
+        features, which is several times faster; "bf16" takes them as they are. Models in float32
+        and models on a GPU always do.
+    cache: on a CPU, keep the weights of large models in the kernels' layout in the user's cache
+        directory, so that the next load is ready in seconds (packed/prepared.py).
     progress: show a bar on standard error, if that is a terminal.
     trust_remote_code: allow code that lies beside the weights to run, where transformers has no
         class for the model.
@@ -68,36 +82,52 @@ def load(
     """
     if not isinstance(dtype, torch.dtype | None):
         raise ConfigError(f"dtype: expected a torch.dtype or None, got {dtype!r}")
+    if activations not in get_args(Activations):
+        raise ConfigError(
+            f"activations: expected one of {get_args(Activations)}, got {activations!r}"
+        )
     memory = None if expert_memory is None else parse_size("expert_memory", expert_memory)
     run_on = usable_device(device)
     if memory is not None and not uses_arena(run_on):
         raise ConfigError(f"expert_memory: is of use with a GPU only, the device is {device}")
     with shown(progress):
-        return _load(ModelFolder.find(path, trust_remote_code), dtype, run_on, memory)
+        home = None if memory is None else torch.device("cpu")
+        run = RunOn(run_on, home, exact=activations == "bf16")
+        return _load(ModelFolder.find(path, trust_remote_code), dtype, run, memory, cache)
 
 
 def _load(
-    folder: ModelFolder, dtype: torch.dtype | None, run_on: torch.device, memory: int | None
+    folder: ModelFolder, dtype: torch.dtype | None, run: RunOn, memory: int | None, cache: bool
 ) -> tuple[Any, Any]:
-    home = None if memory is None else torch.device("cpu")
     source = open_packed(folder, dtype)
     check_complete(source.weights)
+    file = None
+    if cache and uses_cpu_kernels(run.device):
+        file = prepared_file(source.checkpoint, source.model.config.dtype)
+    if file is not None:
+        run = replace(run, prepared=open_prepared(*file))
+    # What is prepared is not read again.
+    wanted = source.weights.names()
+    if run.prepared is not None:
+        wanted = [name for name in wanted if name not in source.weights.packed]
     tokenizer = None
     if has_tokenizer(folder.path):
         tokenizer = folder.tokenizer(source.model.config)
     generation = generation_config(folder.path)
-    in_layers: set[str] = set()
+    unread = set(wanted)
     for layer in progress(source.structure.layers, "loading layers"):
-        names = source.weights.sources(layer.name)
-        in_layers.update(names)
+        names = [name for name in source.weights.sources(layer.name) if name in unread]
+        unread.difference_update(names)
         source.weights.load(names, dtype)
-        _finish(source, layer.name, run_on, home)
-    source.weights.load([n for n in source.weights.names() if n not in in_layers], dtype)
+        _finish(source, layer.name, run)
+    source.weights.load([name for name in wanted if name in unread], dtype)
     source.weights.tie()
-    _finish(source, "", run_on, home)
+    _finish(source, "", run)
     if memory is not None:
-        offload_experts(source.model, source.structure, run_on, memory, folder.path)
-    source.model.to(run_on).requires_grad_(False)
+        offload_experts(source.model, source.structure, run.device, memory, folder.path)
+    source.model.to(run.device).requires_grad_(False)
+    if file is not None and run.prepared is None:
+        keep_prepared(source.model, *file)
     if generation is not None:
         source.model.generation_config = generation
     audit_unpacked(source, str(folder.path))
@@ -150,15 +180,15 @@ def usable_device(device: str | torch.device) -> torch.device:
     return run_on
 
 
-def _finish(source: Source, prefix: str, device: torch.device, home: torch.device | None) -> None:
+def _finish(source: Source, prefix: str, run: RunOn) -> None:
     experts = {n for layer in source.structure.layers for n in layer.experts}
     for name, module in source.model.named_modules():
         if prefix and not name.startswith(prefix + "."):
             continue
         if name in experts and hasattr(module, "down_proj_packed"):
-            finish_experts(module, name, device, home)
+            finish_experts(module, name, run)
         elif isinstance(module, PackedLinear) and hasattr(module, "weight_packed"):
-            module.finish(name, device)
+            module.finish(name, run)
         for parameter in module.parameters(recurse=False):
             if parameter.device.type != "meta":
                 # What safetensors gives may be a view into the mapped file and keep all of it.

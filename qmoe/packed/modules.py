@@ -7,7 +7,6 @@ form (`finish`). From then on transformers' experts interface sends its forward 
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,21 +15,21 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qmoe.config import Scheme
-from qmoe.errors import CheckpointError, ConfigError
 from qmoe.format.compressed_tensors import SUFFIXES
-from qmoe.format.grid import FAR, far_scales, stored_scale
 from qmoe.format.hadamard import rotate
-from qmoe.format.packing import packed_words, unpack_rows, unpack_zeros
 from qmoe.format.quantized import Quantized
 from qmoe.kernels import uses_arena
 from qmoe.kernels.activation import Activation, recognize
+from qmoe.kernels.cpu.cache import StaleCache
+from qmoe.kernels.cpu.layout import Packed, arrange
 from qmoe.kernels.cpu.stack import CpuStack, uses_cpu_kernels
 from qmoe.kernels.moe import moe_forward
 from qmoe.kernels.stack import PackedStack
 from qmoe.model import experts
+from qmoe.packed.run_on import RunOn
+from qmoe.packed.stored import declare, take_to_run
 
 NAME = "qmoe_packed"
-UNPACKED = 8  # experts unpacked at once
 
 
 def experts_forward(
@@ -72,7 +71,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias, self.rotation = linear.bias, scheme.rotation
-        _declare(
+        declare(
             self,
             "weight",
             (linear.out_features, linear.in_features),
@@ -91,14 +90,14 @@ class PackedLinear(nn.Module):
         """The weight expanded, for code that multiplies with it by hand (Jamba's dt_proj)."""
         return rotate(self.stack.expand(0), self.rotation)
 
-    def finish(self, where: str, device: torch.device) -> None:
-        """Turn the loaded tensors into the runtime's form on `device`; CheckpointError if they
-        disagree."""
+    def finish(self, where: str, run: RunOn) -> None:
+        """Turn the loaded tensors into the runtime's form; CheckpointError if they disagree."""
+        if uses_cpu_kernels(run.device):
+            self.stack: Any = _cpu_stack(self, where, run, None)
+            return
         (quantized,) = take_to_run(self, where).values()
-        if uses_arena(device):
-            self.stack: Any = _arena_stack([quantized], device, None)
-        elif uses_cpu_kernels(device):
-            self.stack = CpuStack([quantized], quantized.scale.dtype)
+        if uses_arena(run.device):
+            self.stack = _arena_stack([quantized], run, None)
         else:
             self.stack = PackedStack(quantized, quantized.scale.dtype)
 
@@ -109,52 +108,84 @@ def declare_experts(module: Any, scheme: Scheme) -> None:
         weight = experts.stack(module, name)
         delattr(module, name)
         parts = len(experts.matrices_of(module, name))
-        _declare(module, name, tuple(weight.shape), scheme, parts, weight.dtype)
+        declare(module, name, tuple(weight.shape), scheme, parts, weight.dtype)
 
 
-def finish_experts(
-    module: Any, where: str, device: torch.device, home: torch.device | None = None
-) -> None:
-    """Turn the loaded tensors into the runtime's form for `device`, route the forward to it. home:
-    the memory their bytes stay in, if it is another (qmoe/packed/offload.py)."""
+def finish_experts(module: Any, where: str, run: RunOn) -> None:
+    """Turn the loaded tensors into the runtime's form, route the forward to it."""
     first, second = experts.expert_weights(module)
-    stored = take_to_run(module, where)
-    module.qmoe_rotations = (stored[first].scheme.rotation, stored[second].scheme.rotation)
+    declared = module._qmoe_stored
+    module.qmoe_rotations = (declared[first][1].rotation, declared[second][1].rotation)
     for name, ours in ((first, "qmoe_first_bias"), (second, "qmoe_second_bias")):
         values = experts.bias_stack(module, name)
         if values is not None:
             delattr(module, f"{name}_bias")
             setattr(module, ours, nn.Parameter(values.contiguous(), requires_grad=False))
-    if uses_arena(device):
-        module.qmoe_arena = _arena_stack([stored[first], stored[second]], device, home, module)
-    elif uses_cpu_kernels(device):
-        stacks = [stored[first], stored[second]]
-        module.qmoe_arena = CpuStack(stacks, stacks[0].scale.dtype, _fused(module, stacks))
+    activation = _fused(module, declared[first][0][1])
+    if uses_cpu_kernels(run.device):
+        module.qmoe_arena = _cpu_stack(module, where, run, activation)
     else:
-        module.qmoe_first = PackedStack(stored[first], stored[first].scale.dtype)
-        module.qmoe_second = PackedStack(stored[second], stored[second].scale.dtype)
+        stored = take_to_run(module, where)
+        stacks = [stored[first], stored[second]]
+        if uses_arena(run.device):
+            module.qmoe_arena = _arena_stack(stacks, run, activation)
+        else:
+            module.qmoe_first, module.qmoe_second = (
+                PackedStack(stack, stack.scale.dtype) for stack in stacks
+            )
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
     module.config._experts_implementation = NAME
 
 
-def _arena_stack(
-    stacks: list[Quantized], device: torch.device, home: torch.device | None, module: Any = None
-) -> nn.Module:
+def _arena_stack(stacks: list[Quantized], run: RunOn, activation: Activation | None) -> nn.Module:
     """The form of the Triton kernels, which only machines that have Triton can import."""
     from qmoe.kernels.arena_stack import ArenaStack
 
-    dtype = stacks[0].scale.dtype
-    if module is None or not module.has_gate or any(module.qmoe_rotations):
-        return ArenaStack(stacks, dtype, device, home=home)
-    return ArenaStack(stacks, dtype, device, _fused(module, stacks), paired=True, home=home)
+    dtype, paired = stacks[0].scale.dtype, activation is not None
+    return ArenaStack(stacks, dtype, run.device, activation, paired, home=run.home)
 
 
-def _fused(module: Any, stacks: list[Quantized]) -> Activation | None:
-    """The activation that kernels can compute between the two products; None if there is none."""
+def _cpu_stack(module: Any, where: str, run: RunOn, activation: Activation | None) -> CpuStack:
+    """The form of the C kernels, of the stored tensors or of buffers that are prepared."""
+    declared = module._qmoe_stored
+    if run.prepared is None:
+        stacks: list[Any] = [*take_to_run(module, where).values()]
+    else:
+        paired = [activation is not None and i == 0 for i in range(len(declared))]
+        stacks = [
+            _as_prepared(declared[name], run.prepared[f"{where}.{i}"], paired[i])
+            for i, name in enumerate(declared)
+        ]
+        for name in declared:
+            for suffix in SUFFIXES:
+                module._parameters.pop(name + suffix, None)
+    shape, scheme, _, dtype = next(iter(declared.values()))
+    stack = CpuStack(stacks, dtype, activation, run.exact or dtype == torch.float32)
+    stack.scheme = scheme
+    return stack
+
+
+def _as_prepared(
+    declared: tuple[tuple[int, ...], Scheme, int, torch.dtype], buffer: Tensor, paired: bool
+) -> Packed:
+    """A declared weight whose bytes are in the kernels' layout; StaleCache if they cannot be."""
+    (*stack, n, k), scheme, _, dtype = declared
+    kinds = [(scheme.bits, scheme.groups(k), not scheme.symmetric)] * (stack[0] if stack else 1)
+    shape, table, size = arrange(kinds, n, k, dtype, paired)
+    if buffer.numel() != size:
+        raise StaleCache(
+            f"prepared weights: expected {size} bytes for [{n}, {k}], found {buffer.numel()}; "
+            "remove the file in the cache directory"
+        )
+    return Packed(shape, buffer, table)
+
+
+def _fused(module: Any, width: int) -> Activation | None:
+    """The activation that kernels can compute between the two products; None if there is none.
+    width: rows of the first."""
     # One that a kernel computes cannot be followed by a rotation.
     if not module.has_gate or any(module.qmoe_rotations):
         return None
-    width = stacks[0].q.shape[1]
     return recognize(lambda product: experts.stack_activation(module, product), width)
 
 
@@ -187,90 +218,3 @@ def packed_stacks(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if hasattr(module, "nbytes"):
             yield name, module
-
-
-def _declare(
-    module: Any, name: str, shape: tuple[int, ...], scheme: Scheme, parts: int, dtype: torch.dtype
-) -> None:
-    """Stored tensors of a weight [*, N, K] made of `parts` matrices, each packed on its own."""
-    *stack, n, k = shape
-    groups = scheme.groups(k)
-    stored = {
-        "_packed": torch.empty(
-            *stack, n, packed_words(k, scheme.bits), dtype=torch.int32, device="meta"
-        ),
-        "_scale": torch.empty(*stack, n, groups, dtype=dtype, device="meta"),
-        "_shape": torch.empty(*stack, 2 * parts, dtype=torch.int64, device="meta"),
-    }
-    if not scheme.symmetric:
-        words = parts * packed_words(n // parts, scheme.bits)
-        stored["_zero_point"] = torch.empty(*stack, words, groups, dtype=torch.int32, device="meta")
-    for suffix, tensor in stored.items():
-        module.register_parameter(name + suffix, nn.Parameter(tensor, requires_grad=False))
-    if not hasattr(module, "_qmoe_stored"):
-        module._qmoe_stored = {}
-    module._qmoe_stored[name] = (shape, scheme, parts, dtype)
-
-
-def stored_stacks(model: nn.Module) -> Iterator[tuple[str, int | None, int]]:
-    """Every weight with stored tensors: its parameter, experts (None for a linear), and of how many
-    matrices its rows (per expert) are made."""
-    for name, module in model.named_modules():
-        for weight, (shape, _, parts, _) in getattr(module, "_qmoe_stored", {}).items():
-            yield f"{name}.{weight}", shape[0] if len(shape) == 3 else None, parts
-
-
-def take_stored(module: nn.Module, where: str) -> dict[str, Quantized]:
-    """Remove the stored tensors of a module's weights and read them, by weight name, as stacks
-    [E, N, K]. Raises CheckpointError if they contradict the model or each other."""
-    return {
-        name: _take(module, name, f"{where}.{name}") for name in getattr(module, "_qmoe_stored", {})
-    }
-
-
-def take_to_run(module: Any, where: str) -> dict[str, Quantized]:
-    """The same with scales in the dtype that the model runs in. ConfigError if it has no number
-    near one of them; scales of nothing but zeros may become anything."""
-    out = {}
-    for name, stored in take_stored(module, where).items():
-        dtype, scale = module._qmoe_stored[name][3], stored.scale.float()
-        made = stored_scale(scale, dtype)
-        far = far_scales(scale, made, FAR)
-        if far.any():
-            zero = 0 if stored.zero is None else stored.zero[..., None]
-            used = stored.q.unflatten(-1, (scale.shape[-1], -1)) != zero
-            far &= used.any(-1)
-        if far.any():
-            raise ConfigError(
-                f"dtype: {where}.{name} has {int(far.sum())} scales that {dtype} cannot hold, such "
-                f"as {float(scale[far].min()):.1e}; load the model in bfloat16 or float32"
-            )
-        out[name] = replace(stored, scale=made.to(dtype))
-    return out
-
-
-def _take(module: Any, name: str, where: str) -> Quantized:
-    shape, scheme, parts, _ = module._qmoe_stored[name]
-    e, n, k = (1,) * (3 - len(shape)) + shape
-    stored: dict[str, Any] = {s: getattr(module, name + s, None) for s in SUFFIXES}
-    for suffix, tensor in stored.items():
-        if tensor is not None:
-            delattr(module, name + suffix)
-    wanted = torch.tensor([n // parts, k]).repeat(parts)
-    found = stored["_shape"].view(e, -1)
-    if not (found == wanted).all():
-        raise CheckpointError(
-            f"{where}: weight_shape says {found.tolist()}, the model needs {wanted.tolist()}"
-        )
-    zero = stored["_zero_point"]
-    if zero is not None:
-        halves = zero.data.view(e, -1, zero.shape[-1]).chunk(parts, dim=1)
-        zero = torch.cat([unpack_zeros(z, scheme.bits, n // parts) for z in halves], dim=1)
-    # A copy: what safetensors gives may be a view that keeps the whole file mapped.
-    scale = stored["_scale"].data.view(e, n, -1).clone()
-    if not (scale.isfinite() & (scale > 0)).all():
-        raise CheckpointError(f"{where}: weight_scale has values that are not positive numbers")
-    # A few experts at a time: unpacking takes several times what it gives.
-    words = stored["_packed"].data.view(e, n, -1).split(UNPACKED)
-    q = torch.cat([unpack_rows(part, scheme.bits, k) for part in words])
-    return Quantized(q, scale, zero, scheme)

@@ -15,7 +15,8 @@ from qmoe.model.skeleton import WeightMap, build
 from qmoe.model.source import Source, check_routing
 from qmoe.model.structure import find
 from qmoe.model.tensor_names import packed_names
-from qmoe.packed.modules import PackedLinear, declare_experts, stored_stacks
+from qmoe.packed.modules import PackedLinear, declare_experts
+from qmoe.packed.stored import stored_stacks
 
 
 def open_packed(folder: ModelFolder, dtype: torch.dtype | None = None) -> Source:

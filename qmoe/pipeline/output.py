@@ -19,7 +19,7 @@ from qmoe.errors import CheckpointError, OutputError, QmoeError
 from qmoe.layer.records import LayerRecord
 from qmoe.layer.solved_cache import SolvedCache
 from qmoe.system import distributed
-from qmoe.system.files import sha256, write_safetensors
+from qmoe.system.files import CONTENT, content_sha256, sha256, write_safetensors
 from qmoe.system.lock import NAME, Lock
 
 MARKER = ".qmoe-partial"  # what is being written
@@ -241,7 +241,9 @@ class OutputFolder:
             return
         file = self._file(shard.index)
         stored = {name: tensor.contiguous() for name, tensor in sorted(shard.tensors.items())}
-        write_safetensors(self.path / file, stored, {"format": "pt"})
+        write_safetensors(
+            self.path / file, stored, {"format": "pt", CONTENT: content_sha256(stored)}
+        )
         note = {
             "record": None if shard.record is None else shard.record.to_json(),
             "digests": shard.digests,

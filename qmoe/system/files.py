@@ -5,10 +5,12 @@ import hashlib
 import os
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+CONTENT = "content_sha256"  # in the metadata of a file: of its tensors
 FULL = ("No space", "File too large", "quota")
 
 
@@ -16,6 +18,15 @@ def sha256(path: Path) -> str:
     """Of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_sha256(tensors: dict[str, Tensor]) -> str:
+    """Of the names, dtypes, shapes and bytes of contiguous tensors, in the order given."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -1,0 +1,108 @@
+"""Stored tensors inside a model: empty ones on the meta device until a checkpoint fills them, then
+read as stacks [E, N, K].
+
+Left out: what they become at run time (modules.py).
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from qmoe.config import Scheme
+from qmoe.errors import CheckpointError, ConfigError
+from qmoe.format.compressed_tensors import SUFFIXES
+from qmoe.format.grid import FAR, far_scales, stored_scale
+from qmoe.format.packing import packed_words, unpack_rows, unpack_zeros
+from qmoe.format.quantized import Quantized
+
+UNPACKED = 8  # experts unpacked at once
+
+
+def declare(
+    module: Any, name: str, shape: tuple[int, ...], scheme: Scheme, parts: int, dtype: torch.dtype
+) -> None:
+    """Stored tensors of a weight [*, N, K] made of `parts` matrices, each packed on its own."""
+    *stack, n, k = shape
+    groups = scheme.groups(k)
+    stored = {
+        "_packed": torch.empty(
+            *stack, n, packed_words(k, scheme.bits), dtype=torch.int32, device="meta"
+        ),
+        "_scale": torch.empty(*stack, n, groups, dtype=dtype, device="meta"),
+        "_shape": torch.empty(*stack, 2 * parts, dtype=torch.int64, device="meta"),
+    }
+    if not scheme.symmetric:
+        words = parts * packed_words(n // parts, scheme.bits)
+        stored["_zero_point"] = torch.empty(*stack, words, groups, dtype=torch.int32, device="meta")
+    for suffix, tensor in stored.items():
+        module.register_parameter(name + suffix, nn.Parameter(tensor, requires_grad=False))
+    if not hasattr(module, "_qmoe_stored"):
+        module._qmoe_stored = {}
+    module._qmoe_stored[name] = (shape, scheme, parts, dtype)
+
+
+def stored_stacks(model: nn.Module) -> Iterator[tuple[str, int | None, int]]:
+    """Every weight with stored tensors: its parameter, experts (None for a linear), and of how many
+    matrices its rows (per expert) are made."""
+    for name, module in model.named_modules():
+        for weight, (shape, _, parts, _) in getattr(module, "_qmoe_stored", {}).items():
+            yield f"{name}.{weight}", shape[0] if len(shape) == 3 else None, parts
+
+
+def take_stored(module: nn.Module, where: str) -> dict[str, Quantized]:
+    """Remove the stored tensors of a module's weights and read them, by weight name, as stacks
+    [E, N, K]. Raises CheckpointError if they contradict the model or each other."""
+    return {
+        name: _take(module, name, f"{where}.{name}") for name in getattr(module, "_qmoe_stored", {})
+    }
+
+
+def take_to_run(module: Any, where: str) -> dict[str, Quantized]:
+    """The same with scales in the dtype that the model runs in. ConfigError if it has no number
+    near one of them; scales of nothing but zeros may become anything."""
+    out = {}
+    for name, stored in take_stored(module, where).items():
+        dtype, scale = module._qmoe_stored[name][3], stored.scale.float()
+        made = stored_scale(scale, dtype)
+        far = far_scales(scale, made, FAR)
+        if far.any():
+            zero = 0 if stored.zero is None else stored.zero[..., None]
+            used = stored.q.unflatten(-1, (scale.shape[-1], -1)) != zero
+            far &= used.any(-1)
+        if far.any():
+            raise ConfigError(
+                f"dtype: {where}.{name} has {int(far.sum())} scales that {dtype} cannot hold, such "
+                f"as {float(scale[far].min()):.1e}; load the model in bfloat16 or float32"
+            )
+        out[name] = replace(stored, scale=made.to(dtype))
+    return out
+
+
+def _take(module: Any, name: str, where: str) -> Quantized:
+    shape, scheme, parts, _ = module._qmoe_stored[name]
+    e, n, k = (1,) * (3 - len(shape)) + shape
+    stored: dict[str, Any] = {s: getattr(module, name + s, None) for s in SUFFIXES}
+    for suffix, tensor in stored.items():
+        if tensor is not None:
+            delattr(module, name + suffix)
+    wanted = torch.tensor([n // parts, k]).repeat(parts)
+    found = stored["_shape"].view(e, -1)
+    if not (found == wanted).all():
+        raise CheckpointError(
+            f"{where}: weight_shape says {found.tolist()}, the model needs {wanted.tolist()}"
+        )
+    zero = stored["_zero_point"]
+    if zero is not None:
+        halves = zero.data.view(e, -1, zero.shape[-1]).chunk(parts, dim=1)
+        zero = torch.cat([unpack_zeros(z, scheme.bits, n // parts) for z in halves], dim=1)
+    # A copy: what safetensors gives may be a view that keeps the whole file mapped.
+    scale = stored["_scale"].data.view(e, n, -1).clone()
+    if not (scale.isfinite() & (scale > 0)).all():
+        raise CheckpointError(f"{where}: weight_scale has values that are not positive numbers")
+    # A few experts at a time: unpacking takes several times what it gives.
+    words = stored["_packed"].data.view(e, n, -1).split(UNPACKED)
+    q = torch.cat([unpack_rows(part, scheme.bits, k) for part in words])
+    return Quantized(q, scale, zero, scheme)
