@@ -115,7 +115,7 @@ def check(packed: Packed, tokens: int, run: Run | None = None) -> float:
 
 
 def ours(packed: Packed) -> Run:
-    return lambda x, ids, gates: layer.routed_experts(x, ids, gates, packed.arena, SILU)
+    return lambda x, ids, gates: kernels.routed_experts(x, ids, gates, packed.arena, SILU)
 
 
 def compile_all(jobs: Sequence[Job], device: torch.device) -> list[str]:
