@@ -20,7 +20,8 @@ from torch import Tensor
 from gpu.clock import captured, in_turn
 from gpu.rivals import GRAPHS, SILU, Run, rivals
 from qmoe.format.quantized import Quantized
-from qmoe.kernels import launch, layer
+from qmoe.kernels import launch
+from qmoe.kernels import layer as kernels
 from qmoe.kernels.arena import Arena, build_arena
 from qmoe.kernels.launch import Table
 from qmoe.kernels.reference import check_layer, layer_reference, random_matrices
@@ -78,7 +79,7 @@ def pack_layer(layer: Layer, bits: Bits, device: torch.device) -> Packed:
         random_matrices(layer.E, *shape, bits, layer.group, dtype, device)
         for shape in ((2 * layer.I, layer.H), (layer.H, layer.I))
     )
-    order = layer.device_table(device)[0].order
+    order = kernels.device_table(device)[0].order
     arena = build_arena([first, second], dtype, order, device, paired=True)
     return Packed(layer, bits, first, second, arena)
 
@@ -94,14 +95,14 @@ def batch(layer: Layer, tokens: int, device: torch.device) -> tuple[Tensor, Tens
 @contextmanager
 def using(table: Table | None, device: torch.device) -> Iterator[None]:
     """The kernels are launched by this table, if there is one."""
-    original = layer.device_table
+    original = kernels.device_table
     if table is not None:
         chosen = table, original(device)[1]
-        layer.device_table = lambda _: chosen  # type: ignore[assignment]
+        kernels.device_table = lambda _: chosen  # type: ignore[assignment]
     try:
         yield
     finally:
-        layer.device_table = original
+        kernels.device_table = original
 
 
 def check(packed: Packed, tokens: int, run: Run | None = None) -> float:
@@ -114,7 +115,7 @@ def check(packed: Packed, tokens: int, run: Run | None = None) -> float:
 
 
 def ours(packed: Packed) -> Run:
-    return lambda x, ids, gates: layer.routed_experts(x, ids, gates, packed.arena, SILU)
+    return lambda x, ids, gates: kernels.routed_experts(x, ids, gates, packed.arena, SILU)
 
 
 def compile_all(jobs: Sequence[Job], device: torch.device) -> list[str]:
@@ -179,7 +180,7 @@ def _ready(name: str, run: Run, given: tuple[Tensor, ...], arena: Arena) -> Call
     def once() -> Tensor:
         return run(*given)
 
-    device, table = given[0].device, layer.device_table(given[0].device)[0]
+    device, table = given[0].device, kernels.device_table(given[0].device)[0]
     expands = launch.use_dense(table, given[1].numel(), arena.experts)  # reads counts back
     if name not in GRAPHS or (name == "qmoe" and expands):
         once()

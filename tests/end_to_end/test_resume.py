@@ -8,7 +8,15 @@ import time
 from itertools import product
 
 import pytest
-from helpers import LITTLE_TEXT, ONE_DOMAIN, first_layers, interrupt_after, mostly_slow, same_files
+from helpers import (
+    LITTLE_TEXT,
+    ONE_DOMAIN,
+    first_layers,
+    interrupt_after,
+    mostly_slow,
+    same_files,
+    slow,
+)
 
 import qmoe
 from qmoe import QuantConfig
@@ -55,7 +63,7 @@ def stop(forks, tmp_path, source, sign, shards, delay=0.0):
     return process.returncode, err
 
 
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("shards", [1, slow(2)])
 def test_a_killed_run_goes_on_to_the_same_bytes(forks, tmp_path, source, whole, shards):
     delay = random.Random(shards).random() * 0.2
     status, _ = stop(forks, tmp_path, source, signal.SIGKILL, shards, delay)

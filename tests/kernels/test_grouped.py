@@ -6,7 +6,7 @@ from itertools import product as every
 
 import pytest
 import torch
-from helpers import DEVICE, assert_close, mostly_slow
+from helpers import DEVICE, assert_close, mostly_slow, slow
 from ptx_emulator import teach
 from torch.nn import functional as F
 
@@ -265,7 +265,7 @@ def test_every_tile(BM, BN, P, fence):
 
 @pytest.mark.parametrize(
     "H, I, dtype",
-    [(66, 32, torch.float32), (64, 36, torch.float16)],
+    [slow(66, 32, torch.float32), (64, 36, torch.float16)],
     ids=str,
 )
 def test_large_batches_of_odd_sizes(H, I, dtype):  # noqa: E741

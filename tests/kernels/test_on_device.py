@@ -131,6 +131,7 @@ def test_a_block_compiles_into_one_graph(fused):
         assert_close(compiled(x).float(), block(x).float(), 5e-2, 5e-3)
 
 
+@pytest.mark.slow
 def test_slots_compute_what_everything_resident_does():
     """Copies on a stream of their own arrive before they are read, step after step."""
     layer = Layer("small", 16, 4, 1024, 512) if GPU else Layer("toy", 8, 2, 64, 32, 32)

@@ -61,7 +61,8 @@ def test_router_logits_count_less_their_mean():
 
 def test_tuning_brings_a_layer_closer(demo, tmp_path):
     source = first_layers(demo, tmp_path / "source", 1)
-    config = replace(TUNED, refit=False)
+    text = CalibrationConfig(ONE_DOMAIN, samples=24, seqlen=64, batch=4)
+    config = replace(TUNED, refit=False, tune=24, calibration=text)
     (layer,) = qmoe.quantize(source, tmp_path / "out", config, progress=False)["layers"]
     assert layer["tuning"]["tuned"] < layer["tuning"]["solved"]
 
