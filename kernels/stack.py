@@ -77,7 +77,7 @@ class PackedStack(nn.Module):
         """x @ W[e].T, in the dtype of x (the one the stack was made for)."""
         if self.form == "int4":
             return torch.ops.aten._weight_int4pack_mm_for_cpu(  # type: ignore[no-any-return]
-                x, self.packed[e], self.group, self.scale[e]
+                x.contiguous(), self.packed[e], self.group, self.scale[e]
             )
         if self.form == "int8" and len(x) < INT8_DENSE_ROWS:
             return torch.ops.aten._weight_int8pack_mm(x, self.packed[e], self.scale[e])  # type: ignore[no-any-return]

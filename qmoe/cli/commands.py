@@ -22,6 +22,7 @@ from qmoe.errors import (
     QmoeError,
     UnsupportedModelError,
 )
+from qmoe.measure.baselines import check_counts
 from qmoe.measure.bench import benchmark
 from qmoe.measure.evaluate import evaluate
 from qmoe.measure.scores import relative
@@ -213,7 +214,14 @@ def eval(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _loading(args: argparse.Namespace, dtype: torch.dtype | None) -> Loading:
-    return Loading(dtype, args.device, args.expert_memory, args.trust_remote_code)
+    return Loading(
+        dtype,
+        args.device,
+        args.expert_memory,
+        args.trust_remote_code,
+        args.activations,
+        cache=not args.no_cache,
+    )
 
 
 def show_eval(result: dict[str, Any]) -> None:
@@ -249,12 +257,16 @@ def _ratio(kl: float, to: float) -> str:
 
 def bench(args: argparse.Namespace) -> dict[str, Any]:
     """`qmoe bench`."""
+    if args.threads is not None:
+        check_counts(threads=args.threads)
+        torch.set_num_threads(args.threads)
     return benchmark(
         args.path,
         against=args.against,
         baselines=args.baseline,
         prompt=args.prompt,
         tokens=args.tokens,
+        batch=args.batch,
         repeats=args.repeats,
         loading=_loading(args, None),
     )
@@ -262,6 +274,8 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
 
 def show_bench(result: dict[str, Any]) -> None:
     header = ["model", "prefill tok/s", "first token ms", "decode tok/s", "bytes/token", "weights"]
+    if "of_read_bandwidth" in result["qmoe"]:
+        header.append("of read bandwidth")
     memory = {"resident_over_bare_process": "resident", "peak_over_bare_process": "peak"}
     memory = {key: title for key, title in memory.items() if key in result["qmoe"]}
     rows = [
@@ -272,6 +286,7 @@ def show_bench(result: dict[str, Any]) -> None:
             f"{r['decode_tokens_per_s']:.1f}",
             format_size(r["bytes_per_token"]),
             format_size(r["weights_in_memory"]),
+            *([f"{r['of_read_bandwidth']:.0%}"] if "of_read_bandwidth" in r else []),
             *(format_size(r[key]) for key in memory),
         ]
         for name, r in result.items()

@@ -53,6 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     _compare_options(bench)
     bench.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
     bench.add_argument("--tokens", type=int, default=32, help="tokens decoded after it")
+    bench.add_argument("--batch", type=int, default=1, help="sequences decoded at once")
+    bench.add_argument("--threads", type=int, help="threads that compute (as many as torch takes)")
     bench.add_argument("--repeats", type=int, default=5, help="rounds; models take turns in each")
     for sub in (evaluate, bench):
         sub.add_argument("--device", default="cpu", help="cpu, or a GPU: cuda, cuda:1")
@@ -60,6 +62,18 @@ def build_parser() -> argparse.ArgumentParser:
             "--expert-memory",
             metavar="SIZE",
             help=f"GPU memory for routed experts, {SIZE_HELP}; the others wait in host memory",
+        )
+        sub.add_argument(
+            "--activations",
+            choices=["int8", "bf16"],
+            default="int8",
+            help="inputs of packed products on a CPU: rounded to 8 bits, or as they are (slower); "
+            "models in float32 always take them as they are",
+        )
+        sub.add_argument(
+            "--no-cache",
+            action="store_true",
+            help="keep no weights in the CPU kernels' layout in the user's cache directory",
         )
     families = "MoE families of the installed transformers"
     _families_options(commands.add_parser("families", help=families))

@@ -21,6 +21,7 @@ import torch
 
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.errors import QmoeError
+from qmoe.measure.bandwidth import ReadBandwidth
 from qmoe.measure.baselines import (
     bytes_on_disk,
     check_baselines,
@@ -54,6 +55,7 @@ def benchmark(
     baselines: Sequence[str] = (),
     prompt: int = 256,
     tokens: int = 32,
+    batch: int = 1,
     repeats: int = 5,
     loading: Loading = AS_STORED,
 ) -> dict[str, dict[str, float]]:
@@ -63,7 +65,7 @@ def benchmark(
     a CPU process, so only measured there.
     """
     check_baselines(baselines, against)
-    check_counts(prompt=prompt, tokens=tokens, repeats=repeats)
+    check_counts(prompt=prompt, tokens=tokens, batch=batch, repeats=repeats)
     folder = ModelFolder.find(path, loading.trust_remote_code)
     source = None if against is None else ModelFolder.find(against, loading.trust_remote_code)
     if source is not None:
@@ -85,7 +87,7 @@ def benchmark(
         if loading.device == "cpu":
             for name, kind, place in progress(measured, "measuring memory"):
                 used[name] = memory(kind, place)
-    timed = speed(models, prompt=prompt, tokens=tokens, repeats=repeats)
+    timed = speed(models, prompt=prompt, tokens=tokens, batch=batch, repeats=repeats)
     for name, figures in timed.items():
         figures["weights_in_memory"] = weights_in_memory(models[name])
         if name not in used:
@@ -98,38 +100,50 @@ def benchmark(
 
 
 def speed(
-    models: dict[str, Any], *, prompt: int, tokens: int, repeats: int
+    models: dict[str, Any], *, prompt: int, tokens: int, batch: int, repeats: int
 ) -> dict[str, dict[str, float]]:
-    """Median prefill and decode tokens/s, first-token latency in ms and bytes read per token.
+    """Median prefill and decode tokens/s, first-token latency in ms, bytes of weights that a token
+    of one sequence reads, and on a CPU at which share of the memory's read bandwidth.
 
-    prompt: tokens of the (random) prompt; tokens: tokens decoded after it, greedily, one sequence.
+    prompt: tokens of a (random) sequence; tokens: tokens decoded after it, greedily; batch: of so
+    many sequences at once.
     """
+    memory = None
+    if all(model.device.type == "cpu" for model in models.values()):
+        memory = ReadBandwidth()
     timings: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for i in progress(range(repeats + 1), "timing"):
+        if memory is not None:
+            memory.measure()
         for name, model in models.items():
-            measured = _run(model, prompt, tokens)
+            measured = _run(model, prompt, tokens, batch)
             if i:  # the first round warms up
                 timings[name].append(measured)
-    return {
-        name: {
-            "prefill_tokens_per_s": prompt / median(first for first, _ in runs),
-            "first_token_ms": 1e3 * median(first for first, _ in runs),
-            "decode_tokens_per_s": tokens / median(rest for _, rest in runs),
-            "bytes_per_token": bytes_per_token(models[name]),
+    found: dict[str, dict[str, float]] = {}
+    for name, runs in timings.items():
+        first, rest = (median(part) for part in zip(*runs, strict=True))
+        read = bytes_per_token(models[name])
+        found[name] = {
+            "prefill_tokens_per_s": batch * prompt / first,
+            "first_token_ms": 1e3 * first,
+            "decode_tokens_per_s": batch * tokens / rest,
+            "bytes_per_token": read,
         }
-        for name, runs in timings.items()
-    }
+        if memory is not None and batch == 1:
+            found[name]["read_bandwidth"] = memory.best
+            found[name]["of_read_bandwidth"] = read * tokens / rest / memory.best
+    return found
 
 
 @torch.no_grad()
-def _run(model: Any, prompt: int, tokens: int) -> tuple[float, float]:
+def _run(model: Any, prompt: int, tokens: int, batch: int = 1) -> tuple[float, float]:
     """Seconds until the first token, and for `tokens` more."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(vocabulary, (1, prompt), generator=generator).to(model.device)
+    ids = torch.randint(vocabulary, (batch, prompt), generator=generator).to(model.device)
     synchronize(model.device)
     start = time.perf_counter()
-    out = model(input_ids=ids, use_cache=True)
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     ids = out.logits[:, -1:].argmax(-1)
     synchronize(model.device)
     first = time.perf_counter()
