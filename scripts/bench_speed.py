@@ -161,9 +161,7 @@ def show(
     """The table, in Markdown."""
     from bench_cpu_kernel import cpu_name
 
-    print(
-        f"\n{args.layers} layers of {args.like}'s shapes, {cpu_name()}, torch {torch.__version__}"
-    )
+    print(f"\n{args.layers} layers of {args.like}'s shapes, on {cpu_name()}")
     print(f"medians of {args.rounds} rounds in turns, tokens/s\n")
     keys = ["prefill", "decode", "decode, batch 8"]
     titles = [f"prefill {args.prompt}", *keys[1:], "load s", "resident GB"]
