@@ -1,6 +1,7 @@
 """Packaging, rooms, public names, and the rules that keep the library readable."""
 
 import ast
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -116,11 +117,12 @@ def _is_kernel(function):
     return any(word in decorators for word in ("triton.jit", "custom_op", "register_fake"))
 
 
-def test_commands_in_the_readme_exist():
-    readme = (ROOT / "README.md").read_text()
+def test_commands_in_the_documents_exist():
     from qmoe.cli.options import build_parser
 
-    commands = [line.strip() for line in readme.splitlines() if line.startswith("    qmoe ")]
-    assert len(commands) >= 4
-    for command in commands:
-        build_parser().parse_args(command.split("#")[0].split()[1:])
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    lines = [line.strip() for page in pages for line in page.read_text().splitlines()
+             if line.startswith("    qmoe ")]  # fmt: skip
+    assert len(lines) >= 20
+    for command in lines:
+        build_parser().parse_args(shlex.split(command, comments=True)[1:])

@@ -50,31 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="perplexity by domain, KL and agreement")
     _eval_options(evaluate)
     bench = commands.add_parser("bench", help="prefill and decode speed, latency, memory")
-    _compare_options(bench)
-    bench.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
-    bench.add_argument("--tokens", type=int, default=32, help="tokens decoded after it")
-    bench.add_argument("--batch", type=int, default=1, help="sequences decoded at once")
-    bench.add_argument("--threads", type=int, help="threads that compute (as many as torch takes)")
-    bench.add_argument("--repeats", type=int, default=5, help="rounds; models take turns in each")
+    _bench_options(bench)
     for sub in (evaluate, bench):
-        sub.add_argument("--device", default="cpu", help="cpu, or a GPU: cuda, cuda:1")
-        sub.add_argument(
-            "--expert-memory",
-            metavar="SIZE",
-            help=f"GPU memory for routed experts, {SIZE_HELP}; the others wait in host memory",
-        )
-        sub.add_argument(
-            "--activations",
-            choices=["int8", "bf16"],
-            default="int8",
-            help="inputs of packed products on a CPU: rounded to 8 bits, or as they are (slower); "
-            "models in float32 always take them as they are",
-        )
-        sub.add_argument(
-            "--no-cache",
-            action="store_true",
-            help="keep no weights in the CPU kernels' layout in the user's cache directory",
-        )
+        _loading_options(sub)
     families = "MoE families of the installed transformers"
     _families_options(commands.add_parser("families", help=families))
     for name, sub in commands.choices.items():
@@ -87,6 +65,36 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
         add_renamed(name, sub)
     return parser
+
+
+def _bench_options(p: argparse.ArgumentParser) -> None:
+    _compare_options(p)
+    p.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
+    p.add_argument("--tokens", type=int, default=32, help="tokens decoded after it")
+    p.add_argument("--batch", type=int, default=1, help="sequences decoded at once")
+    p.add_argument("--threads", type=int, help="threads that compute (as many as torch takes)")
+    p.add_argument("--repeats", type=int, default=5, help="rounds; models take turns in each")
+
+
+def _loading_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--device", default="cpu", help="cpu, or a GPU: cuda, cuda:1")
+    p.add_argument(
+        "--expert-memory",
+        metavar="SIZE",
+        help=f"GPU memory for routed experts, {SIZE_HELP}; the others wait in host memory",
+    )
+    p.add_argument(
+        "--activations",
+        choices=["int8", "bf16"],
+        default="int8",
+        help="inputs of packed products on a CPU: rounded to 8 bits, or as they are (slower); "
+        "models in float32 always take them as they are",
+    )
+    p.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="keep no weights in the CPU kernels' layout in the user's cache directory",
+    )
 
 
 def _quantize_options(p: argparse.ArgumentParser) -> None:
