@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.cli.main import main
 from qmoe.measure.bench import memory
 
@@ -28,7 +29,7 @@ def test_json_output_of_every_command(demo, quantized, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_memory_is_measured_in_a_fresh_process(quantized):
-    found = memory("qmoe", quantized)
+    found = memory("qmoe", ModelFolder(quantized))
     assert 0 < found["without_model"] < found["loaded"] <= found["peak"]
 
 
