@@ -1,0 +1,26 @@
+"""What a quantized model is said to take, beside what it takes."""
+
+import pytest
+import torch
+from helpers import save_random
+
+import qmoe
+from qmoe.config import CHANNEL, QuantConfig, Scheme
+from qmoe.model.source import open_source
+from qmoe.plan.sizes import sizes
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "experts, lm_head", [(Scheme(4, 32), None), (Scheme(3, 32, False), Scheme(8, CHANNEL))]
+)
+def test_sizes_are_those_of_the_files(demo, tmp_path, family, experts, lm_head):
+    source = save_random(family, tmp_path / "m", demo, torch.bfloat16)
+    config = QuantConfig(method="rtn", experts=experts, lm_head=lm_head)
+    told = sizes(open_source(source, torch.float32), config)
+    qmoe.quantize(source, tmp_path / "q", config, progress=False)
+    files = list((tmp_path / "q").glob("*.safetensors"))
+    headers = sum(8 + int.from_bytes(f.read_bytes()[:8], "little") for f in files)
+    data = sum(f.stat().st_size for f in files) - headers
+    assert told.resident == data
+    assert headers <= told.headers <= 1.5 * headers
