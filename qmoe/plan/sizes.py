@@ -7,7 +7,7 @@ from torch import nn
 
 from qmoe.config import QuantConfig, Scheme
 from qmoe.format.packing import packed_words
-from qmoe.model.experts import expert_weights, parts, stack
+from qmoe.model.experts import expert_weights, matrices_of, stack
 from qmoe.model.source import Source, schemes_of
 from qmoe.model.structure import Layer
 
@@ -74,18 +74,18 @@ def stacks(source: Source, config: QuantConfig) -> Iterator[tuple[Layer, Stack]]
     """All that is quantized inside the decoder layers."""
     chosen = getattr(source.model.config.get_text_config(), "num_experts_per_tok", None)
     for layer in source.structure.layers:
-        unfused = set(layer.loose_linears())
+        unfused = set(layer.unfused_linears())
         for name, scheme in schemes_of(source, layer, config).items():
             module = source.model.get_submodule(name)
             if isinstance(module, nn.Linear):
                 shape = (1, module.out_features, module.in_features)
-                count = max(map(len, layer.loose.values())) if name in unfused else 1
+                count = max(map(len, layer.unfused.values())) if name in unfused else 1
                 share = (chosen or 1) / count if name in unfused else 1.0
                 yield layer, Stack(f"{name}.weight", shape, 1, scheme, share)
                 continue
             for weight in expert_weights(module):
                 E, N, K = stack(module, weight).shape
-                rows = len(parts(module, weight))
+                rows = len(matrices_of(module, weight))
                 yield layer, Stack(f"{name}.{weight}", (E, N, K), rows, scheme, (chosen or 1) / E)
 
 
@@ -96,7 +96,7 @@ def sizes(source: Source, config: QuantConfig) -> Sizes:
     experts = dense = scales = headers = 0
     read, packed = 0.0, set[str]()
     for layer, part in stacks(source, config):
-        routed = part.name.rpartition(".")[0] in {*layer.experts, *layer.loose_linears()}
+        routed = part.name.rpartition(".")[0] in {*layer.experts, *layer.unfused_linears()}
         experts += part.weights if routed else 0
         dense += 0 if routed else part.weights
         scales += part.scales(scale_bytes)
@@ -136,6 +136,6 @@ def _with_rest(
             read += nbytes
     if not lm_head:  # tied: the head is the embedding, read whole
         read += embeddings
-        if source.adds_head(config):
+        if source.adds_lm_head(config):
             lm_head = embeddings
     return Sizes(experts, dense, scales, embeddings, lm_head, other, headers, read)

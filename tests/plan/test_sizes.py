@@ -5,6 +5,7 @@ import torch
 from helpers import save_random
 
 import qmoe
+from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.config import CHANNEL, QuantConfig, Scheme
 from qmoe.model.source import open_source
 from qmoe.plan.sizes import sizes
@@ -17,7 +18,7 @@ from qmoe.plan.sizes import sizes
 def test_sizes_are_those_of_the_files(demo, tmp_path, family, experts, lm_head):
     source = save_random(family, tmp_path / "m", demo, torch.bfloat16)
     config = QuantConfig(method="rtn", experts=experts, lm_head=lm_head)
-    told = sizes(open_source(source, torch.float32), config)
+    told = sizes(open_source(ModelFolder.find(source), torch.float32), config)
     qmoe.quantize(source, tmp_path / "q", config, progress=False)
     files = list((tmp_path / "q").glob("*.safetensors"))
     headers = sum(8 + int.from_bytes(f.read_bytes()[:8], "little") for f in files)
