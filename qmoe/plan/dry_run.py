@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,10 +54,16 @@ class CacheKind:
 @dataclass(frozen=True)
 class Pass:
     """cache: what the cache takes once the context is full. activations: the most bytes that the
-    activations of a part of the prompt take at once, routed experts left out."""
+    activations of a part of the prompt take at once, routed experts left out. chosen: of each
+    experts module, to how many of its experts a token goes."""
 
     cache: list[CacheKind]
     activations: int
+    chosen: dict[str, int]
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(kind.nbytes for kind in self.cache)
 
 
 def dry_run(model: Any, context: int, batch: int, dtype: torch.dtype, at_once: int = 512) -> Pass:
@@ -67,7 +74,7 @@ def dry_run(model: Any, context: int, batch: int, dtype: torch.dtype, at_once: i
     UnsupportedModelError for a family whose forward looks at values, which fake tensors lack.
     """
     last = min(at_once, context)
-    with FakeTensorMode(allow_non_fake_inputs=True), _experts_left_out(model):
+    with FakeTensorMode(allow_non_fake_inputs=True), _experts_left_out(model) as chosen:
         fakes = {
             name: tensor.new_empty(tensor.shape, dtype=_as_run(tensor, dtype), device="cpu")
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
@@ -91,7 +98,7 @@ def dry_run(model: Any, context: int, batch: int, dtype: torch.dtype, at_once: i
         if nbytes:
             kinds[_in_words(type(layer).__name__)].append(nbytes)
     found = [CacheKind(name, len(sizes), sum(sizes)) for name, sizes in kinds.items()]
-    return Pass(found, peak.most - sum(kind.nbytes for kind in found))
+    return Pass(found, peak.most - sum(kind.nbytes for kind in found), chosen)
 
 
 def _as_run(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -108,16 +115,25 @@ def _forward(model: Any, tensors: dict[str, Tensor], ids: Tensor, cache: Any) ->
 
 
 @contextmanager
-def _experts_left_out(model: Any) -> Iterator[None]:
-    """Experts modules give back what they are given."""
-    modules = [module for module in model.modules() if is_experts(module)]
-    for module in modules:
-        module.forward = lambda hidden, *_, **__: hidden
+def _experts_left_out(model: Any) -> Iterator[dict[str, int]]:
+    """Experts modules give back what they are given. Yields, by their names, to how many experts a
+    token went, once they have run."""
+    modules = {name: module for name, module in model.named_modules() if is_experts(module)}
+    chosen: dict[str, int] = {}
+    for name, module in modules.items():
+        module.forward = partial(_not_computed, chosen, name)
     try:
-        yield
+        yield chosen
     finally:
-        for module in modules:
+        for module in modules.values():
             del module.forward
+
+
+def _not_computed(
+    chosen: dict[str, int], name: str, hidden: Tensor, top_k_index: Tensor, *_: Any, **__: Any
+) -> Tensor:
+    chosen[name] = top_k_index.shape[-1]
+    return hidden
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -1,7 +1,8 @@
-"""What the weights of a quantized model take, from the headers of its checkpoint alone."""
+"""What the weights of a quantized model take on disk, from the headers of its checkpoint alone."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 from torch import nn
 
@@ -10,6 +11,7 @@ from qmoe.format.packing import packed_words
 from qmoe.model.experts import expert_weights, matrices_of, stack
 from qmoe.model.source import Source, schemes_of
 from qmoe.model.structure import Layer
+from qmoe.model.tensor_names import packed_names
 
 SHAPE = 16  # bytes of a matrix's weight_shape: two int64
 # Most bytes of a tensor in a safetensors header besides its name: dtype, shape and offsets.
@@ -18,15 +20,20 @@ ENTRY = 90
 
 @dataclass(frozen=True)
 class Stack:
-    """Matrices that are quantized alike: [E, N, K], E = 1 for a linear. name: of the parameter.
-    matrices: that the rows of one expert are stored as, such as gate and up. share: of a stack's
-    bytes that a token reads when it is decoded: the experts it is sent to, or all of a linear."""
+    """Matrices that are quantized alike: [E, N, K], E = 1 for a linear.
+
+    name: of the parameter. matrices: that the rows of one expert are stored as, such as gate and
+    up. routed: whether tokens choose among them, or among linears like this one."""
 
     name: str
     shape: tuple[int, int, int]
     matrices: int
     scheme: Scheme
-    share: float
+    routed: bool
+
+    @property
+    def module(self) -> str:
+        return self.name.rpartition(".")[0]
 
     @property
     def weights(self) -> int:
@@ -52,8 +59,7 @@ class Stack:
 @dataclass(frozen=True)
 class Sizes:
     """Bytes by part of the model. scales: with zero points. other: norms, routers, biases and what
-    else stays as it is. headers: of the safetensors files, about. per_token: of weights that a
-    token reads when it is decoded."""
+    else stays as it is. headers: of the safetensors files, about."""
 
     experts: int
     dense: int
@@ -62,80 +68,91 @@ class Sizes:
     lm_head: int
     other: int
     headers: int
-    per_token: int
 
     @property
-    def resident(self) -> int:
-        """Of the weights in memory."""
+    def tensors(self) -> int:
+        """Of all tensors' data."""
         return self.experts + self.dense + self.scales + self.embeddings + self.lm_head + self.other
+
+
+@dataclass(frozen=True)
+class Unquantized:
+    """Bytes of what stays as it is, in the dtype that it is written in. lm_head: 0 if it is the
+    embedding, or quantized."""
+
+    embeddings: int
+    lm_head: int
+    other: int
+    headers: int
 
 
 def stacks(source: Source, config: QuantConfig) -> Iterator[tuple[Layer, Stack]]:
     """All that is quantized inside the decoder layers."""
-    chosen = getattr(source.model.config.get_text_config(), "num_experts_per_tok", None)
     for layer in source.structure.layers:
         unfused = set(layer.unfused_linears())
         for name, scheme in schemes_of(source, layer, config).items():
             module = source.model.get_submodule(name)
             if isinstance(module, nn.Linear):
-                shape = (1, module.out_features, module.in_features)
-                count = max(map(len, layer.unfused.values())) if name in unfused else 1
-                share = (chosen or 1) / count if name in unfused else 1.0
-                yield layer, Stack(f"{name}.weight", shape, 1, scheme, share)
+                yield layer, _linear(source, name, scheme, name in unfused)
                 continue
             for weight in expert_weights(module):
                 E, N, K = stack(module, weight).shape
                 rows = len(matrices_of(module, weight))
-                yield layer, Stack(f"{name}.{weight}", (E, N, K), rows, scheme, (chosen or 1) / E)
+                yield layer, Stack(f"{name}.{weight}", (E, N, K), rows, scheme, True)
+
+
+def head_stack(source: Source, config: QuantConfig) -> Stack | None:
+    """The output projection, if that is quantized."""
+    if config.lm_head is None or source.structure.lm_head is None:
+        return None
+    return _linear(source, source.structure.lm_head, config.lm_head, False)
+
+
+def _linear(source: Source, name: str, scheme: Scheme, routed: bool) -> Stack:
+    weight = source.model.get_submodule(name).weight
+    N, K = weight.shape
+    stored = len(packed_names(source.model, f"{name}.weight", weight))
+    return Stack(f"{name}.weight", (1, N, K), stored, scheme, routed)
+
+
+def unquantized(source: Source, config: QuantConfig, packed: set[str]) -> Unquantized:
+    """What is left besides the parameters that are packed."""
+    embedding, head = f"{source.embedding()}.weight", f"{source.structure.lm_head}.weight"
+    found = {"embeddings": 0, "lm_head": 0, "other": 0, "headers": 0}
+    for target, names in source.weights.targets.items():
+        if target in packed:
+            continue
+        part = {embedding: "embeddings", head: "lm_head"}.get(target, "other")
+        found[part] += sum(written_bytes(source, name) for name in names)
+        found["headers"] += sum(ENTRY + len(name) for name in names)
+    if source.adds_lm_head(config):
+        found["lm_head"] = found["embeddings"]
+    return Unquantized(**found)
+
+
+def written_bytes(source: Source, name: str) -> int:
+    """Of a tensor that stays as it is: one that is stored in 8 or 4 bits is written in 16."""
+    checkpoint = source.checkpoint
+    return prod(checkpoint.lazy(name).get_shape()) * checkpoint.dtype(name).itemsize
 
 
 def sizes(source: Source, config: QuantConfig) -> Sizes:
-    """What the weights take when the model is quantized by `config`: to the byte, but for the
-    headers of the files."""
+    """What the files take when the model is quantized by `config`: to the byte, but for their
+    headers."""
     scale_bytes = source.weight_dtype().itemsize
-    experts = dense = scales = headers = 0
-    read, packed = 0.0, set[str]()
-    for layer, part in stacks(source, config):
-        routed = part.name.rpartition(".")[0] in {*layer.experts, *layer.unfused_linears()}
-        experts += part.weights if routed else 0
-        dense += 0 if routed else part.weights
-        scales += part.scales(scale_bytes)
-        read += part.share * (part.weights + part.scales(scale_bytes))
-        headers += part.tensors() * (ENTRY + len(part.name) + len(".weight_packed"))
-        packed.add(part.name)
-    return _with_rest(source, config, packed, (experts, dense, scales, headers, int(read)))
-
-
-def _with_rest(
-    source: Source, config: QuantConfig, packed: set[str], sums: tuple[int, int, int, int, int]
-) -> Sizes:
-    """The sizes with what is outside the decoder layers, or not quantized. sums: of experts, dense
-    linears, scales, headers and what a token reads."""
-    experts, dense, scales, headers, read = sums
-    scale_bytes = source.weight_dtype().itemsize
-    embedding, head = f"{source.embedding()}.weight", f"{source.structure.lm_head}.weight"
-    embeddings = lm_head = other = 0
-    for target, names in source.weights.targets.items():
-        nbytes = sum(map(source.checkpoint.tensor_bytes, names))
-        if target in packed:
-            continue
-        headers += sum(ENTRY + len(name) for name in names)
-        if target == embedding:
-            embeddings += nbytes
-        elif target == head and config.lm_head is not None:
-            N, K = source.model.get_submodule(str(source.structure.lm_head)).weight.shape
-            stored = Stack(head, (1, N, K), 1, config.lm_head, 1.0)
-            lm_head += stored.weights
-            scales += stored.scales(scale_bytes)
-            read += stored.weights + stored.scales(scale_bytes)
-        elif target == head:
-            lm_head += nbytes
-            read += nbytes
-        else:
-            other += nbytes
-            read += nbytes
-    if not lm_head:  # tied: the head is the embedding, read whole
-        read += embeddings
-        if source.adds_lm_head(config):
-            lm_head = embeddings
-    return Sizes(experts, dense, scales, embeddings, lm_head, other, headers, read)
+    every = [part for _, part in stacks(source, config)]
+    head = head_stack(source, config)
+    packed = every if head is None else [*every, head]
+    rest = unquantized(source, config, {part.name for part in packed})
+    headers = sum(
+        part.tensors() * (ENTRY + len(part.name) + len(".weight_packed")) for part in packed
+    )
+    return Sizes(
+        experts=sum(part.weights for part in every if part.routed),
+        dense=sum(part.weights for part in every if not part.routed),
+        scales=sum(part.scales(scale_bytes) for part in packed),
+        embeddings=rest.embeddings,
+        lm_head=rest.lm_head if head is None else head.weights,
+        other=rest.other,
+        headers=headers + rest.headers,
+    )
