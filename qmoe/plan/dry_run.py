@@ -119,14 +119,17 @@ def _experts_left_out(model: Any) -> Iterator[dict[str, int]]:
     """Experts modules give back what they are given. Yields, by their names, to how many experts a
     token went, once they have run."""
     modules = {name: module for name, module in model.named_modules() if is_experts(module)}
+    own = {name: vars(module).get("forward") for name, module in modules.items()}  # adapters.py
     chosen: dict[str, int] = {}
     for name, module in modules.items():
         module.forward = partial(_not_computed, chosen, name)
     try:
         yield chosen
     finally:
-        for module in modules.values():
+        for name, module in modules.items():
             del module.forward
+            if own[name] is not None:
+                module.forward = own[name]
 
 
 def _not_computed(
