@@ -109,9 +109,7 @@ def show_plan(result: dict[str, Any]) -> None:
         f"prompts go through the model {AT_ONCE} tokens at a time: "
         f"model.generate(..., prefill_chunk_size={AT_ONCE})"
     )
-    print(
-        f"the quantized model takes {format_size(result['bytes_on_disk'])} on disk; make and run it:"
-    )
+    print(f"{format_size(result['bytes_on_disk'])} on disk; these commands make and run the model:")
     for command in result["commands"]:
         print(f"  {command}")
 

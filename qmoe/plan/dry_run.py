@@ -71,8 +71,14 @@ def dry_run(model: Any, context: int, batch: int, dtype: torch.dtype, at_once: i
 
     dtype: of weights and activations, and so of the cache. at_once: tokens of a sequence in one
     forward pass; the last part of the context is the one whose activations are counted. Raises
-    UnsupportedModelError for a family whose forward looks at values, which fake tensors lack.
+    UnsupportedModelError for a family whose forward looks at values, which fake tensors lack, and
+    for an encoder-decoder, whose cache grows with two texts.
     """
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its cache grows with two texts, that of the encoder and that "
+            "of the decoder; such models are not planned"
+        )
     last = min(at_once, context)
     with FakeTensorMode(allow_non_fake_inputs=True), _experts_left_out(model) as chosen:
         fakes = {
@@ -93,11 +99,12 @@ def dry_run(model: Any, context: int, batch: int, dtype: torch.dtype, at_once: i
                 f"model ({type(error).__name__}: {str(error).splitlines()[0]})"
             ) from error
     kinds: dict[str, list[int]] = defaultdict(list)
-    for layer in getattr(cache, "self_attention_cache", cache).layers:
+    for layer in cache.layers:
         nbytes = sum(tensor.nbytes for tensor in _tensors(vars(layer)))
         if nbytes:
             kinds[_in_words(type(layer).__name__)].append(nbytes)
     found = [CacheKind(name, len(sizes), sum(sizes)) for name, sizes in kinds.items()]
+    chosen = _told(model) | chosen
     return Pass(found, peak.most - sum(kind.nbytes for kind in found), chosen)
 
 
@@ -132,10 +139,19 @@ def _experts_left_out(model: Any) -> Iterator[dict[str, int]]:
                 module.forward = own[name]
 
 
+def _told(model: Any) -> dict[str, int]:
+    """To how many experts a token goes by the config: of modules that are called without ids (as
+    Llama 4's, with each token once for every expert)."""
+    told = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    names = [name for name, module in model.named_modules() if is_experts(module)]
+    return dict.fromkeys(names, told) if isinstance(told, int) else {}
+
+
 def _not_computed(
-    chosen: dict[str, int], name: str, hidden: Tensor, top_k_index: Tensor, *_: Any, **__: Any
+    chosen: dict[str, int], name: str, hidden: Tensor, top_k_index: Tensor | None = None, *_: Any
 ) -> Tensor:
-    chosen[name] = top_k_index.shape[-1]
+    if top_k_index is not None:
+        chosen[name] = top_k_index.shape[-1]
     return hidden
 
 

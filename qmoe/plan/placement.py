@@ -74,7 +74,7 @@ def place(weights: Weights, load: Load, budget: Budget) -> Placement:
     left = int(budget.gpu / (1 + MARGIN)) - sum(part.gpu for part in parts)
     # While layers are loaded, what is not packed waits in host memory.
     loading = weights.loading() + weights.embeddings + weights.lm_head + weights.other
-    if sum(module.nbytes for module in weights.routed) <= left:
+    if not weights.routed or sum(module.nbytes for module in weights.routed) <= left:
         parts = [*_experts(weights, None, 0), *parts, Part(LOADING, 0, loading)]
         return _judged(parts, weights, load, budget, None)
     one = sum(module.expert for module in weights.routed)  # of every layer
@@ -163,7 +163,7 @@ def _judged(
         parts=[part for part in parts if part.gpu or part.host],
         slots=slots,
         expert_memory=None if slots is None else slots * one,
-        on_gpu=0.0 if budget.gpu is None else held / count,
+        on_gpu=0.0 if budget.gpu is None else held / max(count, 1),
         read=_read(weights, load, slots, budget.gpu is not None),
         short=(max(0, total[0] - (budget.gpu or 0)), max(0, total[1] - budget.host)),
     )

@@ -25,10 +25,11 @@ def workspace(
     modules: dict[str, list[Stack]] = {}
     for _, part in stacks:
         modules.setdefault(part.module, []).append(part)
-    return max(
+    each = (
         bound(modules[name][0].shape, modules[name][-1].shape, tokens, choices, dtype)
         for name, choices in chosen.items()
     )
+    return max(each, default=0)
 
 
 Shape = tuple[int, int, int]
