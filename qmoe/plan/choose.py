@@ -12,7 +12,7 @@ from qmoe.model.source import Source
 from qmoe.plan.dry_run import Pass, dry_run
 from qmoe.plan.in_memory import in_memory
 from qmoe.plan.placement import Budget, Load, Placement, place
-from qmoe.plan.sizes import Sizes, sizes, stacks
+from qmoe.plan.sizes import Sizes, sizes, stacks, with_experts
 from qmoe.plan.workspace import workspace
 from qmoe.system.sizes import format_size
 
@@ -48,15 +48,14 @@ def plan(
     fits, saying what the last of them lacks.
     """
     gpu = budget.gpu is not None
-    parts = [*stacks(source, configs[0])]
-    needed = workspace(parts, source.weight_dtype(), run.chosen, batch * AT_ONCE, gpu)
+    every = stacks(source, configs[0])
+    needed = workspace(every, source.weight_dtype(), run.chosen, batch * AT_ONCE, gpu)
     load = Load(run, needed, batch)
-    candidates = [
-        Candidate(
-            config, sizes(source, config), place(in_memory(source, config, gpu), load, budget)
-        )
-        for config in configs
-    ]
+    candidates = []
+    for config in configs:
+        parts = with_experts(every, config.experts)
+        placement = place(in_memory(source, config, parts, gpu), load, budget)
+        candidates.append(Candidate(config, sizes(source, config, parts), placement))
     chosen = next((c for c in candidates if c.placement.fits), None)
     if chosen is None:
         raise ConfigError(_shortfall(candidates[-1], budget))

@@ -13,7 +13,7 @@ import torch
 from qmoe.config import QuantConfig
 from qmoe.kernels.cpu.layout import ROWS, STEP, arrange
 from qmoe.model.source import Source
-from qmoe.plan.sizes import Stack, head_stack, stacks, unquantized
+from qmoe.plan.sizes import Stack, unquantized
 
 CPU_ROW = 6 * 8  # bytes of a matrix in the table of the CPU kernels
 GPU_ROW = 4 * 4  # and in that of the GPU kernels
@@ -23,6 +23,7 @@ GPU_ROW = 4 * 4  # and in that of the GPU kernels
 class Packed:
     """The matrices of one module: an experts module, or a linear (one expert).
 
+    layer: the decoder layer it is in, empty for lm_head.
     integers, scales: bytes of one expert, zero points counted with the scales. table: bytes that
     the kernels' table of all experts takes. unpacked: most bytes that its integers take while the
     module is loaded, unpacked to one byte each.
@@ -49,15 +50,16 @@ class Packed:
 
 @dataclass(frozen=True)
 class Weights:
-    """packed: modules whose weights are quantized. embeddings, lm_head (0 if it is the embedding,
-    or quantized), other: bytes of what stays as it is. read: of these, what each decoded token
-    reads whole. head: the quantized lm_head."""
+    """packed: modules in decoder layers whose weights are quantized. head: the quantized lm_head.
+    embeddings, lm_head (0 if it is the embedding, or quantized), other: bytes of what stays as it
+    is. in_layers: of `other`, those in decoder layers."""
 
     packed: list[Packed]
     head: Packed | None
     embeddings: int
     lm_head: int
     other: int
+    in_layers: int
 
     @property
     def routed(self) -> list[Packed]:
@@ -69,9 +71,10 @@ class Weights:
 
     @property
     def read_whole(self) -> int:
-        """Bytes that every token reads: all but routed experts, and the head if it is tied."""
-        head = self.lm_head or self.embeddings if self.head is None else self.head.nbytes
-        return sum(module.nbytes for module in self.dense) + head + self.other
+        """Bytes that every token reads: of decoder layers all but routed experts, and the output
+        projection, which is the embedding if it is tied."""
+        head = (self.lm_head or self.embeddings) if self.head is None else self.head.nbytes
+        return sum(module.nbytes for module in self.dense) + head + self.in_layers
 
     def loading(self) -> int:
         """The most bytes that a layer takes, besides what stays of it, while it is loaded: its
@@ -82,33 +85,32 @@ class Weights:
         return max(layers.values())
 
 
-def in_memory(source: Source, config: QuantConfig, gpu: bool) -> Weights:
-    """The weights of the model quantized by `config`. gpu: in the layout of the GPU's kernels, or
-    in that of the CPU's."""
+def in_memory(source: Source, config: QuantConfig, parts: Sequence[Stack], gpu: bool) -> Weights:
+    """The weights of the model quantized by `config`. parts: what `stacks` (sizes.py) found. gpu:
+    in the layout of the GPU's kernels, or in that of the CPU's."""
     dtype = source.weight_dtype()
-    modules: dict[str, tuple[str, list[Stack]]] = {}
-    for layer, part in stacks(source, config):
-        modules.setdefault(part.module, (layer.name, []))[1].append(part)
-    packed = [_packed(parts, layer, dtype, gpu) for layer, parts in modules.values()]
-    head = head_stack(source, config)
-    names = {part.name for _, parts in modules.values() for part in parts}
-    rest = unquantized(source, config, names | ({head.name} if head else set()))
+    modules: dict[str, list[Stack]] = {}
+    for part in parts:
+        modules.setdefault(part.module, []).append(part)
+    packed = [_packed(together, dtype, gpu) for together in modules.values()]
+    rest = unquantized(source, config, parts)
     return Weights(
-        packed,
-        None if head is None else _packed([head], "", dtype, gpu),
+        [module for module in packed if module.layer],
+        next((module for module in packed if not module.layer), None),
         rest.embeddings,
         rest.lm_head,
         rest.other,
+        rest.in_layers,
     )
 
 
-def _packed(parts: Sequence[Stack], layer: str, dtype: torch.dtype, gpu: bool) -> Packed:
+def _packed(parts: Sequence[Stack], dtype: torch.dtype, gpu: bool) -> Packed:
     E = parts[0].shape[0]
     measured = [*(_on_gpu if gpu else _on_cpu)(parts, dtype)]
     sizes = [E * N * K for _, N, K in (part.shape for part in parts)]
     return Packed(
         name=parts[0].module,
-        layer=layer,
+        layer=parts[0].layer,
         routed=parts[0].routed,
         experts=E,
         integers=measured[0],

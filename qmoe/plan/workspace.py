@@ -1,8 +1,9 @@
 """What routed experts need besides their weights, for as many tokens as are computed at once."""
 
+from collections.abc import Sequence
+
 import torch
 
-from qmoe.model.structure import Layer
 from qmoe.plan.sizes import Stack
 
 # As in kernels/layer.py: bytes of weights that are expanded at once for large batches.
@@ -10,7 +11,7 @@ DENSE_CHUNK = 256 << 20
 
 
 def workspace(
-    stacks: list[tuple[Layer, Stack]],
+    parts: Sequence[Stack],
     dtype: torch.dtype,
     chosen: dict[str, int],
     tokens: int,
@@ -18,12 +19,12 @@ def workspace(
 ) -> int:
     """The most bytes that the experts of a layer take for `tokens` tokens at once, an upper bound.
 
-    stacks: of the model (sizes.py). dtype: of activations. chosen: of each experts module, to how
+    parts: of the model (sizes.py). dtype: of activations. chosen: of each experts module, to how
     many experts a token goes. gpu: for the kernels of a GPU, or for those of a CPU.
     """
     bound = _on_gpu if gpu else _on_cpu
     modules: dict[str, list[Stack]] = {}
-    for _, part in stacks:
+    for part in parts:
         modules.setdefault(part.module, []).append(part)
     each = (
         bound(modules[name][0].shape, modules[name][-1].shape, tokens, choices, dtype)

@@ -18,7 +18,7 @@ DENSE = [
     Packed(f"layers.{i}.q", f"layers.{i}", False, 1, 5_000_000, 100_000, 16, 5_000_000)
     for i in range(LAYERS)
 ]
-WEIGHTS = Weights([*ROUTED, *DENSE], None, 30_000_000, 20_000_000, 1_000_000)
+WEIGHTS = Weights([*ROUTED, *DENSE], None, 30_000_000, 20_000_000, 1_000_000, 600_000)
 RUN = Pass([CacheKind("full", LAYERS, 7_000_000)], 3_000_000, {m.name: TOP for m in ROUTED})
 LOAD = Load(RUN, 2_000_000, 1)
 EXPERTS = LAYERS * (E * 42_000_000 + 256)
@@ -89,9 +89,9 @@ def test_the_host_is_what_does_not_suffice():
 
 
 def test_what_a_token_reads():
-    """All that is not routed, the cache, the head or what it is tied to, and TOP experts of each
-    layer, of which those in no slot are read in host memory as well."""
-    whole = LAYERS * 5_100_016 + 20_000_000 + 1_000_000 + 7_000_000
+    """All of the layers that is not routed, the cache, the head or what it is tied to, and TOP
+    experts of each layer, of which those in no slot are read in host memory as well."""
+    whole = LAYERS * 5_100_016 + 20_000_000 + 600_000 + 7_000_000
     routed = LAYERS * TOP * 42_000_000
     assert place(WEIGHTS, LOAD, Budget(None, LARGE)).read == (0, whole + routed)
     found = place(WEIGHTS, LOAD, Budget(CUDA + 500_000_000, LARGE))
@@ -102,7 +102,7 @@ def test_what_a_token_reads():
 
 def test_a_batch_reads_each_expert_once():
     large = replace(LOAD, batch=10_000)
-    whole = LAYERS * 5_100_016 + 28_000_000
+    whole = LAYERS * 5_100_016 + 27_600_000
     assert place(WEIGHTS, large, Budget(None, LARGE)).read[1] == whole + EXPERTS - LAYERS * 256
 
 

@@ -8,7 +8,7 @@ import qmoe
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.config import CHANNEL, QuantConfig, Scheme
 from qmoe.model.source import open_source
-from qmoe.plan.sizes import sizes
+from qmoe.plan.sizes import sizes, stacks
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "qwen2_moe"])
@@ -18,7 +18,8 @@ from qmoe.plan.sizes import sizes
 def test_sizes_are_those_of_the_files(demo, tmp_path, family, experts, lm_head):
     source = save_random(family, tmp_path / "m", demo, torch.bfloat16)
     config = QuantConfig(method="rtn", experts=experts, lm_head=lm_head)
-    told = sizes(open_source(ModelFolder.find(source), torch.float32), config)
+    opened = open_source(ModelFolder.find(source), torch.float32)
+    told = sizes(opened, config, stacks(opened, config))
     qmoe.quantize(source, tmp_path / "q", config, progress=False)
     files = list((tmp_path / "q").glob("*.safetensors"))
     headers = sum(8 + int.from_bytes(f.read_bytes()[:8], "little") for f in files)
