@@ -189,7 +189,7 @@ class _Peak(TorchDispatchMode):
     def __init__(self, weights: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.most = 0
-        self.known = WeakIdKeyDictionary()
+        self.known = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
         for tensor in weights:
             self.known[tensor.untyped_storage()] = None
 

@@ -144,7 +144,7 @@ def unquantized(source: Source, config: QuantConfig, parts: Sequence[Stack]) -> 
 def written_bytes(source: Source, name: str) -> int:
     """Of a tensor that stays as it is: one that is stored in 8 or 4 bits is written in 16."""
     checkpoint = source.checkpoint
-    return prod(checkpoint.lazy(name).get_shape()) * checkpoint.dtype(name).itemsize
+    return int(prod(checkpoint.lazy(name).get_shape()) * checkpoint.dtype(name).itemsize)
 
 
 def sizes(source: Source, config: QuantConfig, parts: Sequence[Stack]) -> Sizes:

@@ -22,6 +22,7 @@ CASES = [
     ("nemotron_h", {}, {"full", "linear attention"}),  # Mamba 2
     ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1}, {"full", "linear attention"}),
 ]
+HYBRID = ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, {})
 
 
 def config_of(family, changes):
@@ -103,3 +104,18 @@ def test_the_model_is_as_it_was():
 def test_what_cannot_be_found_is_refused(family, said):
     with pytest.raises(UnsupportedModelError, match=said):
         dry_run(build(config_of(family, {}), torch.float32), 20, 1, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_families_that_are_refused():
+    """docs/architecture/plan.md names them."""
+    changes, refused = {case[0]: case[1] for case in [*CASES, HYBRID]}, set()
+    for family in KNOWN:
+        try:
+            model = build(config_of(family, changes.get(family, {})), torch.float32)
+            dry_run(model, 20, 1, torch.float32)
+        except UnsupportedModelError:
+            refused.add(family)
+    looks = {"glm5_next", "jetmoe", "qwen4_exp", "qwen4_exp_text"}
+    assert refused == looks | {"nllb-moe", "switch_transformers"}
