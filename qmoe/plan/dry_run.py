@@ -187,9 +187,9 @@ class _Peak(TorchDispatchMode):
     """The most bytes that tensors made in here took at once, but for views of the weights."""
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
-        self.known = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
+        self.known = WeakIdKeyDictionary()
         for tensor in weights:
             self.known[tensor.untyped_storage()] = None
 
