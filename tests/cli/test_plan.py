@@ -83,6 +83,11 @@ def test_bits_of_a_config_file_are_given(demo, capsys, tmp_path):
     assert not any(part["name"] == "dense linears" for part in found["parts"])
 
 
+def test_a_folder_that_is_quantized(quantized, capsys):
+    status, _, err = run(capsys, quantized)
+    assert status == 1 and "already quantized" in err
+
+
 @pytest.mark.parametrize(
     "options, said",
     [

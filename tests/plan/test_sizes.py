@@ -1,8 +1,11 @@
 """What a quantized model is said to take, beside what it takes."""
 
+import json
+
 import pytest
 import torch
 from helpers import save_random
+from safetensors.torch import load_file, save_file
 
 import qmoe
 from qmoe.checkpoint.model_folder import ModelFolder
@@ -26,3 +29,25 @@ def test_sizes_are_those_of_the_files(demo, tmp_path, family, experts, lm_head):
     data = sum(f.stat().st_size for f in files) - headers
     assert told.tensors == data
     assert headers <= told.headers <= 1.5 * headers
+
+
+def test_layers_that_the_model_does_not_have_are_not_counted(demo, tmp_path):
+    """As DeepSeek-V3's prediction layer, which is stored behind the last one and left out."""
+    source = save_random("deepseek_v3", tmp_path / "m", demo, torch.bfloat16)
+    found = []
+    for _ in range(2):
+        opened = open_source(ModelFolder.find(source), torch.float32)
+        config = QuantConfig(experts=Scheme(4, 32))
+        found.append(sizes(opened, config, stacks(opened, config)))
+        values = json.loads((source / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+        (source / "config.json").write_text(json.dumps(values))
+        file = source / "model.safetensors"
+        tensors = load_file(file)
+        more = {
+            name.replace("layers.1.", "layers.2."): tensor.clone()
+            for name, tensor in tensors.items()
+            if "layers.1." in name
+        }
+        more["model.layers.2.eh_proj.weight"] = torch.zeros(64, 128)
+        save_file(tensors | more, file, metadata={"format": "pt"})
+    assert more and found[0] == found[1]
