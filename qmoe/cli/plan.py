@@ -26,6 +26,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     budget = Budget(
         None if args.vram is None else parse_size("--vram", args.vram),
         there.nbytes if args.ram is None else parse_size("--ram", args.ram),
+        f"free {there.reason}" if args.ram is None else "given",
     )
     with find_headers(args.src, args.trust_remote_code) as folder:
         source = open_source(folder, torch.float32)
@@ -39,7 +40,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         "batch": args.batch,
         "vram": budget.gpu,
         "ram": budget.host,
-        "ram_reason": f"free {there.reason}" if args.ram is None else "as given",
+        "ram_is": budget.host_is,
         "scheme": vars(chosen.config.experts),
         "parts": [vars(part) for part in chosen.placement.parts],
         "bytes_on_disk": chosen.sizes.tensors + chosen.sizes.headers,
@@ -99,8 +100,8 @@ def show_plan(result: dict[str, Any]) -> None:
         for c in result["candidates"]
     ]
     tables.show("schemes that were considered; the widest that fits is chosen", header, rows)
-    if result["ram_reason"] != "as given":
-        print(f"host memory: {format_size(result['ram'])} are {result['ram_reason']}")
+    if result["ram_is"] != "given":
+        print(f"host memory: {format_size(result['ram'])} are {result['ram_is']}")
     print(
         f"read: bytes for one token of {sequences}, if all experts are used alike and the context "
         "is full"

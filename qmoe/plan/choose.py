@@ -92,11 +92,8 @@ def schemes(
 ) -> list[QuantConfig]:
     """`config` with each uniform scheme that goes with the model's shapes, the widest first. bits,
     group_size: what is not to be chosen. Raises ConfigError if no scheme is left."""
-    pairs = [
-        (b, g) for b, g in _pairs(bits, group_size) if bits in (None, b) and group_size in (None, g)
-    ]
     found, problems = [], []
-    for b, g in pairs:
+    for b, g in _pairs(bits, group_size):
         experts = replace(config.experts, bits=b, group_size=g)
         changed = with_block(source, replace(config, experts=experts))
         try:
@@ -125,10 +122,10 @@ def _shortfall(smallest: Candidate, budget: Budget) -> str:
     for i, (name, memory) in enumerate((("GPU memory", "gpu"), ("host memory", "host"))):
         if placement.short[i]:
             most = max(placement.parts, key=lambda part: getattr(part, memory))
-            given = getattr(budget, memory)
+            there = f"{getattr(budget, memory)} that are {budget.host_is if i else 'given'}"
             said.append(
                 f"{placement.total()[i]} bytes of {name}, which is {placement.short[i]} more than "
-                f"the {given} there are; most of it is for {most.name} "
+                f"the {there}; most of it is for {most.name} "
                 f"({format_size(getattr(most, memory))})"
             )
     return (

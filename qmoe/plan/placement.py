@@ -16,10 +16,12 @@ CUDA, CUDA_HOST, MARGIN = 800_000_000, 1_000_000_000, 0.05
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes. gpu: of the GPU's memory, None to run on the CPU. host: of host memory."""
+    """Bytes. gpu: of the GPU's memory, None to run on the CPU. host: of host memory. host_is: why
+    it is that much, as in "given" or "free on this machine"."""
 
     gpu: int | None
     host: int
+    host_is: str = "given"
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,10 @@ def test_the_least_memory_is_what_is_free(demo, capsys, monkeypatch):
     status, out, _ = run(capsys, demo, "--context", 512)
     assert status == 0 and "490.00 MB are free under the limit of group /a" in out
     assert "--bits 4" in out  # 8 bits take 492 MB
+    monkeypatch.setattr("qmoe.cli.plan.room", lambda: host_memory.Room(9, room.reason))
+    status, out, err = run(capsys, demo, "--context", 512)
+    assert status == 1 and not out
+    assert "more than the 9 that are free under the limit of group /a; most of it is" in err
 
 
 def test_slots_on_a_gpu(demo, capsys):
