@@ -36,7 +36,9 @@ class ArenaStack(nn.Module):
         super().__init__()
         order = device_table(device)[0].order
         arena = build_arena([_each(s) for s in stacks], dtype, order, home or device, paired)
-        self.scheme, self.activation, self._arena = stacks[0].scheme, activation, arena
+        self.scheme, self.activation = stacks[0].scheme, activation
+        # Not the arena itself: its buffer would stay in the old memory when this module is moved.
+        self.matrices, self.order, self.dtype = arena.matrices, arena.order, arena.dtype
         self.register_buffer("buffer", arena.buffer, persistent=False)
         self.register_buffer("table", arena.table, persistent=False)
         self.numbers = ops.describe(arena)
@@ -44,8 +46,7 @@ class ArenaStack(nn.Module):
     @property
     def arena(self) -> Arena:
         """The arena, wherever the buffers are now."""
-        known = self._arena
-        return Arena(known.matrices, self.buffer, self.table, known.order, known.dtype)
+        return Arena(self.matrices, self.buffer, self.table, self.order, self.dtype)
 
     def experts(
         self,
@@ -103,7 +104,7 @@ class ArenaStack(nn.Module):
         return self.arena.nbytes()
 
     def extra_repr(self) -> str:
-        return f"{self._arena}, {self._arena.order} order"
+        return f"{self.arena}, {self.order} order"
 
 
 def _each(stack: Quantized) -> list[Quantized]:

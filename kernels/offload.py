@@ -77,6 +77,7 @@ class SlotStack(nn.Module):
         arena = stack.arena
         self.scheme, self.stack = stack.scheme, [stack]  # in a list: not a submodule, never moved
         self.host = arena.buffer.pin_memory() if device.type == "cuda" else arena.buffer
+        stack.buffer = self.host  # so that the bytes are in memory once
         self.ranges = arena.ranges()
         self.slot_bytes = max(length for _, length in self.ranges)
         self.held: Held = empty(min(slots, arena.experts))

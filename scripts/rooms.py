@@ -29,6 +29,7 @@ ROOMS = [
     "checkpoint",
     "model",
     "calibration",
+    "plan",
     "layer",
     "packed",
     "pipeline",

@@ -17,6 +17,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from qmoe.errors import CheckpointError
 
+# RuntimeError: there is no home, so no place for a download.
+HUB_ERRORS = (
+    HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, RuntimeError
+)  # fmt: skip
 HUB_NAME = 200  # more characters than any name on the Hub has
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
@@ -43,17 +47,26 @@ def resolve(source: str | Path) -> Path:
     if os.path.exists(path):
         raise CheckpointError(f"{source}: expected a model folder, found a file")
     name = str(source)
+    check_hub_name(name)
+    try:
+        return _download(name)
+    except HUB_ERRORS as error:
+        raise hub_error(name, error) from error
+
+
+def check_hub_name(name: str) -> None:
+    """Raises CheckpointError for what is no folder and cannot be a name on the Hub."""
     if name.count("/") > 1 or name.startswith((".", "~", "/")) or len(name) > HUB_NAME:
         shown = name if len(name) <= 1000 else f"{name[:200]}.."
         raise CheckpointError(f"{shown}: no such folder (and not a hub name like 'org/model')")
-    try:
-        return _download(name)
-    # RuntimeError: there is no home, so no place for a download.
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, RuntimeError) as e:
-        raise CheckpointError(
-            f"{source}: no such local folder, and the Hub did not give it: {e} (a folder for "
-            "downloads that can be written is named by HF_HOME)"
-        ) from e
+
+
+def hub_error(name: str, error: Exception) -> CheckpointError:
+    """What is said where one of HUB_ERRORS ends a download."""
+    return CheckpointError(
+        f"{name}: no such local folder, and the Hub did not give it: {error} (a folder for "
+        "downloads that can be written is named by HF_HOME)"
+    )
 
 
 def _download(name: str) -> Path:

@@ -1,4 +1,5 @@
-"""What each subcommand of the CLI does, and how its result is shown to a person."""
+"""What each subcommand of the CLI does, and how its result is shown to a person (that of `qmoe
+plan` in plan.py)."""
 
 import argparse
 from dataclasses import replace
@@ -14,6 +15,7 @@ from qmoe.checkpoint.folders import read_json
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.cli import tables
 from qmoe.cli.options import STORED
+from qmoe.cli.plan import plan, show_plan
 from qmoe.cli.settings import config_from, to_toml
 from qmoe.errors import (
     AuditError,
@@ -35,6 +37,11 @@ from qmoe.pipeline.quantize import quantize as run_quantize
 from qmoe.system import distributed
 from qmoe.system.progress import progress, shown
 from qmoe.system.sizes import format_size
+
+__all__ = [
+    "bench", "eval", "families", "inspect", "plan", "quantize",
+    "show_bench", "show_eval", "show_families", "show_inspect", "show_plan", "show_quantize",
+]  # fmt: skip
 
 
 def quantize(args: argparse.Namespace) -> dict[str, Any]:

@@ -37,6 +37,14 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
+    _plan_options(
+        commands.add_parser(
+            "plan",
+            help="what a model takes, and the widest experts with which it fits",
+            description="Find out which bits of the routed experts fit into memory, and where "
+            "everything lies. Only config.json and the headers of the weights are read.",
+        )
+    )
     inspect = commands.add_parser(
         "inspect", help="audit a quantized folder, or show a model's parts"
     )
@@ -112,20 +120,10 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
     method = "how weights are rounded, described below"
     _setting(given, "--method", "method", d.method, get_args(Method), help=method)
     _scheme_options(given)
+    tune = "steps of tuning each layer towards the original's output"
+    _setting(given, "--tune", "tune", d.tune, metavar="STEPS", help=tune)
     _text_options(given)
-    given.add_argument(
-        "--config",
-        metavar="FILE.toml",
-        help="read settings from a file; `qmoe inspect --config DIR` prints one",
-    )
-    given.add_argument(
-        "--set",
-        metavar="NAME=VALUE",
-        action="append",
-        default=[],
-        help="set anything else, as in --set damp=0.02 --set dense.group_size=128; "
-        "`pydoc qmoe.QuantConfig` explains every name",
-    )
+    _file_options(given)
     p.add_argument(
         "--device",
         default="cpu",
@@ -197,8 +195,40 @@ def _scheme_options(p: Any) -> None:
         "weights around it: no work at run time, loads like any other; half of the families are "
         "refused",
     )
-    tune = "steps of tuning each layer towards the original's output"
-    _setting(p, "--tune", "tune", d.tune, metavar="STEPS", help=tune)
+
+
+def _file_options(p: Any) -> None:
+    p.add_argument(
+        "--config",
+        metavar="FILE.toml",
+        help="read settings from a file; `qmoe inspect --config DIR` prints one",
+    )
+    p.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="set anything else, as in --set damp=0.02 --set dense.group_size=128; "
+        "`pydoc qmoe.QuantConfig` explains every name",
+    )
+
+
+def _plan_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("src", help="a model folder or hub name; of a hub name no weights are loaded")
+    p.add_argument(
+        "--vram", metavar="SIZE", help=f"memory of the GPU, {SIZE_HELP}; without it, the CPU runs"
+    )
+    p.add_argument(
+        "--ram", metavar="SIZE", help="host memory, in the same form (default: what is free here)"
+    )
+    p.add_argument("--context", type=int, default=8192, help="tokens of a sequence")
+    p.add_argument("--batch", type=int, default=1, help="sequences at once")
+    given = p.add_argument_group(
+        "settings of quantize", f"{SETTINGS}Bits and group size that are given are not chosen."
+    )
+    _scheme_options(given)
+    _file_options(given)
+    p.set_defaults(preset=None, statistics=[])
 
 
 def _text_options(p: Any) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,7 @@ from qmoe.errors import ConfigError
 def config_from(args: argparse.Namespace) -> QuantConfig:
     """The settings of a `quantize` command: of the preset, the config file, options and `--set`, of
     which later ones win. Raises ConfigError for settings that contradict each other."""
-    layers = [_options(args), *map(assignment, args.set)]
-    if args.config is not None:
-        layers.insert(0, read_settings(Path(args.config)))
-    values = overlay(*layers)
+    values = given(args)
     text = values.get("calibration")
     if args.statistics and text:
         named = f"calibration.{next(iter(text))}" if isinstance(text, dict) else "calibration"
@@ -33,6 +31,23 @@ def config_from(args: argparse.Namespace) -> QuantConfig:
         check_preset(args.preset, values.get("method", QuantConfig.method))
         values = overlay(PRESETS[args.preset], values)
     return QuantConfig.from_dict(values)
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """What the config file, options and `--set` say, as nested tables, without defaults."""
+    layers = [_options(args), *map(assignment, args.set)]
+    if args.config is not None:
+        layers.insert(0, read_settings(Path(args.config)))
+    return overlay(*layers)
+
+
+def as_options(args: argparse.Namespace, but: Sequence[str]) -> list[str]:
+    """The options that give `quantize` the same settings, without those named in `but`."""
+    out = [] if args.config is None else ["--config", str(args.config)]
+    for name in setting_names():
+        if name not in but and (value := getattr(args, name, None)) is not None:
+            out += ["--set", f"{name}={_toml(value)}"]
+    return out + [part for text in args.set for part in ("--set", text)]
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

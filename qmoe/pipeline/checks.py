@@ -7,18 +7,16 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from qmoe.calibration.batches import choose_samples
 from qmoe.calibration.text import load_texts
 from qmoe.checkpoint.folders import companions
 from qmoe.checkpoint.model_config import generation_config
 from qmoe.checkpoint.tokenizer import check_vocabulary, has_tokenizer
-from qmoe.config import CHANNEL, GROUPS, CalibrationConfig, QuantConfig, Scheme
+from qmoe.config import CalibrationConfig, QuantConfig
 from qmoe.errors import ConfigError, OutputError
-from qmoe.format.hadamard import block_for
-from qmoe.model.experts import expert_weights, stack
-from qmoe.model.precision import ever_in_float32
+from qmoe.model.schemes import weight_shapes
 from qmoe.model.source import Source, schemes_of
 from qmoe.system import distributed
 from qmoe.system.sizes import format_size
@@ -110,72 +108,13 @@ def check_seqlen(config: Any, seqlen: int) -> None:
         )
 
 
-def with_block(source: Source, config: QuantConfig) -> QuantConfig:
-    """The settings with the block that a rotation has in this model."""
-    if config.rotate != "online":
-        return config
-    names = [n for layer in source.structure.layers for n in schemes_of(source, layer, config)]
-    if config.lm_head is not None and source.structure.lm_head is not None:
-        names.append(source.structure.lm_head)
-    sizes = {shape[-1] for name in names for _, shape in _shapes(source.model, name)}
-    block = block_for(sorted(sizes))
-    if block == 1:
-        raise ConfigError(f"rotate: no power of two divides all input dimensions: {sorted(sizes)}")
-    return config.rotated_by(block)
-
-
-def check_schemes(source: Source, config: QuantConfig) -> None:
-    """Every group size divides every input dimension it is used on; lm_head can be quantized."""
-    model = source.model
-    for layer in source.structure.layers:
-        for name, scheme in schemes_of(source, layer, config).items():
-            for weight, shape in _shapes(model, name):
-                _check_divides(weight, shape[-1], scheme)
-    if config.lm_head is not None:
-        lm_head = source.structure.lm_head
-        if lm_head is None:
-            raise ConfigError("lm_head: this model has no output projection of that name")
-        if f"{lm_head}.weight" in model.all_tied_weights_keys:
-            raise ConfigError(
-                "lm_head: it is tied to the input embedding in this model and cannot be quantized "
-                "alone; leave lm_head out"
-            )
-        if f"{lm_head}.weight" in ever_in_float32(model):
-            raise ConfigError("lm_head: this model's class keeps it in float32; leave lm_head out")
-        _check_divides(
-            f"{lm_head}.weight", model.get_submodule(lm_head).in_features, config.lm_head
-        )
-
-
-def _shapes(model: nn.Module, name: str) -> list[tuple[str, tuple[int, ...]]]:
-    module = model.get_submodule(name)
-    if isinstance(module, nn.Linear):
-        return [(f"{name}.weight", tuple(module.weight.shape))]
-    return [(f"{name}.{w}", tuple(stack(module, w).shape)) for w in expert_weights(module)]
-
-
-def _check_divides(name: str, in_features: int, scheme: Scheme) -> None:
-    group = scheme.group_size
-    if scheme.rotation and in_features % scheme.rotation:
-        raise ConfigError(
-            f"{name}: blocks of {scheme.rotation} do not divide its {in_features} input features"
-        )
-    if group == CHANNEL or in_features % group == 0:
-        return
-    others = [str(g) for g in GROUPS if in_features % g == 0] + [f"{CHANNEL} (channel)"]
-    raise ConfigError(
-        f"{name}: group size {group} does not divide its {in_features} input features; "
-        f"{' or '.join(others)} would"
-    )
-
-
 def estimate_bytes(source: Source, config: QuantConfig) -> int:
     """Bytes the quantized weights will take on disk, within a percent."""
     total = source.checkpoint.nbytes()
     total -= sum(map(source.checkpoint.tensor_bytes, source.weights.ignored))
     for layer in source.structure.layers:
         for name, scheme in schemes_of(source, layer, config).items():
-            for target, shape in _shapes(source.model, name):
+            for target, shape in weight_shapes(source.model, name):
                 size = sum(map(source.checkpoint.tensor_bytes, source.weights.targets[target]))
                 numel = torch.Size(shape).numel()
                 total += int(numel * scheme.bits_per_weight(shape[-1]) / 8) - size

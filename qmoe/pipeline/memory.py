@@ -18,10 +18,9 @@ from qmoe.model.source import Source
 from qmoe.model.structure import Layer
 from qmoe.solvers.solve import experts_at_once
 from qmoe.system import distributed
-from qmoe.system.host_memory import free
+from qmoe.system.host_memory import PROCESS, room
 from qmoe.system.sizes import format_size
 
-PROCESS = 450_000_000  # Python, torch and transformers themselves
 TUNING = (
     22  # bytes per weight: the original, a latent value, its gradient, two of Adam's, the weight
 )
@@ -68,9 +67,10 @@ def needed(source: Source, config: QuantConfig, tokens: int, all_hessians: bool 
 def spills(need: Need, allowed: int | None) -> bool:
     """Whether activations have to wait on disk. allowed: bytes for one process, or None for what is
     free. Raises ConfigError if the rest does not fit."""
-    limit = free() // distributed.count() if allowed is None else allowed
+    there = room()
+    limit = there.nbytes // distributed.count() if allowed is None else allowed
     if need.fixed > limit:
-        found = "are free" if allowed is None else "are allowed"
+        found = f"are free {there.reason}" if allowed is None else "are allowed"
         more = "; set max_memory to try it all the same" if allowed is None else ""
         raise ConfigError(
             f"memory: quantizing this model needs about {format_size(need.fixed)}, and "

@@ -16,15 +16,14 @@ from qmoe.calibration.batches import fingerprint
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.checkpoint.remote_code import code_digest
 from qmoe.config import QuantConfig
+from qmoe.model.schemes import check_schemes, with_block
 from qmoe.model.source import Source, open_source
 from qmoe.pipeline.checks import (
     check_combination,
     check_companions,
-    check_schemes,
     check_space,
     choose_text,
     make_statistics_folder,
-    with_block,
 )
 from qmoe.pipeline.find_rotation import find_fused_rotation
 from qmoe.pipeline.fused_rotation import FusedRotation

@@ -2,14 +2,21 @@
 
 import pytest
 import torch
-from helpers import DEVICE, assert_close
+from helpers import DEVICE, assert_close, save_random
 
 import qmoe
 import qmoe.packed.load
 import qmoe.packed.modules
+from qmoe.checkpoint.model_folder import ModelFolder
+from qmoe.config import QuantConfig, Scheme
 from qmoe.kernels.activation import Activation
 from qmoe.kernels.arena_stack import ArenaStack
 from qmoe.kernels.offload import SlotStack
+from qmoe.model.source import open_source
+from qmoe.plan.choose import measure
+from qmoe.plan.in_memory import in_memory
+from qmoe.plan.placement import Budget, Load, place
+from qmoe.plan.sizes import stacks
 
 IDS = torch.arange(60, 65)[None]
 
@@ -55,6 +62,37 @@ def test_a_model_with_too_little_memory_for_its_experts(quantized_short, through
     assert isinstance(enough.model.layers[0].mlp.experts.qmoe_arena, ArenaStack)
     with pytest.raises(qmoe.QmoeError, match="a token chooses 4; give"):
         through_kernels(quantized_short, expert_memory=need // 40)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_slots_are_as_planned(demo, tmp_path, through_kernels, family):
+    """The number of slots, and the bytes of all that lies on the device, to the byte."""
+    folder = save_random(family, tmp_path / "m", demo, torch.float32)
+    config = QuantConfig(method="rtn", experts=Scheme(4, 32))
+    source = open_source(ModelFolder.find(folder), torch.float32)
+    weights = in_memory(source, config, stacks(source, config), gpu=True)
+    load = Load(measure(source, 64), 0, 1)
+    largest = place(weights, load, Budget(10**12, 10**12)).total()[0]
+    placed = place(weights, load, Budget(largest - 5_000, 10**12))
+    assert 2 < placed.slots < weights.routed[0].experts and placed.fits
+    qmoe.quantize(folder, tmp_path / "q", config, progress=False)
+    model = through_kernels(tmp_path / "q", expert_memory=placed.expert_memory)
+    held = [m for m in model.modules() if isinstance(m, SlotStack)]
+    assert held and {len(stack.held.pairs) for stack in held} == {placed.slots}
+    told = sum(
+        part.gpu
+        for part in placed.parts
+        if not part.name.startswith(("CUDA", "cache", "activations", "workspace", "margin"))
+    )
+    storages = [
+        t.untyped_storage()
+        for name, t in (*model.named_parameters(), *model.named_buffers())
+        if "rotary" not in name
+    ]
+    assert told == sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    fewer = through_kernels(tmp_path / "q", expert_memory=placed.expert_memory - 1)
+    stack = next(m for m in fewer.modules() if isinstance(m, SlotStack))
+    assert len(stack.held.pairs) == placed.slots - 1
 
 
 def test_expert_memory_without_a_gpu_is_refused(quantized_short):

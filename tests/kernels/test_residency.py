@@ -1,5 +1,7 @@
 """The slot policy as a pure function, and layers whose experts live in a slow memory."""
 
+import weakref
+
 import pytest
 import torch
 from helpers import DEVICE, assert_close
@@ -138,6 +140,15 @@ def test_the_host_copy_is_never_written():
         slow.experts(torch.randn(7, H), ids, torch.rand(7, A), SILU)
     assert torch.equal(fast.buffer, before) and torch.equal(fast.table, table)
     assert slow.nbytes() > fast.nbytes() and slow.packed_bytes() == fast.packed_bytes()
+
+
+def test_bytes_are_in_memory_once():
+    """Neither an arena that is moved, nor one that is pinned, leaves its bytes where they were."""
+    ((fast, slow),) = layers(1, 2)
+    old = weakref.ref(fast.buffer.untyped_storage())
+    fast.to("meta")
+    assert old() is None and fast.arena.buffer.device.type == "meta"
+    assert slow.stack[0].buffer is slow.host
 
 
 def test_no_slots_are_refused():

@@ -1,0 +1,167 @@
+"""What the weights of a quantized model take on disk, from the headers of its checkpoint alone."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from torch import nn
+
+from qmoe.config import QuantConfig, Scheme
+from qmoe.format.packing import packed_words
+from qmoe.model.experts import expert_weights, matrices_of, stack
+from qmoe.model.source import Source, schemes_of
+from qmoe.model.tensor_names import packed_names
+
+SHAPE = 16  # bytes of a matrix's weight_shape: two int64
+# Most bytes of a tensor in a safetensors header besides its name: dtype, shape and offsets.
+ENTRY = 90
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Matrices that are quantized alike: [E, N, K], E = 1 for a linear.
+
+    name: of the parameter. layer: of the decoder layer it is in, empty for lm_head. matrices: that
+    the rows of one expert are stored as, such as gate and up. routed: whether tokens choose among
+    them, or among linears like this one."""
+
+    name: str
+    layer: str
+    shape: tuple[int, int, int]
+    matrices: int
+    scheme: Scheme
+    routed: bool
+
+    @property
+    def module(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
+    def weights(self) -> int:
+        """Bytes of packed integers."""
+        E, N, K = self.shape
+        return E * N * packed_words(K, self.scheme.bits) * 4
+
+    def scales(self, scale_bytes: int) -> int:
+        """Bytes of scales, of `scale_bytes` each, zero points and shapes."""
+        E, N, K = self.shape
+        groups = self.scheme.groups(K)
+        total = E * N * groups * scale_bytes + E * self.matrices * SHAPE
+        if not self.scheme.symmetric:
+            rows = N // self.matrices
+            total += E * self.matrices * packed_words(rows, self.scheme.bits) * 4 * groups
+        return total
+
+    def tensors(self) -> int:
+        """Tensors that the stack is stored in."""
+        return self.shape[0] * self.matrices * (3 if self.scheme.symmetric else 4)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes by part of the model. scales: with zero points. other: norms, routers, biases and what
+    else stays as it is. headers: of the safetensors files, about."""
+
+    experts: int
+    dense: int
+    scales: int
+    embeddings: int
+    lm_head: int
+    other: int
+    headers: int
+
+    @property
+    def tensors(self) -> int:
+        """Of all tensors' data."""
+        return self.experts + self.dense + self.scales + self.embeddings + self.lm_head + self.other
+
+
+@dataclass(frozen=True)
+class Unquantized:
+    """Bytes of what stays as it is, in the dtype that it is written in. lm_head: 0 if it is the
+    embedding, or quantized. in_layers: of `other`, those in decoder layers."""
+
+    embeddings: int
+    lm_head: int
+    other: int
+    in_layers: int
+    headers: int
+
+
+def stacks(source: Source, config: QuantConfig) -> list[Stack]:
+    """All that is quantized, layer by layer, and lm_head."""
+    found = list(_in_layers(source, config))
+    if config.lm_head is not None and source.structure.lm_head is not None:
+        found.append(_linear(source, source.structure.lm_head, "", config.lm_head, False))
+    return found
+
+
+def with_experts(parts: Sequence[Stack], scheme: Scheme) -> list[Stack]:
+    """The same with routed experts in another scheme."""
+    return [replace(part, scheme=scheme) if part.routed else part for part in parts]
+
+
+def _in_layers(source: Source, config: QuantConfig) -> Iterator[Stack]:
+    for layer in source.structure.layers:
+        unfused = set(layer.unfused_linears())
+        for name, scheme in schemes_of(source, layer, config).items():
+            module = source.model.get_submodule(name)
+            if isinstance(module, nn.Linear):
+                yield _linear(source, name, layer.name, scheme, name in unfused)
+                continue
+            for weight in expert_weights(module):
+                E, N, K = stack(module, weight).shape
+                rows = len(matrices_of(module, weight))
+                yield Stack(f"{name}.{weight}", layer.name, (E, N, K), rows, scheme, True)
+
+
+def _linear(source: Source, name: str, layer: str, scheme: Scheme, routed: bool) -> Stack:
+    weight = source.model.get_submodule(name).weight
+    N, K = weight.shape
+    stored = len(packed_names(source.model, f"{name}.weight", weight))
+    return Stack(f"{name}.weight", layer, (1, N, K), stored, scheme, routed)
+
+
+def unquantized(source: Source, config: QuantConfig, parts: Sequence[Stack]) -> Unquantized:
+    """What is left besides the parts that are quantized."""
+    packed = {part.name for part in parts}
+    embedding, head = f"{source.embedding()}.weight", f"{source.structure.lm_head}.weight"
+    found = {"embeddings": 0, "lm_head": 0, "other": 0, "in_layers": 0, "headers": 0}
+    layers = tuple(f"{layer.name}." for layer in source.structure.layers)
+    for target, names in source.weights.targets.items():
+        if target in packed:
+            continue
+        part = {embedding: "embeddings", head: "lm_head"}.get(target, "other")
+        nbytes = sum(written_bytes(source, name) for name in names)
+        found[part] += nbytes
+        found["in_layers"] += nbytes if target.startswith(layers) else 0
+        found["headers"] += sum(ENTRY + len(name) for name in names)
+    if source.adds_lm_head(config):
+        found["lm_head"] = found["embeddings"]
+    return Unquantized(**found)
+
+
+def written_bytes(source: Source, name: str) -> int:
+    """Of a tensor that stays as it is: one that is stored in 8 or 4 bits is written in 16."""
+    checkpoint = source.checkpoint
+    return int(prod(checkpoint.lazy(name).get_shape()) * checkpoint.dtype(name).itemsize)
+
+
+def sizes(source: Source, config: QuantConfig, parts: Sequence[Stack]) -> Sizes:
+    """What the files take when the model is quantized by `config`: to the byte, but for their
+    headers. parts: what `stacks` found."""
+    scale_bytes = source.weight_dtype().itemsize
+    head = sum(part.weights for part in parts if not part.layer)
+    rest = unquantized(source, config, parts)
+    headers = sum(
+        part.tensors() * (ENTRY + len(part.name) + len(".weight_packed")) for part in parts
+    )
+    return Sizes(
+        experts=sum(part.weights for part in parts if part.routed),
+        dense=sum(part.weights for part in parts if part.layer and not part.routed),
+        scales=sum(part.scales(scale_bytes) for part in parts),
+        embeddings=rest.embeddings,
+        lm_head=rest.lm_head + head,
+        other=rest.other,
+        headers=headers + rest.headers,
+    )
