@@ -139,7 +139,7 @@ def test_what_is_copied_counts_before_the_work(capsys, tmp_path, model, monkeypa
     with (model / "large.txt").open("w") as file:
         file.truncate(1 << 40)  # a hole
     assert main(["quantize", str(model), str(tmp_path / "out"), "--method", "rtn"]) == 1
-    assert "needs about 1099." in capsys.readouterr().err
+    assert "needs about 1.10 TB" in capsys.readouterr().err
 
 
 def test_one_file_beside_an_index_of_others(tmp_path, model):
