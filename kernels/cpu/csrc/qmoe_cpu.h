@@ -30,11 +30,20 @@ typedef struct {
 // The matrices [N, K] of all experts. piece: columns that are padded to whole steps. paired: blocks
 // of gate and up rows take turns. offset: the zero point that all share, or 0 if they differ.
 typedef struct {
-    const uint8_t *buffer;
+    uint8_t *buffer;  // written by qmoe_pack alone
     const Matrix *matrices;
     const void *bias;  // [E, N] in the type of x, or NULL
     int64_t experts, n, k, piece, paired, scale_type, offset;
 } Stack;
+
+// Where the numbers of one matrix come from. codes: rows of int8 values, or (`dense`) of the bits of
+// values + 2^(bits - 1) one behind the other, lowest first, as checkpoints have them.
+typedef struct {
+    const uint8_t *codes;
+    const void *scales;   // [N, G] in the stack's type of scales
+    const int8_t *zeros;  // [N, G], or NULL
+    int64_t stride, dense;  // stride: bytes from one row of codes to the next
+} Source;
 
 // One call. first and second: y[t] = sum_a gates[t, a] second(activation(first(x[t]))).
 // first alone (second.buffer NULL): out [T * A, N], the products by assignment; second alone
@@ -97,3 +106,5 @@ EXPORTED int qmoe_find_tier(const char *name);
 EXPORTED const char *qmoe_tier_name(int tier);
 // 0, or 1 if memory ran out.
 EXPORTED int qmoe_run(int tier, const Call *call);
+// Writes every byte of the matrices into the stack's buffer, from one source each.
+EXPORTED void qmoe_pack(const Stack *stack, const Source *sources, int64_t threads);
