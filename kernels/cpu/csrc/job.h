@@ -22,7 +22,7 @@ typedef struct {
     int64_t *first_tile;        // [active + 1] of each active expert
     void *in, *between;         // packed rows of the first and of the second product
     float *mid;                 // [used, I]: what lies between the products
-    float *sum;                 // [T, N padded to blocks]: the weighted sum
+    float *sum;                 // the weighted sum: of each chunk of blocks [T, 16 blocks]
     int64_t grain_in, grain_mid, first_chunk, second_chunk;
 } Job;
 

@@ -157,9 +157,10 @@ static void second_product(void *argument, int64_t item) {
     const Stack *stack = &call->second;
     int64_t blocks = blocks_of(stack), start = item * job->second_chunk, stop = least(blocks, start + job->second_chunk);
     size_t size = call->type == FLOAT32 ? 4 : 2;
-    float y[TILE * ROWS];
-    for (int64_t t = 0; t < call->tokens; t++)
-        memset(job->sum + (t * blocks + start) * ROWS, 0, 4 * ROWS * (size_t)(stop - start));
+    // The sums of an item lie together: in rows of the whole output they would share few sets of a cache.
+    float y[TILE * ROWS], *sum = job->sum + ROWS * call->tokens * start;
+    int64_t width = ROWS * (stop - start);
+    memset(sum, 0, 4 * (size_t)(call->tokens * width));
     for (int64_t i = 0; i < job->tiles; i++) {
         const Tile *tile = job->tile + i;
         const Rows rows = rows_of(job, job->between, stack, tile);
@@ -167,12 +168,12 @@ static void second_product(void *argument, int64_t item) {
             const Block block = block_of(stack, tile->expert, b);
             multiply(job, &block, &rows, y);
             add_bias(job, stack, y, tile->rows, tile->expert * stack->n + ROWS * b, least(ROWS, stack->n - ROWS * b));
-            job->tier->add(job->sum + b * ROWS, blocks * ROWS, job->token + tile->slot, job->gate + tile->slot, y, tile->rows);
+            job->tier->add(sum + ROWS * (b - start), width, job->token + tile->slot, job->gate + tile->slot, y, tile->rows);
         }
     }
     for (int64_t t = 0; t < call->tokens; t++)
-        job->tier->store(job->sum + (t * blocks + start) * ROWS, row_of_out(call, t, stack->n) + size * ROWS * (size_t)start,
-                         call->type, least(stack->n, ROWS * stop) - ROWS * start);
+        job->tier->store(sum + t * width, row_of_out(call, t, stack->n) + size * ROWS * (size_t)start, call->type,
+                         least(stack->n, ROWS * stop) - ROWS * start);
 }
 
 int qmoe_run(int tier, const Call *call) {

@@ -8,6 +8,7 @@
 #include "lanes.h"
 
 #define AHEAD 4096  // bytes that are fetched before they are needed
+#define SIDE 4      // rows side by side
 
 INLINE __m512 scales16(const uint8_t *at, int64_t type, int64_t group) {
     if (type == FLOAT32) return _mm512_loadu_ps(at + 64 * group);
@@ -35,32 +36,41 @@ INLINE void unpack(const uint8_t *c, const int bits, __m512i *v) {
     }
 }
 
+// One step of `count` rows at once: their sums grow side by side, as each alone would wait for itself.
+INLINE void multiply_rows(const __m512i *v, __m512 scale, __m512i zero, const Rows *x, int64_t at, float *y, const int count) {
+    const int8_t *q = x->codes + STEP * at;
+    __m512i sum[SIDE];
+    for (int r = 0; r < count; r++) {
+        sum[r] = _mm512_set1_epi32(x->sums[at + r]);
+        if (!x->ready) sum[r] = _mm512_madd_epi16(zero, sum[r]);  // |sum| < 2^15, zero < 2^8
+    }
+    for (int i = 0; i < 8; i++)
+        for (int r = 0; r < count; r++) {
+            int32_t four;
+            memcpy(&four, q + STEP * r + 4 * i, 4);
+            sum[r] = _mm512_dpbusd_epi32(sum[r], v[i], _mm512_set1_epi32(four));
+        }
+    for (int r = 0; r < count; r++) {
+        __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x->scales[at + r]));
+        _mm512_storeu_ps(y + 16 * r, _mm512_fmadd_ps(both, _mm512_cvtepi32_ps(sum[r]), _mm512_loadu_ps(y + 16 * r)));
+    }
+}
+
 INLINE void product_bits(const Block *b, const Rows *x, float *y, const int bits) {
     const uint8_t *codes = b->codes;
-    const int8_t *q = x->codes;
-    const float *xs = x->scales;
-    const int32_t *sums = x->sums;
-    const int64_t rows = x->rows;
-    const int ready = (int)x->ready;
+    const Rows rows = *x;
+    int64_t at = 0;  // step * rows + row
     __m512i zero = _mm512_set1_epi32((int)b->offset);
     for (int64_t g = 0; g < b->groups; g++) {
         __m512 scale = scales16(b->scales, b->scale_type, g);
         if (b->zeros) zero = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(b->zeros + 16 * g)));
-        for (int64_t j = 0; j < b->steps; j++, codes += 64 * bits) {
+        for (int64_t j = 0; j < b->steps; j++, codes += 64 * bits, at += rows.rows) {
             __m512i v[8];
             for (int i = 0; i < bits; i++) _mm_prefetch((const char *)codes + AHEAD + 64 * i, _MM_HINT_T0);
             unpack(codes, bits, v);
-            for (int64_t t = 0; t < rows; t++, q += STEP, xs++, sums++) {
-                __m512i sum = _mm512_set1_epi32(*sums);
-                if (!ready) sum = _mm512_madd_epi16(zero, sum);  // |sum| < 2^15, zero < 2^8
-                for (int i = 0; i < 8; i++) {
-                    int32_t four;
-                    memcpy(&four, q + 4 * i, 4);
-                    sum = _mm512_dpbusd_epi32(sum, v[i], _mm512_set1_epi32(four));
-                }
-                __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(*xs));
-                _mm512_storeu_ps(y + 16 * t, _mm512_fmadd_ps(both, _mm512_cvtepi32_ps(sum), _mm512_loadu_ps(y + 16 * t)));
-            }
+            int64_t t = 0;
+            for (; t + SIDE <= rows.rows; t += SIDE) multiply_rows(v, scale, zero, &rows, at + t, y + 16 * t, SIDE);
+            for (; t < rows.rows; t++) multiply_rows(v, scale, zero, &rows, at + t, y + 16 * t, 1);
         }
     }
 }
