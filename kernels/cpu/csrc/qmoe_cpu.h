@@ -82,9 +82,9 @@ typedef struct {
     int (*usable)(void);
     // Row r of the tile from k values of a type.
     void (*pack)(const void *x, int64_t type, int64_t k, int64_t piece, int64_t offset, Rows *to, int64_t r);
-    // y [rows, 16] = rows times block, from int8 or from exact values.
-    void (*product)(const Block *, const Rows *, float *y);
-    void (*exact)(const Block *, const Rows *, float *y);
+    // y [count, rows, 16] = rows times each of one or two blocks of a matrix, from int8 or from exact values.
+    void (*product)(const Block *, int64_t count, const Rows *, float *y);
+    void (*exact)(const Block *, int64_t count, const Rows *, float *y);
     // gate, up [rows, 16] to out, whose rows are `stride` apart; n of the 16 are stored.
     void (*activate)(int64_t activation, float alpha, float limit, float *gate, float *up, int64_t rows, float *out,
                      int64_t stride, int64_t n);
