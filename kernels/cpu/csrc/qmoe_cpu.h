@@ -104,7 +104,7 @@ EXPORTED void qmoe_use_openmp(void *gomp_parallel);
 // The number of the tier with this name (NULL: the best) or -1 if this machine cannot run it.
 EXPORTED int qmoe_find_tier(const char *name);
 EXPORTED const char *qmoe_tier_name(int tier);
-// 0, or 1 if memory ran out.
+// 0, or 1 if memory ran out. Up to 128 MiB of buffers are kept for the next call of the process.
 EXPORTED int qmoe_run(int tier, const Call *call);
 // Writes every byte of the matrices into the stack's buffer, from one source each.
 EXPORTED void qmoe_pack(const Stack *stack, const Source *sources, int64_t threads);
