@@ -14,7 +14,9 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from qmoe.config import CHANNEL, Scheme
+from qmoe.format.packing import StoredWords, packed_words
 from qmoe.format.quantized import Quantized
+from qmoe.kernels.cpu.library import SourceStruct, StackStruct, write
 
 VERSION = 1  # of the layout; kept in cache files
 ROWS, STEP, ALIGN = 16, 32, 64
@@ -65,16 +67,63 @@ class Packed:
     table: Int64[Tensor, "E 6"]
 
 
-def pack(matrices: Sequence[Quantized], dtype: torch.dtype, paired: bool = False) -> Packed:
-    """Stacks of one or more matrices each, all [*, N, K], as one; scales are kept in `dtype`."""
-    each = [one for stack in matrices for one in _each(stack)]
-    n, k = each[0].q.shape[1:]
-    kinds = [(m.scheme.bits, m.scale.shape[-1], m.zero is not None) for m in each]
+def pack(
+    stacks: Sequence[Quantized | StoredWords], dtype: torch.dtype, paired: bool = False
+) -> Packed:
+    """Stacks of one or more matrices each, all [*, N, K], as one; scales are kept in `dtype`.
+
+    ValueError if the matrices differ in size, or scales or zero points are not one per group.
+    """
+    n, k = _size(stacks[0])
+    kinds = [
+        (stack.scheme.bits, stack.scale.shape[-1], stack.zero is not None)
+        for stack in stacks
+        for _ in stack.scale
+    ]
     shape, table, size = arrange(kinds, n, k, dtype, paired)
-    buffer = torch.zeros(size, dtype=torch.uint8)
-    for row, matrix in zip(table.tolist(), each, strict=True):
-        _write(_blocks_of(buffer, row, shape), matrix, shape, row)
+    buffer = torch.empty(size, dtype=torch.uint8)
+    # Kept until they are written: the sources are pointers into these.
+    kept = [_contiguous(stack, (n, k), dtype) for stack in stacks]
+    sources = [source for tensors in kept for source in _sources(*tensors)]
+    stack = StackStruct(buffer.data_ptr(), table.data_ptr(), None, len(table), *shape.numbers())
+    write(stack, sources, torch.get_num_threads())
     return Packed(shape, buffer, table)
+
+
+def _size(stack: Quantized | StoredWords) -> tuple[int, int]:
+    """Rows and columns of a stack's matrices."""
+    columns = stack.k if isinstance(stack, StoredWords) else stack.q.shape[-1]
+    return stack.scale.shape[1], columns
+
+
+def _contiguous(
+    stack: Quantized | StoredWords, size: tuple[int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes (int8, or words), scales in `dtype` and zero points, all as C reads them."""
+    codes = stack.words if isinstance(stack, StoredWords) else stack.q
+    scale, zero, (e, n, groups) = stack.scale, stack.zero, stack.scale.shape
+    columns = packed_words(size[1], stack.scheme.bits) if codes.dtype == torch.int32 else size[1]
+    wrong = codes.shape != (e, n, columns) or _size(stack) != size or size[1] % groups
+    if wrong or (zero is not None and zero.shape != scale.shape):
+        raise ValueError(
+            f"expected matrices {list(size)} with scales and zero points for each group, found "
+            f"integers {list(codes.shape)}, scales {list(scale.shape)}, zero points "
+            f"{None if zero is None else list(zero.shape)}"
+        )
+    zero = None if zero is None else zero.contiguous()
+    return codes.contiguous(), scale.to(dtype).contiguous(), zero
+
+
+def _sources(codes: Tensor, scale: Tensor, zero: Tensor | None) -> list[SourceStruct]:
+    """Of each matrix of a stack."""
+    row = codes.shape[2] * codes.itemsize
+    return [
+        SourceStruct(
+            codes[e].data_ptr(), scale[e].data_ptr(), None if zero is None else zero[e].data_ptr(),
+            row, codes.dtype == torch.int32,
+        )
+        for e in range(len(codes))
+    ]  # fmt: skip
 
 
 def arrange(
@@ -130,14 +179,6 @@ def code_bytes(packed: Packed) -> int:
     return sum(64 * int(row[BITS]) * packed.shape.steps * blocks for row in packed.table)
 
 
-def _each(stack: Quantized) -> list[Quantized]:
-    zeros = stack.zero if stack.zero is not None else [None] * len(stack.q)
-    return [
-        Quantized(q[None], s[None], None if z is None else z[None], stack.scheme)
-        for q, s, z in zip(stack.q, stack.scale, zeros, strict=True)
-    ]
-
-
 def _blocks(shape: Shape) -> int:
     return shape.parts * -(-(shape.n // shape.parts) // ROWS)
 
@@ -148,66 +189,21 @@ def _blocks_of(buffer: Tensor, row: Sequence[int], shape: Shape) -> UInt8[Tensor
     return buffer[row[DATA] : end].view(-1, row[BLOCK])
 
 
-def _write(blocks: UInt8[Tensor, "b s"], matrix: Quantized, shape: Shape, row: list[int]) -> None:
-    half = 1 << (row[BITS] - 1)
-    codes = (_in_blocks(matrix.q[0], shape).to(torch.int16) + half).to(torch.uint8)
-    pieces = codes.unflatten(-1, (-1, shape.piece))
-    pieces = torch.nn.functional.pad(pieces, (0, -shape.piece % STEP))
-    vectors = pieces.reshape(len(blocks), ROWS, shape.steps, 8, 4).permute(0, 2, 3, 1, 4)
-    packed = _join(vectors.reshape(len(blocks), shape.steps, 8, 64), row[BITS])
-    blocks[:, row[CODES] :] = packed.flatten(1)
-    scale = _columns_of(_in_blocks(matrix.scale[0].to(shape.dtype), shape))
-    blocks[:, : scale.shape[1] * scale.itemsize] = scale.view(torch.uint8)
-    if matrix.zero is not None:
-        zero = (_in_blocks(matrix.zero[0], shape).to(torch.int16) + half).to(torch.uint8)
-        zero = _columns_of(zero)
-        blocks[:, row[ZEROS] : row[ZEROS] + zero.shape[1]] = zero
-
-
-def _in_blocks(rows: Tensor, shape: Shape) -> Tensor:
-    """[N, *] to [blocks * 16, *]: rows padded, gate and up blocks taking turns if paired."""
-    parts = rows.unflatten(0, (shape.parts, -1))
-    parts = torch.nn.functional.pad(parts, (0, 0, 0, -parts.shape[1] % ROWS))
-    made: Tensor = parts.unflatten(1, (-1, ROWS)).transpose(0, 1).flatten(0, 2)
-    return made
-
-
 def _in_order(rows: Tensor, shape: Shape) -> Tensor:
-    """The way back."""
+    """[blocks * 16, *] to [N, *]: the padding is gone, gate rows come before up rows."""
     parts = rows.unflatten(0, (-1, shape.parts, ROWS)).transpose(0, 1).flatten(1, 2)
     made: Tensor = parts[:, : shape.n // shape.parts].flatten(0, 1).contiguous()
     return made
 
 
-def _columns_of(rows: Tensor) -> Tensor:
-    """[blocks * 16, G] to [blocks, G * 16]."""
-    made: Tensor = rows.unflatten(0, (-1, ROWS)).transpose(1, 2).flatten(1).contiguous()
-    return made
-
-
 def _rows_of(columns: Tensor, groups: int) -> Tensor:
-    """The way back."""
+    """[blocks, G * 16] to [blocks * 16, G]."""
     made: Tensor = columns.unflatten(1, (groups, ROWS)).transpose(1, 2).flatten(0, 1).contiguous()
     return made
 
 
-def _join(vectors: UInt8[Tensor, "b s 8 64"], bits: int) -> UInt8[Tensor, "b s bits 64"]:
-    """Eight vectors of codes in `bits` vectors."""
-    if bits == 8:
-        return vectors
-    low = 4 if bits == 4 else 2
-    shifts = torch.arange(0, 8, low, dtype=torch.uint8)[:, None]
-    fields = (vectors & ((1 << low) - 1)).unflatten(2, (-1, 8 // low))
-    joined: Tensor = (fields << shifts).sum(3, dtype=torch.uint8)
-    if bits != 3:
-        return joined
-    places = torch.arange(8, dtype=torch.uint8)[:, None]
-    top = (vectors >> 2 << places).sum(2, keepdim=True, dtype=torch.uint8)
-    return torch.cat((joined, top), dim=2)
-
-
 def _spread(packed: UInt8[Tensor, "b s bits 64"], bits: int) -> UInt8[Tensor, "b s 8 64"]:
-    """The way back."""
+    """Eight vectors of codes from `bits` vectors."""
     if bits == 8:
         return packed
     low = 4 if bits == 4 else 2

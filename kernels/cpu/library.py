@@ -27,6 +27,12 @@ class StackStruct(ctypes.Structure):
     ]  # fmt: skip
 
 
+class SourceStruct(ctypes.Structure):
+    """`Source` of csrc/qmoe_cpu.h."""
+
+    _fields_ = [("codes", _P), ("scales", _P), ("zeros", _P), ("stride", _I), ("dense", _I)]
+
+
 class CallStruct(ctypes.Structure):
     """`Call` of csrc/qmoe_cpu.h."""
 
@@ -46,6 +52,8 @@ def library() -> ctypes.CDLL | None:
         return None
     lib = ctypes.CDLL(str(found[0]))
     lib.qmoe_run.argtypes = [ctypes.c_int, ctypes.POINTER(CallStruct)]
+    lib.qmoe_pack.argtypes = [ctypes.POINTER(StackStruct), ctypes.POINTER(SourceStruct), _I]
+    lib.qmoe_pack.restype = None
     lib.qmoe_find_tier.argtypes = [ctypes.c_char_p]
     lib.qmoe_tier_name.restype = ctypes.c_char_p
     lib.qmoe_use_openmp.argtypes = [_P]
@@ -108,3 +116,10 @@ def run(number: int, call: CallStruct) -> None:
     assert lib is not None
     if lib.qmoe_run(number, call):
         raise MemoryError("the CPU kernels could not allocate their buffers")
+
+
+def write(stack: StackStruct, sources: list[SourceStruct], threads: int) -> None:
+    """Every matrix of a stack into its buffer, from one source each."""
+    lib = library()
+    assert lib is not None
+    lib.qmoe_pack(stack, (SourceStruct * len(sources))(*sources), threads)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qmoe.config import Scheme
 from qmoe.format.grid import dequantize
+from qmoe.format.packing import StoredWords
 from qmoe.format.quantized import Quantized
 from qmoe.kernels.activation import Activation
 from qmoe.kernels.cpu import ops
@@ -16,7 +17,7 @@ from qmoe.kernels.cpu.layout import Packed, Shape, code_bytes, pack, scheme_of, 
 from qmoe.kernels.cpu.library import tier
 from qmoe.kernels.moe import Biases
 
-Stacks = Sequence[Quantized]
+Matrices = Quantized | StoredWords | Sequence[Quantized]
 
 
 def uses_cpu_kernels(device: torch.device) -> bool:
@@ -34,7 +35,7 @@ class CpuStack(nn.Module):
 
     def __init__(
         self,
-        stacks: Sequence[Quantized | Stacks | Packed],
+        stacks: Sequence[Matrices | Packed],
         dtype: torch.dtype,
         activation: Activation | None = None,
         exact: bool | None = None,
@@ -113,14 +114,14 @@ class CpuStack(nn.Module):
         return f"{sizes}, {'exact' if self.exact else 'int8 activations'}"
 
 
-def _packed(stack: Quantized | Stacks | Packed, dtype: torch.dtype, paired: bool) -> Packed:
+def _packed(stack: Matrices | Packed, dtype: torch.dtype, paired: bool) -> Packed:
     if isinstance(stack, Packed):
         return stack
-    return pack([stack] if isinstance(stack, Quantized) else stack, dtype, paired)
+    return pack([stack] if isinstance(stack, Quantized | StoredWords) else stack, dtype, paired)
 
 
-def _scheme(stack: Quantized | Stacks | Packed) -> Scheme:
+def _scheme(stack: Matrices | Packed) -> Scheme:
     """Of the first matrix."""
     if isinstance(stack, Packed):
         return scheme_of(stack, 0)
-    return stack.scheme if isinstance(stack, Quantized) else stack[0].scheme
+    return stack.scheme if isinstance(stack, Quantized | StoredWords) else stack[0].scheme

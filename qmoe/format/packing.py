@@ -7,10 +7,33 @@ Value i of a row starts at bit i * bits of the row's little-endian bit string an
 an offset of 2^(bits-1). The bit arithmetic is compressed-tensors' own.
 """
 
+from dataclasses import dataclass
+
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from jaxtyping import Int8, Int32
+from jaxtyping import Float, Int8, Int32
 from torch import Tensor
+
+from qmoe.config import Scheme
+from qmoe.format.quantized import Quantized
+
+UNPACKED = 8  # experts unpacked at once: unpacking takes several times what it gives
+
+
+@dataclass(frozen=True)
+class StoredWords:
+    """A Quantized stack whose integers are a checkpoint's words; k: columns of its matrices."""
+
+    words: Int32[Tensor, "E N W"]
+    k: int
+    scale: Float[Tensor, "E N G"]
+    zero: Int8[Tensor, "E N G"] | None
+    scheme: Scheme
+
+    def unpack(self) -> Quantized:
+        parts = self.words.split(UNPACKED)
+        q = torch.cat([unpack_rows(part, self.scheme.bits, self.k) for part in parts])
+        return Quantized(q, self.scale, self.zero, self.scheme)
 
 
 def pack_rows(q: Int8[Tensor, "E N K"], bits: int) -> Int32[Tensor, "E N W"]:

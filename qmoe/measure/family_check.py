@@ -178,8 +178,8 @@ def dequantize_into(twin: Any, quantized: Path, dtype: torch.dtype, all_else: bo
             twin.get_submodule(owner)._parameters[last] = nn.Parameter(parameter.clone())
     for name, module in packed.model.named_modules():
         for weight, stored in take_stored(module, name).items():
-            target = twin.get_submodule(name)
+            target, values = twin.get_submodule(name), dequantize(stored.unpack())
             if isinstance(target, nn.Linear):
-                target.weight.copy_(dequantize(stored)[0])
+                target.weight.copy_(values[0])
             else:
-                experts.put(target, weight, dequantize(stored))
+                experts.put(target, weight, values)

@@ -105,8 +105,8 @@ def _decode(source: Source) -> dict[str, str]:
     for root in progress([*roots, *filter(None, [source.structure.lm_head])], "auditing"):
         with source.loaded(root, torch.float32) as module:
             for name, part in module.named_modules(prefix=root):
-                for weight, quantized in take_stored(part, name).items():
-                    found[f"{name}.{weight}"] = digest(quantized)
+                for weight, stored in take_stored(part, name).items():
+                    found[f"{name}.{weight}"] = digest(stored.unpack())
     return found
 
 

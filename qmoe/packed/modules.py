@@ -95,7 +95,8 @@ class PackedLinear(nn.Module):
         if uses_cpu_kernels(run.device):
             self.stack: Any = _cpu_stack(self, where, run, None)
             return
-        (quantized,) = take_to_run(self, where).values()
+        (stored,) = take_to_run(self, where).values()
+        quantized = stored.unpack()
         if uses_arena(run.device):
             self.stack = _arena_stack([quantized], run, None)
         else:
@@ -126,7 +127,7 @@ def finish_experts(module: Any, where: str, run: RunOn) -> None:
         module.qmoe_arena = _cpu_stack(module, where, run, activation)
     else:
         stored = take_to_run(module, where)
-        stacks = [stored[first], stored[second]]
+        stacks = [stored[first].unpack(), stored[second].unpack()]
         if uses_arena(run.device):
             module.qmoe_arena = _arena_stack(stacks, run, activation)
         else:

@@ -9,16 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qmoe.config import Scheme
 from qmoe.errors import CheckpointError, ConfigError
 from qmoe.format.compressed_tensors import SUFFIXES
 from qmoe.format.grid import FAR, far_scales, stored_scale
-from qmoe.format.packing import packed_words, unpack_rows, unpack_zeros
-from qmoe.format.quantized import Quantized
-
-UNPACKED = 8  # experts unpacked at once
+from qmoe.format.packing import StoredWords, packed_words, unpack_zeros
 
 
 def declare(
@@ -52,36 +49,43 @@ def stored_stacks(model: nn.Module) -> Iterator[tuple[str, int | None, int]]:
             yield f"{name}.{weight}", shape[0] if len(shape) == 3 else None, parts
 
 
-def take_stored(module: nn.Module, where: str) -> dict[str, Quantized]:
-    """Remove the stored tensors of a module's weights and read them, by weight name, as stacks
+def take_stored(module: nn.Module, where: str) -> dict[str, StoredWords]:
+    """Remove the stored tensors of a module's weights and return them, by weight name, as stacks
     [E, N, K]. Raises CheckpointError if they contradict the model or each other."""
     return {
         name: _take(module, name, f"{where}.{name}") for name in getattr(module, "_qmoe_stored", {})
     }
 
 
-def take_to_run(module: Any, where: str) -> dict[str, Quantized]:
+def take_to_run(module: Any, where: str) -> dict[str, StoredWords]:
     """The same with scales in the dtype that the model runs in. ConfigError if it has no number
     near one of them; scales of nothing but zeros may become anything."""
     out = {}
     for name, stored in take_stored(module, where).items():
-        dtype, scale = module._qmoe_stored[name][3], stored.scale.float()
-        made = stored_scale(scale, dtype)
-        far = far_scales(scale, made, FAR)
-        if far.any():
-            zero = 0 if stored.zero is None else stored.zero[..., None]
-            used = stored.q.unflatten(-1, (scale.shape[-1], -1)) != zero
-            far &= used.any(-1)
-        if far.any():
-            raise ConfigError(
-                f"dtype: {where}.{name} has {int(far.sum())} scales that {dtype} cannot hold, such "
-                f"as {float(scale[far].min()):.1e}; load the model in bfloat16 or float32"
-            )
-        out[name] = replace(stored, scale=made.to(dtype))
+        dtype = module._qmoe_stored[name][3]
+        out[name] = stored
+        if stored.scale.dtype != dtype:
+            out[name] = replace(stored, scale=_scale_to_run(stored, dtype, f"{where}.{name}"))
     return out
 
 
-def _take(module: Any, name: str, where: str) -> Quantized:
+def _scale_to_run(stored: StoredWords, dtype: torch.dtype, where: str) -> Tensor:
+    scale = stored.scale.float()
+    made = stored_scale(scale, dtype)
+    far = far_scales(scale, made, FAR)
+    if far.any():
+        zero = 0 if stored.zero is None else stored.zero[..., None]
+        used = stored.unpack().q.unflatten(-1, (scale.shape[-1], -1)) != zero
+        far &= used.any(-1)
+    if far.any():
+        raise ConfigError(
+            f"dtype: {where} has {int(far.sum())} scales that {dtype} cannot hold, such as "
+            f"{float(scale[far].min()):.1e}; load the model in bfloat16 or float32"
+        )
+    return made.to(dtype)
+
+
+def _take(module: Any, name: str, where: str) -> StoredWords:
     shape, scheme, parts, _ = module._qmoe_stored[name]
     e, n, k = (1,) * (3 - len(shape)) + shape
     stored: dict[str, Any] = {s: getattr(module, name + s, None) for s in SUFFIXES}
@@ -98,11 +102,10 @@ def _take(module: Any, name: str, where: str) -> Quantized:
     if zero is not None:
         halves = zero.data.view(e, -1, zero.shape[-1]).chunk(parts, dim=1)
         zero = torch.cat([unpack_zeros(z, scheme.bits, n // parts) for z in halves], dim=1)
-    # A copy: what safetensors gives may be a view that keeps the whole file mapped.
-    scale = stored["_scale"].data.view(e, n, -1).clone()
-    if not (scale.isfinite() & (scale > 0)).all():
+    scale = stored["_scale"].data.view(e, n, -1)
+    # One pass and no temporary tensors; a NaN is the smallest and the largest.
+    least, most = torch.aminmax(scale)
+    if not (least > 0 and most < torch.inf):
         raise CheckpointError(f"{where}: weight_scale has values that are not positive numbers")
-    # A few experts at a time: unpacking takes several times what it gives.
-    words = stored["_packed"].data.view(e, n, -1).split(UNPACKED)
-    q = torch.cat([unpack_rows(part, scheme.bits, k) for part in words])
-    return Quantized(q, scale, zero, scheme)
+    words = stored["_packed"].data.view(e, n, -1)
+    return StoredWords(words, k, scale, zero, scheme)

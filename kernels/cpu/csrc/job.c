@@ -42,12 +42,33 @@ static void sort(Job *job, const Stack *stack, int64_t *ends) {
     }
 }
 
-// Rounded up so that every buffer starts at a cache line.
-static void *allocate(int64_t bytes) { return aligned_alloc(64, (size_t)(bytes + 64) & ~(size_t)63); }
+// The memory of one call is kept for the next one, up to a size: new pages take a twentieth of a call.
+typedef struct Memory {
+    int64_t bytes;
+    char data[] __attribute__((aligned(64)));
+} Memory;
 
-// Codes, scales and sums, or in exact mode values, of `used` rows.
+enum { KEPT = 1 << 27 };
+static _Atomic(Memory *) kept;
+
+static Memory *borrow(int64_t bytes) {
+    Memory *memory = atomic_exchange(&kept, (Memory *)0);
+    if (memory && memory->bytes >= bytes) return memory;
+    free(memory);
+    memory = aligned_alloc(64, sizeof *memory + (size_t)bytes);
+    if (memory) memory->bytes = bytes;
+    return memory;
+}
+
+static void give_back(Memory *memory) {
+    if (memory && memory->bytes <= KEPT) memory = atomic_exchange(&kept, memory);
+    free(memory);
+}
+
+// Codes, scales and sums, or in exact mode values, of all assignments; 0 without the product.
 static int64_t packed_bytes(const Job *job, const Stack *stack) {
-    return job->used * steps_of(stack) * (job->call->exact ? 4 * STEP : STEP + 8);
+    if (!stack->buffer) return 0;
+    return job->assignments * steps_of(stack) * (job->call->exact ? 4 * STEP : STEP + 8);
 }
 
 static int64_t chunk(int64_t blocks, int64_t experts, int64_t threads) {
@@ -57,39 +78,42 @@ static int64_t chunk(int64_t blocks, int64_t experts, int64_t threads) {
 }
 
 int qmoe_begin(Job *job, int tier, const Call *call) {
-    const Stack *any = call->first.buffer ? &call->first : &call->second;
-    int64_t S = call->tokens * call->choices, most = S < any->experts ? S : any->experts;
-    int64_t threads = call->threads < 1 ? 1 : call->threads;
+    const Stack *first = &call->first, *second = &call->second, *any = first->buffer ? first : second;
+    int64_t S = call->tokens * call->choices, most = S < any->experts ? S : any->experts, bytes = 0;
+    int64_t threads = call->threads < 1 ? 1 : call->threads, both = first->buffer && second->buffer, *ends;
     *job = (Job){.call = call, .tier = qmoe_tiers[tier], .assignments = S};
-    int64_t *ends = calloc((size_t)any->experts + 1, sizeof *ends);
-    job->slot = allocate(8 * S);
-    job->assignment = allocate(8 * S);
-    job->token = allocate(8 * S);
-    job->gate = allocate(4 * S);
-    job->tile = allocate((S / TILE + most + 1) * (int64_t)sizeof(Tile));
-    job->first_tile = allocate(8 * (most + 1));
-    int failed = !ends || !job->slot || !job->assignment || !job->token || !job->gate || !job->tile ||
-                 !job->first_tile;
-    if (!failed) sort(job, any, ends);
-    free(ends);
-    if (failed) return 1;
-    const Stack *first = &call->first, *second = &call->second;
-    if (first->buffer) {
-        failed |= !(job->in = allocate(packed_bytes(job, first)));
-        job->first_chunk = chunk(blocks_of(first), job->active, threads);
+    const struct {
+        void *to;
+        int64_t bytes;
+    } parts[] = {
+        {&ends, 8 * (any->experts + 1)},
+        {&job->slot, 8 * S},
+        {&job->assignment, 8 * S},
+        {&job->token, 8 * S},
+        {&job->gate, 4 * S},
+        {&job->tile, (S / TILE + most + 1) * (int64_t)sizeof(Tile)},
+        {&job->first_tile, 8 * (most + 1)},
+        {&job->in, packed_bytes(job, first)},
+        {&job->between, packed_bytes(job, second)},
+        {&job->mid, both ? 4 * S * second->k : 0},
+        {&job->sum, second->buffer ? 4 * call->tokens * ROWS * blocks_of(second) : 0},
+    };
+    const size_t count = sizeof parts / sizeof *parts;
+    // Rounded up so that every part starts at a cache line.
+    for (size_t i = 0; i < count; i++) bytes += (parts[i].bytes + 63) & ~(int64_t)63;
+    if (!(job->memory = borrow(bytes))) return 1;
+    char *at = job->memory->data;
+    for (size_t i = 0; i < count; i++) {
+        if (parts[i].bytes) memcpy(parts[i].to, &at, sizeof at);
+        at += (parts[i].bytes + 63) & ~(int64_t)63;
     }
-    if (second->buffer) {
-        failed |= !(job->between = allocate(packed_bytes(job, second)));
-        failed |= !(job->sum = allocate(4 * call->tokens * ROWS * blocks_of(second)));
-        job->second_chunk = chunk(blocks_of(second), 1, threads);
-    }
-    if (first->buffer && second->buffer) failed |= !(job->mid = allocate(4 * job->used * second->k));
+    memset(ends, 0, 8 * (size_t)(any->experts + 1));
+    sort(job, any, ends);
+    if (first->buffer) job->first_chunk = chunk(blocks_of(first), job->active, threads);
+    if (second->buffer) job->second_chunk = chunk(blocks_of(second), 1, threads);
     job->grain_in = 1 + call->tokens / (16 * threads);
     job->grain_mid = 1 + job->used / (16 * threads);
-    return failed;
+    return 0;
 }
 
-void qmoe_end(Job *job) {
-    void *all[] = {job->slot, job->assignment, job->token, job->gate, job->tile, job->first_tile, job->in, job->between, job->mid, job->sum};
-    for (unsigned i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
-}
+void qmoe_end(Job *job) { give_back(job->memory); }

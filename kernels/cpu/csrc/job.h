@@ -8,10 +8,13 @@ typedef struct {
     int64_t expert, slot, rows;
 } Tile;
 
+struct Memory;
+
 // Rows sorted by expert are slots; an expert that has rows is active.
 typedef struct {
     const Call *call;
     const Tier *tier;
+    struct Memory *memory;      // of all that follows
     int64_t assignments, used;  // T * A, and how many of them name an expert
     int64_t active, tiles;
     int64_t *slot;              // [assignments] the slot of an assignment, -1 if it names no expert
@@ -22,11 +25,11 @@ typedef struct {
     int64_t *first_tile;        // [active + 1] of each active expert
     void *in, *between;         // packed rows of the first and of the second product
     float *mid;                 // [used, I]: what lies between the products
-    float *sum;                 // [T, N padded to blocks]: the weighted sum
+    float *sum;                 // the weighted sum: of each chunk of blocks [T, 16 blocks]
     int64_t grain_in, grain_mid, first_chunk, second_chunk;
 } Job;
 
-// Counts and sorts the assignments; 1 if memory ran out. `qmoe_end` frees everything.
+// Counts and sorts the assignments; 1 if memory ran out. `qmoe_end` gives the memory back.
 int qmoe_begin(Job *, int tier, const Call *);
 void qmoe_end(Job *);
 

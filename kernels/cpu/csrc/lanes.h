@@ -126,13 +126,13 @@ INLINE void exact_bits(const Block *b, const Rows *x, float *y, const int bits) 
         }
     }
 }
-static void exact(const Block *b, const Rows *x, float *y) {
-    switch (b->bits) {
-    case 2: exact_bits(b, x, y, 2); break;
-    case 3: exact_bits(b, x, y, 3); break;
-    case 4: exact_bits(b, x, y, 4); break;
-    default: exact_bits(b, x, y, 8);
-    }
+static void exact(const Block *b, int64_t count, const Rows *x, float *y) {
+    for (; count; count--, b++, y += 16 * x->rows) switch (b->bits) {
+        case 2: exact_bits(b, x, y, 2); break;
+        case 3: exact_bits(b, x, y, 3); break;
+        case 4: exact_bits(b, x, y, 4); break;
+        default: exact_bits(b, x, y, 8);
+        }
 }
 
 // e^x to about 1e-7 (Cephes' polynomial); |x| is cut at 87, far behind where a sigmoid matters.
@@ -198,16 +198,22 @@ static void add(float *sum, int64_t stride, const int64_t *row, const float *gat
 }
 static void load_some(const void *from, int64_t type, int64_t at, int64_t n, float *to) { load(from, type, at, (int)n, to); }
 
-// A product function for each width from `PRODUCT(block, rows, y, bits)`, and the tier's table.
-#define DEFINE_TIER(symbol, shown, usable_if)                       \
-    static void product(const Block *b, const Rows *x, float *y) {  \
-        memset(y, 0, 64 * (size_t)x->rows);                         \
-        switch (b->bits) {                                          \
-        case 2: product_bits(b, x, y, 2); break;                    \
-        case 3: product_bits(b, x, y, 3); break;                    \
-        case 4: product_bits(b, x, y, 4); break;                    \
-        default: product_bits(b, x, y, 8);                          \
-        }                                                           \
-    }                                                               \
-    static int usable(void) { return usable_if; }                   \
+// Products of blocks, for a tier that takes them one by one, from `product_bits(block, rows, y, bits)`.
+#define DEFINE_PRODUCTS                                                                                          \
+    INLINE void products_bits(const Block *b, int64_t count, const Rows *x, float *y, const int bits) {          \
+        for (int64_t i = 0; i < count; i++) product_bits(b + i, x, y + 16 * x->rows * i, bits);                  \
+    }
+
+// A product function for each width from `products_bits(blocks, count, rows, y, bits)`, and the tier's table.
+#define DEFINE_TIER(symbol, shown, usable_if)                                      \
+    static void product(const Block *b, int64_t count, const Rows *x, float *y) {  \
+        memset(y, 0, 64 * (size_t)(count * x->rows));                              \
+        switch (b->bits) {                                                         \
+        case 2: products_bits(b, count, x, y, 2); break;                           \
+        case 3: products_bits(b, count, x, y, 3); break;                           \
+        case 4: products_bits(b, count, x, y, 4); break;                           \
+        default: products_bits(b, count, x, y, 8);                                 \
+        }                                                                          \
+    }                                                                              \
+    static int usable(void) { return usable_if; }                                  \
     const Tier symbol = {shown, usable, pack, product, exact, activate, add, load_some, store};

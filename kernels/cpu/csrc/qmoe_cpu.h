@@ -30,11 +30,20 @@ typedef struct {
 // The matrices [N, K] of all experts. piece: columns that are padded to whole steps. paired: blocks
 // of gate and up rows take turns. offset: the zero point that all share, or 0 if they differ.
 typedef struct {
-    const uint8_t *buffer;
+    uint8_t *buffer;  // written by qmoe_pack alone
     const Matrix *matrices;
     const void *bias;  // [E, N] in the type of x, or NULL
     int64_t experts, n, k, piece, paired, scale_type, offset;
 } Stack;
+
+// Where the numbers of one matrix come from. codes: rows of int8 values, or (`dense`) of the bits of
+// values + 2^(bits - 1) one behind the other, lowest first, as checkpoints have them.
+typedef struct {
+    const uint8_t *codes;
+    const void *scales;   // [N, G] in the stack's type of scales
+    const int8_t *zeros;  // [N, G], or NULL
+    int64_t stride, dense;  // stride: bytes from one row of codes to the next
+} Source;
 
 // One call. first and second: y[t] = sum_a gates[t, a] second(activation(first(x[t]))).
 // first alone (second.buffer NULL): out [T * A, N], the products by assignment; second alone
@@ -73,9 +82,9 @@ typedef struct {
     int (*usable)(void);
     // Row r of the tile from k values of a type.
     void (*pack)(const void *x, int64_t type, int64_t k, int64_t piece, int64_t offset, Rows *to, int64_t r);
-    // y [rows, 16] = rows times block, from int8 or from exact values.
-    void (*product)(const Block *, const Rows *, float *y);
-    void (*exact)(const Block *, const Rows *, float *y);
+    // y [count, rows, 16] = rows times each of one or two blocks of a matrix, from int8 or from exact values.
+    void (*product)(const Block *, int64_t count, const Rows *, float *y);
+    void (*exact)(const Block *, int64_t count, const Rows *, float *y);
     // gate, up [rows, 16] to out, whose rows are `stride` apart; n of the 16 are stored.
     void (*activate)(int64_t activation, float alpha, float limit, float *gate, float *up, int64_t rows, float *out,
                      int64_t stride, int64_t n);
@@ -95,5 +104,7 @@ EXPORTED void qmoe_use_openmp(void *gomp_parallel);
 // The number of the tier with this name (NULL: the best) or -1 if this machine cannot run it.
 EXPORTED int qmoe_find_tier(const char *name);
 EXPORTED const char *qmoe_tier_name(int tier);
-// 0, or 1 if memory ran out.
+// 0, or 1 if memory ran out. Up to 128 MiB of buffers are kept for the next call of the process.
 EXPORTED int qmoe_run(int tier, const Call *call);
+// Writes every byte of the matrices into the stack's buffer, from one source each.
+EXPORTED void qmoe_pack(const Stack *stack, const Source *sources, int64_t threads);

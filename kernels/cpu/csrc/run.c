@@ -88,8 +88,10 @@ static Block block_of(const Stack *stack, int64_t expert, int64_t b) {
                    stack->scale_type, m->bits, (int64_t)1 << (m->bits - 1)};
 }
 
-static void multiply(const Job *job, const Block *block, const Rows *rows, float *y) {
-    (job->call->exact ? job->tier->exact : job->tier->product)(block, rows, y);
+// y [count, rows, 16] = rows times blocks [b, b + count) of an expert, one or two.
+static void multiply(const Job *job, const Stack *stack, int64_t expert, int64_t b, int64_t count, const Rows *rows, float *y) {
+    const Block block[] = {block_of(stack, expert, b), block_of(stack, expert, b + count - 1)};
+    (job->call->exact ? job->tier->exact : job->tier->product)(block, count, rows, y);
 }
 
 // y [rows, 16] += values [at, at + n) of the bias, if there is one.
@@ -117,26 +119,26 @@ static void first_product(void *argument, int64_t item) {
     int64_t blocks = blocks_of(stack), chunks = ceiling(blocks, job->first_chunk), width = stack->n / parts_of(stack);
     int64_t active = item / chunks, start = item % chunks * job->first_chunk;
     int fused = call->second.buffer != 0;  // which takes paired rows
-    float gate[TILE * ROWS], up[TILE * ROWS];
+    int64_t stop = least(blocks, start + job->first_chunk), parts = parts_of(stack), last = parts * stop, count;
+    float y[2 * TILE * ROWS];
     for (int64_t i = job->first_tile[active]; i < job->first_tile[active + 1]; i++) {
         const Tile *tile = job->tile + i;
         const Rows rows = rows_of(job, job->in, stack, tile);
-        int64_t bias = tile->expert * stack->n;
-        for (int64_t b = start; b < least(blocks, start + job->first_chunk); b++) {
-            int64_t n = least(ROWS, width - ROWS * b);
-            const Block block = block_of(stack, tile->expert, parts_of(stack) * b);
-            multiply(job, &block, &rows, gate);
-            add_bias(job, stack, gate, tile->rows, bias + ROWS * b, n);
-            if (!fused) keep(job, tile, gate, ROWS * b, n);
-            if (!stack->paired) continue;
-            const Block other = block_of(stack, tile->expert, 2 * b + 1);
-            multiply(job, &other, &rows, up);
-            add_bias(job, stack, up, tile->rows, bias + width + ROWS * b, n);
+        float *up = y + ROWS * tile->rows;
+        for (int64_t b = parts * start; b < last; b += count) {
+            count = least(2, last - b);
+            multiply(job, stack, tile->expert, b, count, &rows, y);
+            for (int64_t c = b; c < b + count; c++) {
+                // Block c holds rows of its part of the matrix from `at` on.
+                int64_t at = ROWS * (c / parts), n = least(ROWS, width - at), column = c % parts * width + at;
+                float *part = c == b ? y : up;
+                add_bias(job, stack, part, tile->rows, tile->expert * stack->n + column, n);
+                if (!fused) keep(job, tile, part, column, n);
+            }
+            int64_t at = ROWS * (b / parts);
             if (fused)
-                job->tier->activate(call->activation, call->alpha, call->limit, gate, up, tile->rows,
-                                    job->mid + tile->slot * width + ROWS * b, width, n);
-            else
-                keep(job, tile, up, width + ROWS * b, n);
+                job->tier->activate(call->activation, call->alpha, call->limit, y, up, tile->rows,
+                                    job->mid + tile->slot * width + at, width, least(ROWS, width - at));
         }
     }
 }
@@ -157,22 +159,26 @@ static void second_product(void *argument, int64_t item) {
     const Stack *stack = &call->second;
     int64_t blocks = blocks_of(stack), start = item * job->second_chunk, stop = least(blocks, start + job->second_chunk);
     size_t size = call->type == FLOAT32 ? 4 : 2;
-    float y[TILE * ROWS];
-    for (int64_t t = 0; t < call->tokens; t++)
-        memset(job->sum + (t * blocks + start) * ROWS, 0, 4 * ROWS * (size_t)(stop - start));
+    // The sums of an item lie together: in rows of the whole output they would share few sets of a cache.
+    float y[2 * TILE * ROWS], *sum = job->sum + ROWS * call->tokens * start;
+    int64_t width = ROWS * (stop - start);
+    memset(sum, 0, 4 * (size_t)(call->tokens * width));
     for (int64_t i = 0; i < job->tiles; i++) {
         const Tile *tile = job->tile + i;
         const Rows rows = rows_of(job, job->between, stack, tile);
-        for (int64_t b = start; b < stop; b++) {
-            const Block block = block_of(stack, tile->expert, b);
-            multiply(job, &block, &rows, y);
-            add_bias(job, stack, y, tile->rows, tile->expert * stack->n + ROWS * b, least(ROWS, stack->n - ROWS * b));
-            job->tier->add(job->sum + b * ROWS, blocks * ROWS, job->token + tile->slot, job->gate + tile->slot, y, tile->rows);
+        for (int64_t b = start; b < stop; b += 2) {
+            int64_t count = least(2, stop - b);
+            multiply(job, stack, tile->expert, b, count, &rows, y);
+            for (int64_t c = b; c < b + count; c++) {
+                float *part = y + (c - b) * ROWS * tile->rows;
+                add_bias(job, stack, part, tile->rows, tile->expert * stack->n + ROWS * c, least(ROWS, stack->n - ROWS * c));
+                job->tier->add(sum + ROWS * (c - start), width, job->token + tile->slot, job->gate + tile->slot, part, tile->rows);
+            }
         }
     }
     for (int64_t t = 0; t < call->tokens; t++)
-        job->tier->store(job->sum + (t * blocks + start) * ROWS, row_of_out(call, t, stack->n) + size * ROWS * (size_t)start,
-                         call->type, least(stack->n, ROWS * stop) - ROWS * start);
+        job->tier->store(sum + t * width, row_of_out(call, t, stack->n) + size * ROWS * (size_t)start, call->type,
+                         least(stack->n, ROWS * stop) - ROWS * start);
 }
 
 int qmoe_run(int tier, const Call *call) {

@@ -27,6 +27,8 @@ INLINE __m256i DOT(__m256i sum, const __m256i *v, const int8_t *q, const int bit
 
 DEFINE_PRODUCT(1)
 
+DEFINE_PRODUCTS
+
 DEFINE_TIER(qmoe_avx2, "avx2", has_avx2())
 #include "target_end.h"
 #endif

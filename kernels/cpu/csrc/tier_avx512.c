@@ -8,6 +8,7 @@
 #include "lanes.h"
 
 #define AHEAD 4096  // bytes that are fetched before they are needed
+#define SIDE 4      // rows side by side
 
 INLINE __m512 scales16(const uint8_t *at, int64_t type, int64_t group) {
     if (type == FLOAT32) return _mm512_loadu_ps(at + 64 * group);
@@ -35,34 +36,63 @@ INLINE void unpack(const uint8_t *c, const int bits, __m512i *v) {
     }
 }
 
-INLINE void product_bits(const Block *b, const Rows *x, float *y, const int bits) {
-    const uint8_t *codes = b->codes;
-    const int8_t *q = x->codes;
-    const float *xs = x->scales;
-    const int32_t *sums = x->sums;
-    const int64_t rows = x->rows;
-    const int ready = (int)x->ready;
-    __m512i zero = _mm512_set1_epi32((int)b->offset);
-    for (int64_t g = 0; g < b->groups; g++) {
-        __m512 scale = scales16(b->scales, b->scale_type, g);
-        if (b->zeros) zero = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(b->zeros + 16 * g)));
-        for (int64_t j = 0; j < b->steps; j++, codes += 64 * bits) {
-            __m512i v[8];
-            for (int i = 0; i < bits; i++) _mm_prefetch((const char *)codes + AHEAD + 64 * i, _MM_HINT_T0);
-            unpack(codes, bits, v);
-            for (int64_t t = 0; t < rows; t++, q += STEP, xs++, sums++) {
-                __m512i sum = _mm512_set1_epi32(*sums);
-                if (!ready) sum = _mm512_madd_epi16(zero, sum);  // |sum| < 2^15, zero < 2^8
-                for (int i = 0; i < 8; i++) {
-                    int32_t four;
-                    memcpy(&four, q + 4 * i, 4);
-                    sum = _mm512_dpbusd_epi32(sum, v[i], _mm512_set1_epi32(four));
-                }
-                __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(*xs));
-                _mm512_storeu_ps(y + 16 * t, _mm512_fmadd_ps(both, _mm512_cvtepi32_ps(sum), _mm512_loadu_ps(y + 16 * t)));
+// A step of one or two blocks.
+typedef struct {
+    __m512i v[2][8], zero[2];
+    __m512 scale[2];
+} Weights;
+
+// One step of `count` rows at once: their sums grow side by side, as each alone would wait for itself;
+// and two blocks share what is loaded of x.
+INLINE void multiply_rows(const Weights *w, const Rows *x, int64_t at, float *y, const int count, const int blocks) {
+    const int8_t *q = x->codes + STEP * at;
+    __m512i sum[SIDE][2];
+    for (int r = 0; r < count; r++)
+        for (int b = 0; b < blocks; b++) {
+            sum[r][b] = _mm512_set1_epi32(x->sums[at + r]);
+            if (!x->ready) sum[r][b] = _mm512_madd_epi16(w->zero[b], sum[r][b]);  // |sum| < 2^15, zero < 2^8
+        }
+    for (int i = 0; i < 8; i++)
+        for (int r = 0; r < count; r++) {
+            int32_t four;
+            memcpy(&four, q + STEP * r + 4 * i, 4);
+            for (int b = 0; b < blocks; b++) sum[r][b] = _mm512_dpbusd_epi32(sum[r][b], w->v[b][i], _mm512_set1_epi32(four));
+        }
+    for (int r = 0; r < count; r++)
+        for (int b = 0; b < blocks; b++) {
+            float *to = y + 16 * (x->rows * b + r);
+            __m512 both = _mm512_mul_ps(w->scale[b], _mm512_set1_ps(x->scales[at + r]));
+            _mm512_storeu_ps(to, _mm512_fmadd_ps(both, _mm512_cvtepi32_ps(sum[r][b]), _mm512_loadu_ps(to)));
+        }
+}
+
+INLINE void multiply_blocks(const Block *block, const Rows *x, float *y, const int bits, const int blocks) {
+    const Rows rows = *x;
+    const int64_t steps = block->steps;
+    int64_t at = 0, step = 0;  // at: step * rows + row
+    Weights w;
+    for (int b = 0; b < blocks; b++) w.zero[b] = _mm512_set1_epi32((int)block->offset);
+    for (int64_t g = 0; g < block->groups; g++) {
+        for (int b = 0; b < blocks; b++) {
+            w.scale[b] = scales16(block[b].scales, block->scale_type, g);
+            if (block->zeros) w.zero[b] = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(block[b].zeros + 16 * g)));
+        }
+        for (int64_t j = 0; j < steps; j++, step++, at += rows.rows) {
+            for (int b = 0; b < blocks; b++) {
+                const uint8_t *codes = block[b].codes + 64 * bits * step;
+                for (int i = 0; i < bits; i++) _mm_prefetch((const char *)codes + AHEAD + 64 * i, _MM_HINT_T0);
+                unpack(codes, bits, w.v[b]);
             }
+            int64_t t = 0;
+            for (; t + SIDE <= rows.rows; t += SIDE) multiply_rows(&w, &rows, at + t, y + 16 * t, SIDE, blocks);
+            for (; t < rows.rows; t++) multiply_rows(&w, &rows, at + t, y + 16 * t, 1, blocks);
         }
     }
+}
+
+INLINE void products_bits(const Block *b, int64_t count, const Rows *x, float *y, const int bits) {
+    if (count == 2) multiply_blocks(b, x, y, bits, 2);
+    else multiply_blocks(b, x, y, bits, 1);
 }
 
 DEFINE_TIER(qmoe_avx512, "avx512vnni",

@@ -15,6 +15,8 @@ INLINE __m256i DOT(__m256i sum, const __m256i *v, const int8_t *q, const int bit
 
 DEFINE_PRODUCT(0)
 
+DEFINE_PRODUCTS
+
 DEFINE_TIER(qmoe_avxvnni, "avxvnni", has_avx2() && cpuid(7, 1, 0) >> 4 & 1)
 #include "target_end.h"
 #endif

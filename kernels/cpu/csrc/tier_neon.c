@@ -65,6 +65,8 @@ INLINE void product_bits(const Block *b, const Rows *x, float *y, const int bits
     }
 }
 
+DEFINE_PRODUCTS
+
 DEFINE_TIER(qmoe_neon, "neon", has_dotprod())
 #include "target_end.h"
 #endif

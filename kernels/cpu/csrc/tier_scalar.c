@@ -20,4 +20,6 @@ INLINE void product_bits(const Block *b, const Rows *x, float *y, const int bits
     }
 }
 
+DEFINE_PRODUCTS
+
 DEFINE_TIER(qmoe_scalar, "scalar", 1)

@@ -26,6 +26,30 @@ static void fill(Random *r, void *to, int64_t type, int64_t n) {
     }
 }
 
+// Random matrices, from sources of exactly their size.
+static void pack_random(Random *r, const Stack *stack) {
+    Source *sources = calloc((size_t)stack->experts, sizeof *sources);
+    int64_t dense = below(r, 2);
+    for (int64_t e = 0; e < stack->experts; e++) {
+        const Matrix *m = stack->matrices + e;
+        int64_t stride = dense ? up(stack->k * m->bits, 32) / 8 : stack->k, half = 1 << (m->bits - 1);
+        int64_t size = stack->n * stride, scales = stack->n * m->groups;
+        uint8_t *codes = malloc((size_t)size), *zeros = m->zeros ? malloc((size_t)scales) : 0;
+        void *values = malloc((size_t)(scales * (stack->scale_type == FLOAT32 ? 4 : 2)));
+        for (int64_t i = 0; i < size; i++) codes[i] = (uint8_t)(dense ? below(r, 256) : below(r, 2 * half) - half);
+        for (int64_t i = 0; zeros && i < scales; i++) zeros[i] = (uint8_t)(below(r, 2 * half) - half);
+        fill(r, values, stack->scale_type, scales);
+        sources[e] = (Source){codes, values, (int8_t *)zeros, stride, dense};
+    }
+    qmoe_pack(stack, sources, 1 + below(r, 4));
+    for (int64_t e = 0; e < stack->experts; e++) {
+        free((void *)sources[e].codes);
+        free((void *)sources[e].scales);
+        free((void *)sources[e].zeros);
+    }
+    free(sources);
+}
+
 static Stack make_stack(Random *r, int64_t experts, int64_t n, int64_t k, int64_t type, int64_t paired) {
     int64_t piece = k % 32 ? k : 32, parts = paired ? 2 : 1, steps = k / piece * (up(piece, 32) / 32), size = 0;
     int64_t blocks = parts * up(n / parts, 16) / 16, one = below(r, 2), width = below(r, 4), ready = one;
@@ -37,19 +61,16 @@ static Stack make_stack(Random *r, int64_t experts, int64_t n, int64_t k, int64_
         matrices[e] = (Matrix){size, codes + 64 * bits * steps, zeros ? scales : 0, codes, bits, groups};
         size += matrices[e].block * blocks;
     }
-    uint8_t *buffer = malloc((size_t)size);
-    for (int64_t i = 0; i < size; i++) buffer[i] = (uint8_t)(next(r) >> 40);
-    for (int64_t e = 0; e < experts; e++) {
-        const Matrix *m = matrices + e;
-        for (int64_t b = 0; b < blocks; b++) fill(r, buffer + m->data + b * m->block, type, m->groups * 16);
-    }
+    Stack stack = {malloc((size_t)size), matrices, 0, experts, n, k, piece, paired, type, ready ? 1 << (matrices->bits - 1) : 0};
+    pack_random(r, &stack);
     void *bias = 0;
     if (below(r, 2)) fill(r, bias = malloc((size_t)(experts * n * (type == FLOAT32 ? 4 : 2))), type, experts * n);
-    return (Stack){buffer, matrices, bias, experts, n, k, piece, paired, type, ready ? 1 << (matrices->bits - 1) : 0};
+    stack.bias = bias;
+    return stack;
 }
 
 static void drop(Stack *s) {
-    free((void *)s->buffer);
+    free(s->buffer);
     free((void *)s->matrices);
     free((void *)s->bias);
 }
