@@ -10,11 +10,10 @@ from typing import Any
 import torch
 import transformers
 
-from qmoe.calibration.text import merged
 from qmoe.checkpoint.folders import read_json
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.cli import tables
-from qmoe.cli.options import STORED
+from qmoe.cli.measure import bench, eval, show_bench, show_eval
 from qmoe.cli.plan import plan, show_plan
 from qmoe.cli.settings import config_from, to_toml
 from qmoe.errors import (
@@ -24,14 +23,9 @@ from qmoe.errors import (
     QmoeError,
     UnsupportedModelError,
 )
-from qmoe.measure.baselines import check_counts
-from qmoe.measure.bench import benchmark
-from qmoe.measure.evaluate import evaluate
-from qmoe.measure.scores import relative
 from qmoe.model.experts import expert_weights, stack
 from qmoe.model.source import open_source
 from qmoe.packed.audit import audit_folder
-from qmoe.packed.load import Loading
 from qmoe.packed.report import REPORT, expert_rows, read_report
 from qmoe.pipeline.quantize import quantize as run_quantize
 from qmoe.system import distributed
@@ -204,102 +198,3 @@ def show_inspect(result: dict[str, Any]) -> None:
         ]
         header = ["expert", "tokens", "routing mass", "output errors (%)", "borrowed"]
         tables.show("experts", header, rows)
-
-
-def eval(args: argparse.Namespace) -> dict[str, Any]:
-    """`qmoe eval`."""
-    return evaluate(
-        args.path,
-        against=args.against,
-        baselines=args.baseline,
-        text=merged(args.text or ["heldout"]),
-        samples=args.samples,
-        seqlen=args.seqlen,
-        batch=args.batch,
-        loading=_loading(args, None if args.dtype == STORED else getattr(torch, args.dtype)),
-    )
-
-
-def _loading(args: argparse.Namespace, dtype: torch.dtype | None) -> Loading:
-    return Loading(
-        dtype,
-        args.device,
-        args.expert_memory,
-        args.trust_remote_code,
-        args.activations,
-        cache=not args.no_cache,
-    )
-
-
-def show_eval(result: dict[str, Any]) -> None:
-    scores, overall = result["scores"], result["overall"]
-    titles = {
-        "perplexity": ("perplexity (mean: geometric)", 3),
-        "kl": ("KL to the original, nats per token", 5),
-        "agreement": ("share of tokens with the same top-1", 4),
-    }
-    for key, (title, digits) in titles.items():
-        if key not in next(iter(overall.values())):
-            continue
-        rows = tables.scores_rows(scores, key, digits)
-        rows.append(["mean", *(f"{m[key]:.{digits}f}" for m in overall.values())])
-        tables.show(title, ["domain", *scores], rows)
-    if "rtn" in overall and "kl" in overall["rtn"]:
-        ratios = [
-            [d, *(_ratio(m[d]["kl"], scores["rtn"][d]["kl"]) for m in scores.values())]
-            for d in scores["rtn"]
-        ]
-        ratios.append(["mean", *(_ratio(m["kl"], overall["rtn"]["kl"]) for m in overall.values())])
-        tables.show("KL relative to round-to-nearest", ["domain", *scores], ratios)
-    rows = [[name, format_size(n)] for name, n in result["bytes_on_disk"].items()]
-    tables.show("weights on disk", ["model", "bytes"], rows)
-    for note in [*result["fallbacks"], *result["not_better"]]:
-        print(note)
-
-
-def _ratio(kl: float, to: float) -> str:
-    found = relative(kl, to)
-    return "-" if found is None else f"{found:.3f}"
-
-
-def bench(args: argparse.Namespace) -> dict[str, Any]:
-    """`qmoe bench`."""
-    if args.threads is not None:
-        check_counts(threads=args.threads)
-        torch.set_num_threads(args.threads)
-    return benchmark(
-        args.path,
-        against=args.against,
-        baselines=args.baseline,
-        prompt=args.prompt,
-        tokens=args.tokens,
-        batch=args.batch,
-        repeats=args.repeats,
-        loading=_loading(args, None),
-    )
-
-
-def show_bench(result: dict[str, Any]) -> None:
-    header = ["model", "prefill tok/s", "first token ms", "decode tok/s", "bytes/token", "weights"]
-    if "of_read_bandwidth" in result["qmoe"]:
-        header.append("of read bandwidth")
-    memory = {"resident_over_bare_process": "resident", "peak_over_bare_process": "peak"}
-    memory = {key: title for key, title in memory.items() if key in result["qmoe"]}
-    rows = [
-        [
-            name,
-            f"{r['prefill_tokens_per_s']:.0f}",
-            f"{r['first_token_ms']:.1f}",
-            f"{r['decode_tokens_per_s']:.1f}",
-            format_size(r["bytes_per_token"]),
-            format_size(r["weights_in_memory"]),
-            *([f"{r['of_read_bandwidth']:.0%}"] if "of_read_bandwidth" in r else []),
-            *(format_size(r[key]) for key in memory),
-        ]
-        for name, r in result.items()
-    ]
-    threads = torch.get_num_threads()
-    title = f"medians, models taking turns, {threads} CPU threads"
-    tables.show(title, [*header, *memory.values()], rows)
-    if memory:
-        print("resident and peak: a process of its own, less the same process without a model")
