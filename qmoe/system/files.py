@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -18,6 +19,19 @@ def sha256(path: Path) -> str:
     """Of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the keys of a file's metadata in order: safetensors writes them in any, and equal runs
+    are to write equal bytes."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        made = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(made) <= length, "safetensors writes its header in another form"
+        file.seek(8)
+        file.write(made.ljust(length))
 
 
 def content_sha256(tensors: dict[str, Tensor]) -> str:
@@ -39,6 +53,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         temporary.touch()
         mode = temporary.stat().st_mode  # by the umask; safetensors lets nobody else read
         save_file(tensors, temporary, metadata=metadata)
+        _sort_metadata(temporary)
         temporary.chmod(mode)
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())

@@ -89,7 +89,7 @@ def test_the_streamed_original_chooses_the_experts_of_the_resident_one(tmp_path)
     [theirs] = resident(original(ModelFolder(source)), batches)
     assert torch.equal(ours, theirs)
     result = evaluate(quantized, against=source, text=ONE_DOMAIN, samples=1, seqlen=32,
-                      loading=Loading())  # fmt: skip
+                      loading=Loading(activations="bf16"))  # fmt: skip
     assert result["overall"]["qmoe"]["kl"] < 0.2
 
 
