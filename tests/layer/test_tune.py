@@ -61,7 +61,7 @@ def test_router_logits_count_less_their_mean():
 
 def test_tuning_brings_a_layer_closer(demo, tmp_path):
     source = first_layers(demo, tmp_path / "source", 1)
-    text = CalibrationConfig(ONE_DOMAIN, samples=24, seqlen=64, batch=4)
+    text = CalibrationConfig(ONE_DOMAIN, samples=24, seqlen=64, batch=4, self_samples=0)
     config = replace(TUNED, refit=False, tune=24, calibration=text)
     (layer,) = qmoe.quantize(source, tmp_path / "out", config, progress=False)["layers"]
     assert layer["tuning"]["tuned"] < layer["tuning"]["solved"]
@@ -118,7 +118,7 @@ def test_no_memory_to_write_text_is_reported(short, tmp_path, monkeypatch):
     config = QuantConfig(search_grid=False, calibration=replace(TEXT, self_samples=4))
     report = qmoe.quantize(short, tmp_path / "out", config, progress=False)
     assert report["fallbacks"][0].startswith(
-        "no text was written, 4 samples asked for: that takes 0.0"
+        "no text was written, 4 samples asked for: that takes 6.23 MB"
     )
     assert report["calibration"]["samples"] == [16, 64]
     assert report["calibration"]["self_samples"] == 0
