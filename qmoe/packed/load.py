@@ -102,7 +102,7 @@ def _load(
     source = open_packed(folder, dtype)
     check_complete(source.weights)
     file = None
-    if cache and uses_cpu_kernels(run.device):
+    if cache and uses_cpu_kernels(run.device) and not uses_arena(run.device):
         file = prepared_file(source.checkpoint, source.model.config.dtype)
     if file is not None:
         run = replace(run, prepared=open_prepared(*file))

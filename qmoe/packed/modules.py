@@ -92,7 +92,7 @@ class PackedLinear(nn.Module):
 
     def finish(self, where: str, run: RunOn) -> None:
         """Turn the loaded tensors into the runtime's form; CheckpointError if they disagree."""
-        if uses_cpu_kernels(run.device):
+        if uses_cpu_kernels(run.device) and not uses_arena(run.device):
             self.stack: Any = _cpu_stack(self, where, run, None)
             return
         (stored,) = take_to_run(self, where).values()
@@ -123,7 +123,7 @@ def finish_experts(module: Any, where: str, run: RunOn) -> None:
             delattr(module, f"{name}_bias")
             setattr(module, ours, nn.Parameter(values.contiguous(), requires_grad=False))
     activation = _fused(module, declared[first][0][1])
-    if uses_cpu_kernels(run.device):
+    if uses_cpu_kernels(run.device) and not uses_arena(run.device):
         module.qmoe_arena = _cpu_stack(module, where, run, activation)
     else:
         stored = take_to_run(module, where)
