@@ -10,6 +10,9 @@ import os
 import sys
 import time
 from multiprocessing import Pool
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves it out
 
 import triton
 from offline import report
