@@ -44,6 +44,27 @@ class CallStruct(ctypes.Structure):
     ]  # fmt: skip
 
 
+class NormStruct(ctypes.Structure):
+    """`Norm` of csrc/qmoe_cpu.h."""
+
+    _fields_ = [
+        ("x", _P), ("weight", _P), ("out", _P), ("rows", _I), ("width", _I), ("type", _I),
+        ("weight_type", _I), ("early", _I), ("threads", _I), ("epsilon", ctypes.c_float),
+        ("shift", ctypes.c_float),
+    ]  # fmt: skip
+
+
+class AttentionStruct(ctypes.Structure):
+    """`Attention` of csrc/qmoe_cpu.h."""
+
+    _fields_ = [
+        ("q", _P), ("k", _P), ("v", _P), ("mask", _P), ("out", _P), ("batch", _I), ("heads", _I),
+        ("key_heads", _I), ("queries", _I), ("keys", _I), ("width", _I), ("value_width", _I),
+        ("type", _I), ("causal", _I), ("threads", _I), ("q_stride", _I * 3), ("k_stride", _I * 3),
+        ("v_stride", _I * 3), ("mask_stride", _I * 4), ("scale", ctypes.c_float),
+    ]  # fmt: skip
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The shared object with its functions declared, or None if this installation has none."""
@@ -54,6 +75,9 @@ def library() -> ctypes.CDLL | None:
     lib.qmoe_run.argtypes = [ctypes.c_int, ctypes.POINTER(CallStruct)]
     lib.qmoe_pack.argtypes = [ctypes.POINTER(StackStruct), ctypes.POINTER(SourceStruct), _I]
     lib.qmoe_pack.restype = None
+    lib.qmoe_norm.argtypes = [ctypes.c_int, ctypes.POINTER(NormStruct)]
+    lib.qmoe_norm.restype = None
+    lib.qmoe_attend.argtypes = [ctypes.c_int, ctypes.POINTER(AttentionStruct)]
     lib.qmoe_find_tier.argtypes = [ctypes.c_char_p]
     lib.qmoe_tier_name.restype = ctypes.c_char_p
     lib.qmoe_use_openmp.argtypes = [_P]
@@ -116,6 +140,21 @@ def run(number: int, call: CallStruct) -> None:
     assert lib is not None
     if lib.qmoe_run(number, call):
         raise MemoryError("the CPU kernels could not allocate their buffers")
+
+
+def attend(number: int, attention: AttentionStruct) -> None:
+    """One attention. Raises MemoryError."""
+    lib = library()
+    assert lib is not None
+    if lib.qmoe_attend(number, attention):
+        raise MemoryError("the CPU kernels could not allocate their buffers")
+
+
+def norm(number: int, call: NormStruct) -> None:
+    """The norms of all rows of one tensor."""
+    lib = library()
+    assert lib is not None
+    lib.qmoe_norm(number, call)
 
 
 def write(stack: StackStruct, sources: list[SourceStruct], threads: int) -> None:

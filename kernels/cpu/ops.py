@@ -137,7 +137,7 @@ _LIBRARY = torch.library.Library("qmoe", "FRAGMENT")
 _STACK = "Tensor {0}, Tensor {0}_table, int[] {0}_numbers"
 
 
-def _define(
+def define(
     name: str, arguments: str, compute: Callable[..., Tensor], fake: Callable[..., Tensor]
 ) -> None:
     _LIBRARY.define(f"{name}({arguments}) -> Tensor")
@@ -145,7 +145,7 @@ def _define(
     torch.library.register_fake(f"qmoe::{name}", fake, lib=_LIBRARY)
 
 
-_define(
+define(
     "cpu_routed_experts",
     f"Tensor x, Tensor ids, Tensor gates, {_STACK.format('first')}, {_STACK.format('second')}, "
     "str activation, float alpha, float limit, Tensor? first_bias, Tensor? second_bias, bool exact",
@@ -157,19 +157,19 @@ _define(
     lambda x, ids, gates, a, a_table, a_numbers, b, b_table, b_numbers, *rest:
         x.new_empty(x.shape[0], b_numbers[0]),
 )  # fmt: skip
-_define(
+define(
     "cpu_first_product",
     f"Tensor x, Tensor ids, {_STACK.format('first')}, Tensor? bias, bool exact",
     lambda x, ids, *rest: first_product_now(x, ids, rest[:3], *rest[3:]),
     lambda x, ids, first, table, numbers, *rest: x.new_empty(ids.numel(), numbers[0]),
 )
-_define(
+define(
     "cpu_second_product",
     f"Tensor mid, Tensor ids, Tensor gates, {_STACK.format('second')}, Tensor? bias, bool exact",
     lambda mid, ids, gates, *rest: second_product_now(mid, ids, gates, rest[:3], *rest[3:]),
     lambda mid, ids, gates, second, table, numbers, *rest: mid.new_empty(ids.shape[0], numbers[0]),
 )
-_define(
+define(
     "cpu_linear",
     f"Tensor x, int e, {_STACK.format('stack')}, bool exact",
     lambda x, e, *rest: first_product_now(x, e, rest[:3], None, rest[3]),

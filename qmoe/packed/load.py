@@ -15,7 +15,10 @@ from qmoe.kernels import uses_arena
 from qmoe.kernels.cpu.stack import uses_cpu_kernels
 from qmoe.model.source import Source, check_complete
 from qmoe.packed.audit import audit_model, audit_unpacked
+from qmoe.packed.attention import fuse_attention
+from qmoe.packed.growing_cache import let_caches_grow
 from qmoe.packed.modules import PackedLinear, finish_experts
+from qmoe.packed.norms import fuse_norms
 from qmoe.packed.offload import offload_experts
 from qmoe.packed.prepared import keep_prepared, open_prepared, prepared_file
 from qmoe.packed.run_on import RunOn
@@ -133,6 +136,10 @@ def _load(
     audit_unpacked(source, str(folder.path))
     audit_model(source.model, str(folder.path))
     return_freed()
+    if uses_cpu_kernels(run.device) and not uses_arena(run.device):
+        fuse_norms(source.model)
+        fuse_attention(source.model)
+        let_caches_grow(source.model)
     source.model.save_pretrained = _refuse_to_save
     _keep_dtypes(source.model)
     return source.model, tokenizer

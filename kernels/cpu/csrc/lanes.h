@@ -2,24 +2,11 @@
 // compiled for each. Every operation is rounded alike everywhere (fused multiply-adds are spelled
 // out), so all tiers give equal bits.
 #pragma once
-#include <math.h>
-#include <string.h>
 
+#include "exponential.h"
 #include "qmoe_cpu.h"
 
-#define INLINE static inline __attribute__((always_inline))
 #define FOR16(i) for (int i = 0; i < 16; i++)
-
-INLINE uint32_t bits_of(float f) {
-    uint32_t u;
-    memcpy(&u, &f, 4);
-    return u;
-}
-INLINE float float_of(uint32_t u) {
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
 
 // Subnormal halves come out right without subnormal floats, which a process may have switched off.
 INLINE float from_half(uint16_t h) {
@@ -135,22 +122,6 @@ static void exact(const Block *b, int64_t count, const Rows *x, float *y) {
         }
 }
 
-// e^x to about 1e-7 (Cephes' polynomial); |x| is cut at 87, far behind where a sigmoid matters.
-INLINE float exponential(float x) {
-    const float magic = 12582912.0f;
-    x = x > 87.0f ? 87.0f : x;
-    x = x < -87.0f ? -87.0f : x;
-    float shifted = x * 1.44269504f + magic, n = shifted - magic;
-    float r = __builtin_fmaf(n, 2.12194440e-4f, __builtin_fmaf(n, -0.693359375f, x));
-    float p = 1.9875691500e-4f;
-    p = __builtin_fmaf(p, r, 1.3981999507e-3f);
-    p = __builtin_fmaf(p, r, 8.3334519073e-3f);
-    p = __builtin_fmaf(p, r, 4.1665795894e-2f);
-    p = __builtin_fmaf(p, r, 1.6666665459e-1f);
-    p = __builtin_fmaf(p, r, 5.0000001201e-1f);
-    float e = __builtin_fmaf(p, r * r, r) + 1.0f;
-    return e * float_of((bits_of(shifted) - bits_of(magic) + 127) << 23);
-}
 INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 // Abramowitz and Stegun 7.1.26, to 2e-7.
 INLINE float error_function(float x) {
@@ -216,4 +187,4 @@ static void load_some(const void *from, int64_t type, int64_t at, int64_t n, flo
         }                                                                          \
     }                                                                              \
     static int usable(void) { return usable_if; }                                  \
-    const Tier symbol = {shown, usable, pack, product, exact, activate, add, load_some, store};
+    const Tier symbol = {shown, usable, pack, product, exact, activate, add, load_some, store, norm, attend};

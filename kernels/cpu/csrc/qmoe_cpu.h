@@ -76,6 +76,37 @@ typedef struct {
     int64_t rows, ready;
 } Rows;
 
+// Rows of x [rows, width] divided by their root mean square, times (shift + weight). early: they are
+// rounded to the type of x before that product, as most families do it.
+typedef struct {
+    const void *x, *weight;
+    void *out;
+    int64_t rows, width, type, weight_type, early, threads;
+    float epsilon, shift;
+} Norm;
+
+enum { QUERIES = 32, KEYS = 64, WIDEST = 256 };  // rows of an item, keys at once, values of a head
+static inline int64_t padded(int64_t width) { return (width + 15) / 16 * 16; }
+
+// softmax(scale q k^T) v. q [B, heads, T, width], k [B, key_heads, S, width], v [B, key_heads, S,
+// value_width] with strides of all dimensions but the last, counted in values; out [B, T, heads,
+// value_width] in the same type. mask: bytes, 1 where a query sees a key, or NULL. causal: query t
+// sees keys up to t. A query that sees no key gets zeros. Widths up to WIDEST.
+typedef struct {
+    const void *q, *k, *v;
+    const uint8_t *mask;
+    void *out;
+    int64_t batch, heads, key_heads, queries, keys, width, value_width, type, causal, threads;
+    int64_t q_stride[3], k_stride[3], v_stride[3], mask_stride[4];
+    float scale;
+} Attention;
+
+// Queries that share keys: rows [row, row + rows) of T * group, a query's heads one behind the other,
+// and keys [key, key + keys). group: heads of a key head.
+typedef struct {
+    int64_t batch, key_head, group, row, rows, key, keys;
+} Part;
+
 // What an instruction set implements. All of them give the same bits.
 typedef struct {
     const char *name;
@@ -93,6 +124,10 @@ typedef struct {
     // n values from place `at` on to float, and n floats to a type.
     void (*load)(const void *from, int64_t type, int64_t at, int64_t n, float *to);
     void (*store)(const float *from, void *to, int64_t type, int64_t n);
+    void (*norm)(const Norm *, int64_t row);
+    // Of a part: sums [rows, padded value_width] of values by weights e^(score - top), tops [rows]
+    // (-inf: nothing is seen) and the sums of the weights.
+    void (*attend)(const Attention *, const Part *, float *sum, float *top, float *total);
 } Tier;
 
 extern const Tier *const qmoe_tiers[];  // best first; the last is scalar; NULL behind it
@@ -106,5 +141,8 @@ EXPORTED int qmoe_find_tier(const char *name);
 EXPORTED const char *qmoe_tier_name(int tier);
 // 0, or 1 if memory ran out. Up to 128 MiB of buffers are kept for the next call of the process.
 EXPORTED int qmoe_run(int tier, const Call *call);
+EXPORTED void qmoe_norm(int tier, const Norm *norm);
+// 0, or 1 if memory ran out.
+EXPORTED int qmoe_attend(int tier, const Attention *attention);
 // Writes every byte of the matrices into the stack's buffer, from one source each.
 EXPORTED void qmoe_pack(const Stack *stack, const Source *sources, int64_t threads);

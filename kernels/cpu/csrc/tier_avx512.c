@@ -95,6 +95,39 @@ INLINE void products_bits(const Block *b, int64_t count, const Rows *x, float *y
     else multiply_blocks(b, x, y, bits, 1);
 }
 
+typedef __m512 Lanes;
+enum { SIDE_ROWS = 4, SIDE_KEYS = 4, SIDE_COLUMNS = 4 };
+INLINE Lanes lanes_zero(void) { return _mm512_setzero_ps(); }
+INLINE Lanes lanes_all(float f) { return _mm512_set1_ps(f); }
+INLINE Lanes lanes_load(const float *v) { return _mm512_loadu_ps(v); }
+INLINE void lanes_store(float *to, Lanes v) { _mm512_storeu_ps(to, v); }
+INLINE Lanes lanes_mul(Lanes a, Lanes b) { return _mm512_mul_ps(a, b); }
+INLINE Lanes lanes_add(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
+INLINE Lanes lanes_max(Lanes a, Lanes b) { return _mm512_max_ps(a, b); }
+INLINE Lanes lanes_fma(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
+
+// Sums of 16 vectors at once, in the order of sum_of: halves and quarters of vectors, then of these.
+INLINE __m512 halves(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+}
+INLINE __m512 quarters(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+INLINE void sums(const Lanes *sum, float *s) {
+    __m512 key[4], two[2];
+    for (int j = 0; j < 4; j++, sum += 4) key[j] = quarters(halves(sum[0], sum[1]), halves(sum[2], sum[3]));
+    for (int j = 0; j < 2; j++)
+        two[j] = _mm512_add_ps(_mm512_shuffle_ps(key[2 * j], key[2 * j + 1], 0x44),
+                               _mm512_shuffle_ps(key[2 * j], key[2 * j + 1], 0xee));
+    __m512 all = _mm512_add_ps(_mm512_shuffle_ps(two[0], two[1], 0x88), _mm512_shuffle_ps(two[0], two[1], 0xdd));
+    _mm_storeu_ps(s, _mm512_castps512_ps128(all));
+    _mm_storeu_ps(s + KEYS, _mm512_extractf32x4_ps(all, 1));
+    _mm_storeu_ps(s + 2 * KEYS, _mm512_extractf32x4_ps(all, 2));
+    _mm_storeu_ps(s + 3 * KEYS, _mm512_extractf32x4_ps(all, 3));
+}
+#define LANES_SUMS sums
+#include "attend.h"
+
 DEFINE_TIER(qmoe_avx512, "avx512vnni",
             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))

@@ -67,6 +67,10 @@ INLINE void product_bits(const Block *b, const Rows *x, float *y, const int bits
 
 DEFINE_PRODUCTS
 
+#include "lanes16.h"
+// (attend.h is written in terms of it)
+#include "attend.h"
+
 DEFINE_TIER(qmoe_neon, "neon", has_dotprod())
 #include "target_end.h"
 #endif

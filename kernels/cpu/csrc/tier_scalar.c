@@ -22,4 +22,8 @@ INLINE void product_bits(const Block *b, const Rows *x, float *y, const int bits
 
 DEFINE_PRODUCTS
 
+#include "lanes16.h"
+// (attend.h is written in terms of it)
+#include "attend.h"
+
 DEFINE_TIER(qmoe_scalar, "scalar", 1)

@@ -78,3 +78,28 @@ INLINE __m256i four_of(const int8_t *q, int i) {
                 }                                                                                                   \
             }                                                                                                       \
     }
+
+typedef struct {
+    __m256 low, high;
+} Lanes;
+enum { SIDE_ROWS = 2, SIDE_KEYS = 2, SIDE_COLUMNS = 2 };  // what 16 registers hold
+INLINE Lanes lanes_zero(void) { return (Lanes){_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+INLINE Lanes lanes_all(float f) { return (Lanes){_mm256_set1_ps(f), _mm256_set1_ps(f)}; }
+INLINE Lanes lanes_load(const float *v) { return (Lanes){_mm256_loadu_ps(v), _mm256_loadu_ps(v + 8)}; }
+INLINE void lanes_store(float *to, Lanes a) {
+    _mm256_storeu_ps(to, a.low);
+    _mm256_storeu_ps(to + 8, a.high);
+}
+INLINE Lanes lanes_mul(Lanes a, Lanes b) {
+    return (Lanes){_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+}
+INLINE Lanes lanes_add(Lanes a, Lanes b) {
+    return (Lanes){_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+}
+INLINE Lanes lanes_max(Lanes a, Lanes b) {
+    return (Lanes){_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};
+}
+INLINE Lanes lanes_fma(Lanes a, Lanes b, Lanes c) {
+    return (Lanes){_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+#include "attend.h"

@@ -1,0 +1,65 @@
+"""Attention of a packed model on a CPU, through transformers' own interface for it."""
+
+import inspect
+import re
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from qmoe.kernels.cpu.attention import WIDEST, attention
+from qmoe.kernels.cpu.layout import TYPES
+
+NAME = "qmoe_cpu"
+
+
+def fuse_attention(model: Any) -> None:
+    """Let a model whose attention is torch's SDPA use the CPU kernel. A family whose code asks which
+    implementation is set keeps torch's."""
+    code = inspect.getsource(sys.modules[type(model).__module__])
+    asks = re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)", code)
+    if model.config._attn_implementation == "sdpa" and not asks:
+        AttentionInterface.register(NAME, attention_forward)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        model.set_attn_implementation(NAME)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as transformers calls it; torch's SDPA computes what the kernel does
+    not: gradients, dropout, masks that are added, paged caches, heads wider than 256."""
+    rest = (dropout, scaling, is_causal)
+    unusual = ("softcap", "output_attentions", "position_bias", "cache")
+    if dropout or any(kwargs.get(name) is not None for name in unusual):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, *rest, **kwargs)  # type: ignore[no-any-return]
+    if not _takes(query, key, value, attention_mask):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, *rest, **kwargs)  # type: ignore[no-any-return]
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    causal = query.shape[2] > 1 and attention_mask is None and causal
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attention(query, key, value, attention_mask, scale, causal), None
+
+
+def _takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return False
+    if q.dtype not in TYPES or k.dtype != q.dtype or v.dtype != q.dtype or q.is_meta:
+        return False
+    if len(q) != len(k) or q.shape[1] % k.shape[1] or max(q.shape[3], v.shape[3]) > WIDEST:
+        return False
+    if mask is None:
+        return True
+    return mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[3] == k.shape[2]

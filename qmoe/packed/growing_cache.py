@@ -1,0 +1,66 @@
+"""A cache of keys and values that has room for tokens to come.
+
+transformers' DynamicCache copies all earlier keys and values for every token that is decoded. On a
+CPU that takes longer than the attention itself.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """A DynamicLayer whose keys and values are the front part of larger tensors."""
+
+    room: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, H, T, D]; returns all of them. What was returned before is
+        never written to again."""
+        if not self.is_initialized or key_states.requires_grad or torch.compiler.is_compiling():
+            self.room = None
+            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
+        if self.room is None or not self._fits(end):
+            spare = max(256, start // 4)
+            self.room = (_with_room(self.keys, end + spare), _with_room(self.values, end + spare))
+        keys, values = self.room
+        keys[:, :, start:end] = key_states
+        values[:, :, start:end] = value_states
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        self.last = (self.keys, self.values)
+        return self.last
+
+    def _fits(self, end: int) -> bool:
+        """Whether keys and values are still the views that the last update left, with room behind
+        them: cropping, reordering and copying put others in their place."""
+        assert self.room is not None
+        same = self.keys is self.last[0] and self.values is self.last[1]
+        same = same and self.keys.data_ptr() == self.room[0].data_ptr()
+        usable = torch.is_inference_mode_enabled() or not self.room[0].is_inference()
+        return same and usable and end <= self.room[0].shape[-2]
+
+
+def _with_room(states: Tensor, length: int) -> Tensor:
+    B, H, T, D = states.shape
+    room = states.new_empty(B, H, length, D)
+    room[:, :, :T] = states
+    return room
+
+
+def let_caches_grow(model: nn.Module) -> None:
+    """Give every layer of a DynamicCache that this model fills room for more tokens."""
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        cache = getattr(output, "past_key_values", None)
+        if isinstance(cache, DynamicCache):
+            for layer in cache.layers:
+                if type(layer) is DynamicLayer:
+                    layer.__class__ = GrowingLayer
+
+    model.register_forward_hook(after)
