@@ -21,15 +21,15 @@ def attention_now(
     q: Float[Tensor, "B H T D"],
     k: Float[Tensor, "B G S D"],
     v: Float[Tensor, "B G S V"],
-    mask: Bool[Tensor, "B #H T S"] | None,
+    mask: Bool[Tensor, "B H0 T S"] | None,
     scale: float,
     causal: bool,
 ) -> Float[Tensor, "B T H V"]:
     """softmax(scale * q k^T) v, as in FlashAttention (Dao et al. 2022, algorithm 1), in float32.
 
-    q, k and v in float32, bfloat16 or float16, of any strides but for the last dimension, which is
-    contiguous; each of G key heads serves H / G heads; D and V up to 256. mask: where a query sees a
-    key. causal: query t sees keys 0 to t. A query that sees no key gets zeros. MemoryError.
+    q, k and v in float32, bfloat16 or float16; each of G key heads serves H / G heads; D and V up
+    to 256. mask: where a query sees a key, for all heads (H0 = 1) or each. causal: query t sees
+    keys 0 to t. A query that sees no key gets zeros. MemoryError.
     """
     number = tier()
     assert number is not None

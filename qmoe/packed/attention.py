@@ -18,8 +18,8 @@ NAME = "qmoe_cpu"
 
 
 def fuse_attention(model: Any) -> None:
-    """Let a model whose attention is torch's SDPA use the CPU kernel. A family whose code asks which
-    implementation is set keeps torch's."""
+    """Let a model whose attention is torch's SDPA use the CPU kernel. A family whose code asks
+    which implementation is set keeps torch's."""
     code = inspect.getsource(sys.modules[type(model).__module__])
     asks = re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)", code)
     if model.config._attn_implementation == "sdpa" and not asks:

@@ -14,8 +14,8 @@ from qmoe.errors import ConfigError, OutputError
 from qmoe.kernels import uses_arena
 from qmoe.kernels.cpu.stack import uses_cpu_kernels
 from qmoe.model.source import Source, check_complete
-from qmoe.packed.audit import audit_model, audit_unpacked
 from qmoe.packed.attention import fuse_attention
+from qmoe.packed.audit import audit_model, audit_unpacked
 from qmoe.packed.growing_cache import let_caches_grow
 from qmoe.packed.modules import PackedLinear, finish_experts
 from qmoe.packed.norms import fuse_norms

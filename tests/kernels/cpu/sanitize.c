@@ -112,11 +112,58 @@ static void trial(Random *r) {
     free(ids), free(gates), free(x), free(wanted), free(out);
 }
 
+// Attention with every instruction set, against the scalar one.
+static void attention_trial(Random *r) {
+    int64_t group = 1 + below(r, 5), G = 1 + below(r, 3), H = G * group, B = 1 + below(r, 2), type = below(r, 3);
+    int64_t T = 1 + below(r, below(r, 4) ? 4 : 40), S = below(r, 2) ? T : 1 + below(r, 600), D = 1 + below(r, 40);
+    int64_t V = below(r, 9) ? 1 + below(r, 40) : 256, size = type == FLOAT32 ? 4 : 2, out_size = B * T * H * V * size;
+    void *q = malloc((size_t)(B * H * T * D * size)), *k = malloc((size_t)(B * G * S * D * size));
+    void *v = malloc((size_t)(B * G * S * V * size)), *wanted = malloc((size_t)out_size), *out = malloc((size_t)out_size);
+    uint8_t *mask = below(r, 2) ? malloc((size_t)(B * T * S)) : 0;
+    for (int64_t i = 0; mask && i < B * T * S; i++) mask[i] = (uint8_t)below(r, 2);
+    fill(r, q, type, B * H * T * D), fill(r, k, type, B * G * S * D), fill(r, v, type, B * G * S * V);
+    Attention a = {q, k, v, mask, wanted, B, H, G, T, S, D, V, type, T == S && below(r, 2), 1 + below(r, 4),
+                   {H * T * D, T * D, D}, {G * S * D, S * D, D}, {G * S * V, S * V, V}, {T * S, 0, S, 1}, 0.3f};
+    if (qmoe_attend(qmoe_find_tier("scalar"), &a)) abort();
+    a.out = out;
+    for (int tier = 0; qmoe_tiers[tier]; tier++) {
+        if (!qmoe_tiers[tier]->usable()) continue;
+        if (qmoe_attend(tier, &a)) abort();
+        if (memcmp(out, wanted, (size_t)out_size)) {
+            fprintf(stderr, "%s differs from scalar: attention, type %d, B %d, H %d, G %d, T %d, S %d, D %d, V %d\n",
+                    qmoe_tier_name(tier), (int)type, (int)B, (int)H, (int)G, (int)T, (int)S, (int)D, (int)V);
+            exit(1);
+        }
+    }
+    free(q), free(k), free(v), free(mask), free(wanted), free(out);
+}
+
+static void norm_trial(Random *r) {
+    int64_t rows = 1 + below(r, 200), width = 1 + below(r, 1200), type = below(r, 3), weights = below(r, 3);
+    size_t bytes = (size_t)(rows * width * (type == FLOAT32 ? 4 : 2));
+    void *x = malloc(bytes), *wanted = malloc(bytes), *out = malloc(bytes);
+    void *weight = malloc((size_t)(width * (weights == FLOAT32 ? 4 : 2)));
+    fill(r, x, type, rows * width), fill(r, weight, weights, width);
+    Norm norm = {x, weight, wanted, rows, width, type, weights, below(r, 2), 1 + below(r, 4), 1e-6f, (float)below(r, 2)};
+    qmoe_norm(qmoe_find_tier("scalar"), &norm);
+    norm.out = out;
+    for (int tier = 0; qmoe_tiers[tier]; tier++) {
+        if (!qmoe_tiers[tier]->usable()) continue;
+        qmoe_norm(tier, &norm);
+        if (memcmp(out, wanted, bytes)) {
+            fprintf(stderr, "%s differs from scalar: norm, type %d, rows %d, width %d\n", qmoe_tier_name(tier), (int)type,
+                    (int)rows, (int)width);
+            exit(1);
+        }
+    }
+    free(x), free(weight), free(wanted), free(out);
+}
+
 static int64_t trials = 300;
 
 static void *work(void *seed) {
     Random r = {(uint64_t)(size_t)seed * 7919 + 1};
-    for (int64_t i = 0; i < trials; i++) trial(&r);
+    for (int64_t i = 0; i < trials; i++) trial(&r), attention_trial(&r), norm_trial(&r);
     return 0;
 }
 
