@@ -23,7 +23,7 @@ FAST = QuantConfig(search_grid=False, calibration=SMALL)
 
 def test_the_demo_model_predicts(demo, quantized):
     """Far below unigram perplexity (844 to 1217) in every domain, and so does its int4 form."""
-    result = evaluate(quantized, against=demo, samples=6)
+    result = evaluate(quantized, against=demo, samples=2)
     for name in ("original", "qmoe"):
         for domain, score in result["scores"][name].items():
             assert score["perplexity"] < 150, (name, domain)
@@ -61,15 +61,9 @@ def weights(folder):
     return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
 
 
-def test_same_seed_same_bytes(short, saved, tmp_path):
-    config = replace(QUICK, calibration=replace(LITTLE_TEXT, seed=1))
-    statistics = tmp_path / "s"
-    qmoe.quantize(short, tmp_path / "again", config, save_statistics=statistics, progress=False)
-    assert same_files(saved / "q1", tmp_path / "again") and same_files(saved / "s1", statistics)
-
-
-def test_saving_statistics_changes_no_weight(quantized_short, saved):
-    assert weights(quantized_short) == weights(saved / "q0")
+def test_same_seed_same_bytes(short, quantized_short, tmp_path):
+    qmoe.quantize(short, tmp_path / "again", QUICK, progress=False)
+    assert same_files(quantized_short, tmp_path / "again")
 
 
 def test_another_seed_other_bytes(saved):
