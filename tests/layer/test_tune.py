@@ -23,13 +23,6 @@ TEXT = CalibrationConfig(ONE_DOMAIN, samples=16, seqlen=64, self_samples=0)
 TUNED = QuantConfig(experts=LOW, dense=LOW, search_grid=False, tune=12, calibration=TEXT)
 
 
-@pytest.fixture(scope="module")
-def tiny(demo, tmp_path_factory):
-    """Where any model that can write text does."""
-    path = tmp_path_factory.mktemp("tiny") / "source"
-    return save_random("qwen3_moe", path, demo, torch.bfloat16)
-
-
 def test_rounding_on_the_grid_and_its_straight_through_gradient():
     latent = torch.tensor([[-3.0, -1.6, 0.4, 0.6, 1.2, 5.0]], requires_grad=True)
     scale = torch.tensor([[0.5, 2.0]], requires_grad=True)
@@ -68,8 +61,8 @@ def test_router_logits_count_less_their_mean():
 
 def test_tuning_brings_a_layer_closer(demo, tmp_path):
     source = first_layers(demo, tmp_path / "source", 1)
-    text = CalibrationConfig(ONE_DOMAIN, samples=12, seqlen=64, batch=4, self_samples=0)
-    config = replace(TUNED, refit=False, tune=12, calibration=text)
+    text = CalibrationConfig(ONE_DOMAIN, samples=24, seqlen=64, batch=4, self_samples=0)
+    config = replace(TUNED, refit=False, tune=24, calibration=text)
     (layer,) = qmoe.quantize(source, tmp_path / "out", config, progress=False)["layers"]
     assert layer["tuning"]["tuned"] < layer["tuning"]["solved"]
 
@@ -102,16 +95,17 @@ def test_tuned_families_pass_the_audit_and_load(family, demo, tmp_path):
     assert model(input_ids=ids).logits.isfinite().all()
 
 
-def test_a_tuned_run_goes_on_to_the_same_bytes(tiny, tmp_path, monkeypatch):
+def test_a_tuned_run_goes_on_to_the_same_bytes(demo, tmp_path, monkeypatch):
+    source = save_random("qwen3_moe", tmp_path / "source", demo, torch.bfloat16)
     config = replace(TUNED, tune=3, calibration=replace(TEXT, samples=6, self_samples=4))
-    qmoe.quantize(tiny, tmp_path / "whole", config, progress=False)
+    qmoe.quantize(source, tmp_path / "whole", config, progress=False)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 1)
         with pytest.raises(KeyboardInterrupt):
-            qmoe.quantize(tiny, tmp_path / "out", config, progress=False)
+            qmoe.quantize(source, tmp_path / "out", config, progress=False)
     with monkeypatch.context() as patch:  # what the model wrote is kept, not written again
         patch.setattr("qmoe.pipeline.self_text.write", None)
-        qmoe.quantize(tiny, tmp_path / "out", config, progress=False)
+        qmoe.quantize(source, tmp_path / "out", config, progress=False)
     assert same_files(tmp_path / "whole", tmp_path / "out")
     report = read_report(tmp_path / "out")
     assert (
@@ -120,10 +114,10 @@ def test_a_tuned_run_goes_on_to_the_same_bytes(tiny, tmp_path, monkeypatch):
     assert not [line for line in report["fallbacks"] if "text" in line]
 
 
-def test_no_memory_to_write_text_is_reported(tiny, tmp_path, monkeypatch):
+def test_no_memory_to_write_text_is_reported(short, tmp_path, monkeypatch):
     monkeypatch.setattr("qmoe.pipeline.self_text.free", lambda: 100_000)
     config = QuantConfig(search_grid=False, calibration=replace(TEXT, self_samples=4))
-    report = qmoe.quantize(tiny, tmp_path / "out", config, progress=False)
+    report = qmoe.quantize(short, tmp_path / "out", config, progress=False)
     assert report["fallbacks"][0].startswith(
         "no text was written, 4 samples asked for: that takes 6.23 MB"
     )
@@ -131,11 +125,11 @@ def test_no_memory_to_write_text_is_reported(tiny, tmp_path, monkeypatch):
     assert report["calibration"]["self_samples"] == 0
 
 
-def test_without_memory_for_the_original_a_copy_writes(tiny, tmp_path, monkeypatch):
-    whole, copy = _bytes(open_source(ModelFolder(tiny), torch.bfloat16))
+def test_without_memory_for_the_original_a_copy_writes(short, tmp_path, monkeypatch):
+    whole, copy = _bytes(open_source(ModelFolder(short), torch.bfloat16))
     monkeypatch.setattr("qmoe.pipeline.self_text.free", lambda: int(1.3 * (whole + copy) / 2))
     config = QuantConfig(search_grid=False, calibration=replace(TEXT, self_samples=4))
-    report = qmoe.quantize(tiny, tmp_path / "out", config, progress=False)
+    report = qmoe.quantize(short, tmp_path / "out", config, progress=False)
     first = report["fallbacks"][0]
     assert first.startswith("a copy with 4-bit experts wrote text, 4 samples asked for: the orig")
     assert report["calibration"]["samples"] == [20, 64]
@@ -149,12 +143,12 @@ def test_tuning_starts_from_gptq(method):
         QuantConfig(method, tune=10)
 
 
-def test_a_family_that_cannot_continue_text_is_reported(tiny, tmp_path, monkeypatch):
+def test_a_family_that_cannot_continue_text_is_reported(short, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise ValueError("this cache has no length")
 
     monkeypatch.setattr("qmoe.pipeline.self_text._continue", fail)
     config = QuantConfig(search_grid=False, calibration=replace(TEXT, self_samples=4))
-    report = qmoe.quantize(tiny, tmp_path / "out", config, progress=False)
+    report = qmoe.quantize(short, tmp_path / "out", config, progress=False)
     assert "generating failed: ValueError: this cache has no length" in report["fallbacks"][0]
     assert report["calibration"]["self_samples"] == 0
