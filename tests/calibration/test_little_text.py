@@ -69,9 +69,9 @@ def test_notes_in_statistics_that_are_damaged(tmp_path):
         stats.check(path, {})
 
 
-def test_an_evaluation_says_it_too(quantized, tmp_path, config, capsys):
+def test_an_evaluation_says_it_too(quantized_short, tmp_path, config, capsys):
     folder = tmp_path / "text"
-    args = ["eval", str(quantized), "--text", str(folder), "--samples", "8", "--seqlen", "64"]
+    args = ["eval", str(quantized_short), "--text", str(folder), "--samples", "8", "--seqlen", "64"]
     assert main(args) == 1
     assert "none); give more text or a smaller sample" in capsys.readouterr().err
     (folder / "none.txt").unlink()

@@ -47,7 +47,7 @@ def dequantized(quantized):
     return unpacked_tensors(tensors, Schemes(config, ""))
 
 
-@pytest.mark.parametrize("style", [slow("grok"), "deepseek", "expert_choice"])
+@pytest.mark.parametrize("style", [slow("grok"), "deepseek", slow("expert_choice")])
 def test_reloaded_equals_the_code_with_dequantized_weights(style, tmp_path, demo):
     twin = save(style, tmp_path / "source", demo)
     report = quantize(tmp_path / "source", tmp_path / "quantized")
@@ -207,9 +207,9 @@ def test_commands_run_with_the_option(tmp_path, demo, capsys):
     assert set(speed) == {"qmoe", "original", "rtn", "nf4"}
 
 
-def test_a_class_of_transformers_is_taken_though_the_folder_has_code(tmp_path, demo):
+def test_a_class_of_transformers_is_taken_though_the_folder_has_code(tmp_path, short):
     """As DeepSeek-V3 has, written for a transformers that did not know it yet."""
-    shutil.copytree(demo, tmp_path / "source")
+    shutil.copytree(short, tmp_path / "source")
     path = tmp_path / "source" / "config.json"
     config = json.loads(path.read_text())
     config["auto_map"] = {

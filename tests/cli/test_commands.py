@@ -9,27 +9,27 @@ from qmoe.cli.main import main
 from qmoe.measure.bench import memory
 
 
-def test_json_output_of_every_command(demo, quantized, tmp_path, capsys):
+def test_json_output_of_every_command(short, quantized_short, tmp_path, capsys):
     def run(*args):
         assert main([*map(str, args), "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
-    report = run("quantize", demo, tmp_path / "q", "--method", "rtn")
+    report = run("quantize", short, tmp_path / "q", "--method", "rtn")
     assert report["bytes"]["experts packed"] > 0
-    assert run("inspect", quantized)["bytes"] == report["bytes"]
-    assert len(run("inspect", quantized, "--experts")["experts"]) == 64
-    parts = run("inspect", demo)["parts"]
+    assert run("inspect", quantized_short)["bytes"] == report["bytes"]
+    assert len(run("inspect", quantized_short, "--experts")["experts"]) == 32
+    parts = run("inspect", short)["parts"]
     assert {
         "name": "model.layers.0.mlp.experts",
         "shapes": [[16, 256, 256], [16, 256, 128]],
     } in parts
-    scores = run("eval", quantized, "--samples", "1", "--text", "heldout:austen")["scores"]
+    scores = run("eval", quantized_short, "--samples", "1", "--text", "heldout:austen")["scores"]
     assert scores["qmoe"]["austen"]["perplexity"] > 1
 
 
 @pytest.mark.slow
-def test_memory_is_measured_in_a_fresh_process(quantized):
-    found = memory("qmoe", ModelFolder(quantized))
+def test_memory_is_measured_in_a_fresh_process(quantized_short):
+    found = memory("qmoe", ModelFolder(quantized_short))
     assert 0 < found["without_model"] < found["loaded"] <= found["peak"]
 
 
@@ -48,15 +48,17 @@ def test_bench_measures_every_model(short, quantized_short, bench_in_forks, caps
 
 
 def test_people_get_tables_and_no_progress_bars_when_piped(
-    demo, short, quantized, bench_in_forks, tmp_path, capsys
+    short, quantized_short, bench_in_forks, tmp_path, capsys
 ):
+    little = ["--samples", "1", "--seqlen", "64"]
+    ours = ["eval", quantized_short, *little, "--text", "heldout:austen"]
     for command in (
-        ["quantize", short, tmp_path / "q", "--preset", "fast", "--samples", "4"],
-        ["inspect", quantized, "--experts"],
-        ["inspect", demo],
-        ["eval", quantized, "--against", demo, "--samples", "1"],
-        ["eval", quantized, "--against", demo, "--samples", "1", "--baseline", "rtn"],
-        ["bench", quantized, "--prompt", "8", "--tokens", "1", "--repeats", "1"],
+        ["quantize", short, tmp_path / "q", "--preset", "fast", *little],
+        ["inspect", quantized_short, "--experts"],
+        ["inspect", short],
+        [*ours, "--against", short],
+        [*ours, "--against", short, "--baseline", "rtn"],
+        ["bench", quantized_short, "--prompt", "8", "--tokens", "1", "--repeats", "1"],
     ):
         assert main([str(c) for c in command]) == 0
         out, err = capsys.readouterr()

@@ -87,8 +87,8 @@ def test_bits_of_a_config_file_are_given(demo, capsys, tmp_path):
     assert not any(part["name"] == "dense linears" for part in found["parts"])
 
 
-def test_a_folder_that_is_quantized(quantized, capsys):
-    status, _, err = run(capsys, quantized)
+def test_a_folder_that_is_quantized(quantized_short, capsys):
+    status, _, err = run(capsys, quantized_short)
     assert status == 1 and "already quantized" in err
 
 

@@ -113,10 +113,10 @@ def test_a_config_file_of_any_settings(tmp_path, settings):
     assert config("--config", str(tmp_path / "c.toml")) == settings
 
 
-def test_the_settings_of_a_folder_are_a_config_file(quantized, tmp_path, capsys):
-    assert main(["inspect", str(quantized), "--config"]) == 0
+def test_the_settings_of_a_folder_are_a_config_file(quantized_short, tmp_path, capsys):
+    assert main(["inspect", str(quantized_short), "--config"]) == 0
     (tmp_path / "c.toml").write_text(capsys.readouterr().out)
-    made = QuantConfig.from_dict(qmoe.packed.report.read_report(quantized)["config"])
+    made = QuantConfig.from_dict(qmoe.packed.report.read_report(quantized_short)["config"])
     assert config("--config", str(tmp_path / "c.toml")) == made
 
 

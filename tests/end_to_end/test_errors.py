@@ -96,8 +96,8 @@ def test_config_that_is_not_json(capsys, tmp_path, model):
     expect_error(capsys, tmp_path, "cannot be read as JSON", model, tmp_path / "out")
 
 
-def test_already_quantized(capsys, tmp_path, quantized):
-    expect_error(capsys, tmp_path, "already quantized", quantized, tmp_path / "out")
+def test_already_quantized(capsys, tmp_path, quantized_short):
+    expect_error(capsys, tmp_path, "already quantized", quantized_short, tmp_path / "out")
 
 
 def test_missing_shard(capsys, tmp_path, model):
@@ -209,10 +209,10 @@ def test_text_shorter_than_one_window(capsys, tmp_path, demo):
     )  # fmt: skip
 
 
-def test_a_window_longer_than_the_model_reads(capsys, tmp_path, demo, quantized):
+def test_a_window_longer_than_the_model_reads(capsys, tmp_path, demo, quantized_short):
     message = "seqlen: 2000 tokens are more than the 1024 positions of this model"
     expect_error(capsys, tmp_path, message, demo, tmp_path / "out", "--seqlen", "2000")
-    assert main(["eval", str(quantized), "--seqlen", "2000"]) == 1
+    assert main(["eval", str(quantized_short), "--seqlen", "2000"]) == 1
     assert message in capsys.readouterr().err
 
 
@@ -244,11 +244,11 @@ def test_settings_that_contradict_each_other(capsys, tmp_path, demo):
     )
 
 
-def test_disk_full_while_writing(tmp_path, demo, forks):
+def test_disk_full_while_writing(tmp_path, short, forks):
     """The kernel refuses to let files grow past 300 kB, as a full disk or quota would."""
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
-    process = forks.quantize(demo, tmp_path / "out", *LITTLE, before=limit)
+    process = forks.quantize(short, tmp_path / "out", *LITTLE, before=limit)
     err = process.communicate()[1]
     assert process.returncode == 1 and "the disk is full; nothing was left behind" in err, err
     assert list(tmp_path.iterdir()) == []
@@ -288,11 +288,11 @@ def test_a_folder_without_a_tokenizer(capsys, tmp_path, model):
 
 
 @pytest.mark.parametrize("command", ["eval", "bench"])
-def test_comparing_with_another_model(capsys, tmp_path, demo, quantized, command):
+def test_comparing_with_another_model(capsys, tmp_path, demo, quantized_short, command):
     other = save_random("mixtral", tmp_path / "other", demo, torch.bfloat16)
-    assert main([command, str(quantized), "--against", str(other)]) == 1
+    assert main([command, str(quantized_short), "--against", str(other)]) == 1
     assert "is not the original of" in capsys.readouterr().err
-    assert main([command, str(quantized), "--against", str(quantized)]) == 1
+    assert main([command, str(quantized_short), "--against", str(quantized_short)]) == 1
     assert "is quantized itself" in capsys.readouterr().err
 
 
@@ -397,7 +397,7 @@ def test_text_tables_that_cannot_be_read(capsys, tmp_path, demo):
         "bench --repeats 0",
     ],
 )
-def test_counts_that_make_no_sense(capsys, quantized, command):
+def test_counts_that_make_no_sense(capsys, quantized_short, command):
     name, *options = command.split()
-    assert main([name, str(quantized), *options]) == 1
+    assert main([name, str(quantized_short), *options]) == 1
     assert "expected at least" in capsys.readouterr().err

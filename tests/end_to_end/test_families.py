@@ -179,7 +179,7 @@ def test_plain_transformers_refuses_rotated_weights_loudly(tmp_path, demo, plain
     assert found is None and "pack-quantized-rotated" in told
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [slow(False), True])
 def test_plain_transformers_loads_a_fused_rotation(tied, tmp_path, demo, plain):
     source = save_random(
         "qwen3_moe", tmp_path / "source", demo, torch.float32, tie_word_embeddings=tied
@@ -225,7 +225,7 @@ def test_dense_linears_can_be_left_alone(tmp_path, demo, plain):
 
 @pytest.mark.parametrize(
     "family",
-    mostly_slow([(f,) for f in FAMILIES], lambda f: f in ("gpt_oss", "deepseek_v3")),
+    mostly_slow([(f,) for f in FAMILIES], lambda f: f == "gpt_oss"),
 )
 def test_awq_folds_leave_the_unrounded_model_as_it_was(family, tmp_path, demo):
     """At 8 bits AWQ's folding is all that is left to see: the logits must be the original's."""
@@ -277,26 +277,26 @@ def test_experts_in_a_middle_layer_only(tmp_path, demo):
         mlp_only_layers=[0, 2],
         intermediate_size=96,
     )
-    config = QuantConfig(experts=Scheme(4, 32), calibration=CALIBRATION)
+    config = QuantConfig(experts=Scheme(4, 32), search_grid=False, calibration=CALIBRATION)
     qmoe.quantize(source, tmp_path / "q", config, save_statistics=tmp_path / "st", progress=False)
-    config = QuantConfig(experts=Scheme(4, 32), dense=None)
+    config = QuantConfig(experts=Scheme(4, 32), dense=None, search_grid=False)
     qmoe.quantize(
         source, tmp_path / "q2", config, statistics_from=[tmp_path / "st"], progress=False
     )
     assert logits(qmoe.load(tmp_path / "q2", progress=False)[0]).isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linears_of_odd_sizes(dtype, tmp_path, demo):
+@pytest.mark.parametrize("bits", [3, 8])
+def test_linears_of_odd_sizes(bits, tmp_path, demo):
     """torch's int8 kernel reads past rows that are no multiple of 16; 40 is none."""
     source = save_random("deepseek_v3", tmp_path / "s", demo, torch.float32, q_lora_rank=40)
-    for bits in (3, 8):
-        config = QuantConfig("rtn", Scheme(4, 32), Scheme(bits, -1))
-        qmoe.quantize(source, tmp_path / f"q{bits}", config, progress=False)
-        model, _ = qmoe.load(tmp_path / f"q{bits}", dtype, activations="bf16", progress=False)
-        twin = dequantized_twin(source, tmp_path / f"q{bits}", tmp_path / f"t{bits}")
-        error = (logits(model).float() - logits(twin)).norm(dim=-1) / logits(twin).norm(dim=-1)
-        assert error.median() < (1e-4 if dtype == torch.float32 else 0.05)
+    config = QuantConfig("rtn", Scheme(4, 32), Scheme(bits, -1))
+    qmoe.quantize(source, tmp_path / "q", config, progress=False)
+    expected = logits(dequantized_twin(source, tmp_path / "q", tmp_path / "t"))
+    for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+        model, _ = qmoe.load(tmp_path / "q", dtype, activations="bf16", progress=False)
+        error = (logits(model).float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+        assert error.median() < most, dtype
 
 
 def test_experts_stored_in_one_tensor_give_the_same_as_expert_by_expert(tmp_path, demo):

@@ -197,8 +197,8 @@ def test_a_tokenizer_config_that_points_outside(capsys, tmp_path, model):
         (lambda r: _entry(r).update(routing_mass=["x"] * 16), "in its layers, ValueError"),
     ],
 )
-def test_a_report_that_was_changed(capsys, tmp_path, quantized, change, message):
-    folder = shutil.copytree(quantized, tmp_path / "q")
+def test_a_report_that_was_changed(capsys, tmp_path, quantized_short, change, message):
+    folder = shutil.copytree(quantized_short, tmp_path / "q")
     report = json.loads((folder / "qmoe_report.json").read_text())
     change(report)
     (folder / "qmoe_report.json").write_text(json.dumps(report))
@@ -209,9 +209,9 @@ def _entry(report):
     return next(iter(report["layers"][0]["experts"].values()))
 
 
-def test_packed_words_of_another_kind(tmp_path, quantized):
-    folder = shutil.copytree(quantized, tmp_path / "q")
-    file = folder / "model-00001-of-00005.safetensors"
+def test_packed_words_of_another_kind(tmp_path, quantized_short):
+    folder = shutil.copytree(quantized_short, tmp_path / "q")
+    file = folder / "model-00001-of-00003.safetensors"
     tensors = load_file(file)
     name = next(n for n in tensors if n.endswith("experts.3.down_proj.weight_packed"))
     save_file(tensors | {name: tensors[name].long()}, file)
@@ -219,8 +219,8 @@ def test_packed_words_of_another_kind(tmp_path, quantized):
         qmoe.load(folder, progress=False)
 
 
-def test_a_quantized_folder_with_a_scheme_of_words(capsys, tmp_path, quantized):
-    folder = shutil.copytree(quantized, tmp_path / "q")
+def test_a_quantized_folder_with_a_scheme_of_words(capsys, tmp_path, quantized_short):
+    folder = shutil.copytree(quantized_short, tmp_path / "q")
     config = json.loads((folder / "config.json").read_text())
     next(iter(config["quantization_config"]["config_groups"].values()))["weights"] |= {
         "group_size": "many"
@@ -230,11 +230,14 @@ def test_a_quantized_folder_with_a_scheme_of_words(capsys, tmp_path, quantized):
 
 
 @pytest.mark.parametrize("command", ["eval", "bench"])
-def test_against_the_same_config_with_other_weights(capsys, tmp_path, model, quantized, command):
+def test_against_the_same_config_with_other_weights(
+    capsys, tmp_path, short, quantized_short, command
+):
+    model = shutil.copytree(short, tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
     tensors["model.norm.weight"] += 1
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    expect(capsys, "same config, other weights", command, quantized, "--against", model)
+    expect(capsys, "same config, other weights", command, quantized_short, "--against", model)
 
 
 def test_bench_of_what_is_not_quantized(capsys, demo):

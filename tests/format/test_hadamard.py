@@ -68,7 +68,7 @@ def test_weights_with_outliers_lose_less(method):
 
 
 @pytest.mark.parametrize(
-    "family", [slow("qwen3_moe"), slow("qwen2_moe"), "deepseek_v3", "gpt_oss", slow("llama4")]
+    "family", [slow("qwen3_moe"), slow("qwen2_moe"), "deepseek_v3", slow("gpt_oss"), slow("llama4")]
 )
 def test_a_reloaded_model_equals_the_one_with_dequantized_weights(family, tmp_path):
     """Shared experts, grouped routing, biases, experts stored transposed and interleaved."""

@@ -7,7 +7,7 @@ from itertools import product as every
 
 import pytest
 import torch
-from helpers import DEVICE, assert_close, mostly_slow
+from helpers import DEVICE, assert_close, mostly_slow, slow
 
 from qmoe.config import Scheme
 from qmoe.format.grid import dequantize
@@ -155,7 +155,7 @@ EDGES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [slow(torch.float32), torch.float16])
 def test_the_same_bits_twice(dtype):
     """Also where several assignments of a token, and several shares of K, are summed."""
     schemes = [Scheme(bits, 32) for bits in (2, 3, 4, 8)]

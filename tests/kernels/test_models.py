@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DEVICE, assert_close, save_random
+from helpers import DEVICE, assert_close, save_random, slow
 
 import qmoe
 import qmoe.packed.load
@@ -64,7 +64,7 @@ def test_a_model_with_too_little_memory_for_its_experts(quantized_short, through
         through_kernels(quantized_short, expert_memory=need // 40)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", slow("deepseek_v3")])
 def test_slots_are_as_planned(demo, tmp_path, through_kernels, family):
     """The number of slots, and the bytes of all that lies on the device, to the byte."""
     folder = save_random(family, tmp_path / "m", demo, torch.float32)

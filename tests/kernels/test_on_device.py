@@ -3,7 +3,7 @@ blocks, experts in slots. On a CPU the same at toy sizes in the interpreter, whe
 
 import pytest
 import torch
-from helpers import DEVICE, assert_close
+from helpers import DEVICE, assert_close, mostly_slow
 from offline.roofline import LAYERS, Layer
 from torch import nn
 
@@ -61,7 +61,11 @@ def poison():
     torch.full((1 << 26 if GPU else 1 << 16,), float("nan"), device=DEVICE)
 
 
-@pytest.mark.parametrize("layer, bits", CELLS, ids=lambda x: getattr(x, "name", str(x)))
+@pytest.mark.parametrize(
+    "layer, bits",
+    mostly_slow(CELLS, lambda layer, bits: GPU or bits == 4),
+    ids=lambda x: getattr(x, "name", str(x)),
+)
 def test_layers_of_real_sizes(layer, bits):
     arena, (first, second) = make(layer, bits, symmetric=bits != MIXED)
     for T in TOKENS:

@@ -109,11 +109,11 @@ def test_a_slow_memory_changes_nothing_but_time():
     for _, slow in made:
         slow.warm(range(E))
         assert sorted(e for e, _ in slow.held.pairs) == [8, 9, 10, 11]  # the most used ones
-    for step, T in enumerate((1, 1, 9, 1, 1)):
+    for step, T in enumerate((1, 7, 1, 1)):
         for layer, (fast, slow) in enumerate(made):
             x, gates = torch.randn(T, H), torch.rand(T, A)
             ids = torch.stack([torch.randperm(5 + 2 * layer)[:A] for _ in range(T)])
-            if step == 3:
+            if step == 2:
                 ids[:] = E  # every assignment a sentinel
             assert_close(slow.experts(x, ids, gates, SILU), fast.experts(x, ids, gates, SILU))
 
@@ -135,9 +135,9 @@ def test_guessed_experts_are_there_before_they_are_wanted():
 def test_the_host_copy_is_never_written():
     ((fast, slow),) = layers(1, 2)
     before, table = fast.buffer.clone(), fast.table.clone()
-    for _ in range(3):
-        ids = torch.stack([torch.randperm(E)[:A] for _ in range(7)])
-        slow.experts(torch.randn(7, H), ids, torch.rand(7, A), SILU)
+    for _ in range(2):
+        ids = torch.stack([torch.randperm(E)[:A] for _ in range(5)])
+        slow.experts(torch.randn(5, H), ids, torch.rand(5, A), SILU)
     assert torch.equal(fast.buffer, before) and torch.equal(fast.table, table)
     assert slow.nbytes() > fast.nbytes() and slow.packed_bytes() == fast.packed_bytes()
 

@@ -117,7 +117,7 @@ def test_linears_are_solved_one_behind_the_other():
 
 def test_layers_come_closer_to_the_originals(demo, tmp_path):
     source = first_layers(demo, tmp_path / "source", 1)
-    text = CalibrationConfig(samples=32, self_samples=0)
+    text = CalibrationConfig(ONE_DOMAIN, samples=16, seqlen=128, self_samples=0)
     error = {}
     for on in (False, True):
         config = QuantConfig(experts=LOW, dense=LOW, search_grid=False, refit=on, calibration=text)

@@ -95,16 +95,17 @@ def test_tuned_families_pass_the_audit_and_load(family, demo, tmp_path):
     assert model(input_ids=ids).logits.isfinite().all()
 
 
-def test_a_tuned_run_goes_on_to_the_same_bytes(short, tmp_path, monkeypatch):
+def test_a_tuned_run_goes_on_to_the_same_bytes(demo, tmp_path, monkeypatch):
+    source = save_random("qwen3_moe", tmp_path / "source", demo, torch.bfloat16)
     config = replace(TUNED, tune=3, calibration=replace(TEXT, samples=6, self_samples=4))
-    qmoe.quantize(short, tmp_path / "whole", config, progress=False)
+    qmoe.quantize(source, tmp_path / "whole", config, progress=False)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 1)
         with pytest.raises(KeyboardInterrupt):
-            qmoe.quantize(short, tmp_path / "out", config, progress=False)
+            qmoe.quantize(source, tmp_path / "out", config, progress=False)
     with monkeypatch.context() as patch:  # what the model wrote is kept, not written again
         patch.setattr("qmoe.pipeline.self_text.write", None)
-        qmoe.quantize(short, tmp_path / "out", config, progress=False)
+        qmoe.quantize(source, tmp_path / "out", config, progress=False)
     assert same_files(tmp_path / "whole", tmp_path / "out")
     report = read_report(tmp_path / "out")
     assert (

@@ -16,11 +16,11 @@ from qmoe.packed.audit import audit_folder, audit_model
 
 
 @pytest.fixture
-def folder(quantized, tmp_path):
-    return shutil.copytree(quantized, tmp_path / "q")
+def folder(quantized_short, tmp_path):
+    return shutil.copytree(quantized_short, tmp_path / "q")
 
 
-def tamper(folder, change, shard="model-00002-of-00005.safetensors"):
+def tamper(folder, change, shard="model-00002-of-00003.safetensors"):
     tensors = load_file(folder / shard)
     change(tensors)
     save_file(tensors, folder / shard, metadata={"format": "pt"})
@@ -33,17 +33,17 @@ def tamper(folder, change, shard="model-00002-of-00005.safetensors"):
 EXPERT = "model.layers.1.mlp.experts.3.down_proj"
 
 
-def test_every_byte_has_a_kind(quantized):
-    audit = audit_folder(ModelFolder(quantized))
+def test_every_byte_has_a_kind(quantized_short):
+    audit = audit_folder(ModelFolder(quantized_short))
     stored = {}
-    for file in quantized.glob("*.safetensors"):
+    for file in quantized_short.glob("*.safetensors"):
         stored |= load_file(file)
     assert sum(audit.bytes.values()) == sum(t.nbytes for t in stored.values())
     kinds = audit.bytes
-    weights = 4 * 16 * 3 * 256 * 128  # layers, experts, matrices of an expert
+    weights = 2 * 16 * 3 * 256 * 128  # layers, experts, matrices of an expert
     assert kinds["experts packed"] == weights // 2
     assert kinds["experts packed"] + kinds["experts scales"] <= 0.28 * 2 * weights
-    assert kinds["router"] == 4 * 16 * 256 * 2
+    assert kinds["router"] == 2 * 16 * 256 * 2
     assert kinds["embeddings"] == 4096 * 256 * 2
     assert kinds["experts 16-bit"] == kinds["dense 16-bit"] == 0
 
@@ -117,24 +117,24 @@ def test_a_wrong_weight_shape_is_found(folder):
         qmoe.load(folder, progress=False)
 
 
-def test_an_unpacked_expert_in_memory_is_found(quantized):
-    model, _ = qmoe.load(quantized, progress=False)
+def test_an_unpacked_expert_in_memory_is_found(quantized_short):
+    model, _ = qmoe.load(quantized_short, progress=False)
     audit_model(model, "here")
-    module = model.model.layers[2].mlp.experts
+    module = model.model.layers[1].mlp.experts
     delattr(module, "qmoe_arena" if hasattr(module, "qmoe_arena") else "qmoe_first")
-    with pytest.raises(AuditError, match="routed experts not packed|layers.2.mlp.experts"):
+    with pytest.raises(AuditError, match="routed experts not packed|layers.1.mlp.experts"):
         audit_model(model, "here")
 
 
-def test_a_parameter_without_data_is_found(quantized):
-    model, _ = qmoe.load(quantized, progress=False)
+def test_a_parameter_without_data_is_found(quantized_short):
+    model, _ = qmoe.load(quantized_short, progress=False)
     model.model.norm.weight = torch.nn.Parameter(torch.empty(256, device="meta"))
     with pytest.raises(AuditError, match="has no data: model.norm.weight"):
         audit_model(model, "here")
 
 
-def test_no_routed_expert_is_left_in_16_bits_in_memory(quantized):
-    model, _ = qmoe.load(quantized, progress=False)
+def test_no_routed_expert_is_left_in_16_bits_in_memory(quantized_short):
+    model, _ = qmoe.load(quantized_short, progress=False)
     kinds = audit_model(model, "here").bytes
-    assert kinds["experts packed"] == 4 * 16 * 3 * 256 * 128 // 2
+    assert kinds["experts packed"] == 2 * 16 * 3 * 256 * 128 // 2
     assert kinds["experts 16-bit"] == kinds["dense 16-bit"] == 0

@@ -14,8 +14,8 @@ RTN = QuantConfig("rtn")
 
 
 @pytest.fixture
-def model(demo, tmp_path):
-    return shutil.copytree(demo, tmp_path / "model")
+def model(short, tmp_path):
+    return shutil.copytree(short, tmp_path / "model")
 
 
 def without_tokenizer(model):
@@ -35,11 +35,11 @@ def test_a_model_without_tokenizer(tmp_path, model, capsys, bench_in_forks):
     assert "no tokenizer files" in capsys.readouterr().err
 
 
-def test_a_model_without_tokenizer_from_saved_statistics(tmp_path, demo, model):
+def test_a_model_without_tokenizer_from_saved_statistics(tmp_path, short, model):
     text = qmoe.CalibrationConfig(ONE_DOMAIN, samples=1, seqlen=64, self_samples=0)
     few = QuantConfig(search_grid=False, calibration=text)
     saved = tmp_path / "s"
-    qmoe.quantize(demo, tmp_path / "first", few, save_statistics=saved, progress=False)
+    qmoe.quantize(short, tmp_path / "first", few, save_statistics=saved, progress=False)
     without_tokenizer(model)
     qmoe.quantize(model, tmp_path / "out", few, statistics_from=[saved], progress=False)
     assert qmoe.load(tmp_path / "out", progress=False)[1] is None

@@ -25,6 +25,7 @@ def opened(name, folder):
     return open_source(ModelFolder.find(folder), torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_qwen3_30b_a3b(tmp_path):
     """48 layers of 128 experts of three matrices of 2048 x 768; 32 query heads and 4 of keys and of

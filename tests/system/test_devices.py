@@ -77,7 +77,7 @@ def check(source, config, tmp_path, **options):
 
 
 @pytest.mark.parametrize(
-    "name", mostly_slow([(n,) for n in CONFIGS], lambda n: n in ("column order", "tuned", "awq"))
+    "name", mostly_slow([(n,) for n in CONFIGS], lambda n: n in ("tuned", "awq"))
 )
 def test_a_device_gives_what_the_cpu_gives(name, demo, tmp_path, there):
     source = save_random("qwen2_moe", tmp_path / "source", demo, torch.float32)
@@ -89,6 +89,7 @@ def test_so_it_does_with_grouped_routing_and_bf16(demo, tmp_path, there):
     check(source, FAST, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_cache")
 def test_so_it_does_with_experts_that_are_modules(demo, tmp_path, there):
     save("deepseek", tmp_path / "source", demo)

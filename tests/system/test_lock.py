@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from helpers import ONE_DOMAIN
+from helpers import ONE_DOMAIN, slow
 
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig
@@ -81,7 +81,7 @@ def test_a_number_that_is_used_again(running, tmp_path, short, forks):
     assert not (tmp_path / "s" / NAME).exists()
 
 
-@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS])
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, slow(errno.ENOLCK), slow(errno.ENOSYS)])
 def test_a_file_system_without_locks(tmp_path, short, monkeypatch, code):
     """It goes on and says so; after a run that was killed it asks, since it cannot know."""
 

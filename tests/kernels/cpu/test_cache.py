@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import subprocess
 import sys
 import threading
 
@@ -161,7 +160,7 @@ def test_a_replaced_file_stays_as_it_was_where_it_is_mapped(file):
     assert same(found, made)
 
 
-def test_pages_are_shared(tmp_path):
+def test_pages_are_shared(tmp_path, forks):
     """Another process that maps 64 MB and reads them has little memory of its own."""
     path = tmp_path / "a.cache"
     write_cache(path, KEY, {"all": torch.ones(64 << 20, dtype=torch.uint8)})
@@ -178,8 +177,8 @@ assert own() - before < 16 << 10, own() - before
 """
     if sys.platform != "linux":
         pytest.skip("reads /proc")
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    status, _, err = forks.run(code)
+    assert status == 0, err
 
 
 @pytest.mark.skipif(tier() is None, reason="installed without a C compiler")

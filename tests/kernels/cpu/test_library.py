@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from helpers import slow
 
 from qmoe.errors import ConfigError
 from qmoe.kernels.cpu import library
@@ -96,7 +97,7 @@ assert before == after and len(after[1]) <= 1, (before, after)
 
 @pytest.mark.skipif(library.tier() is None, reason="installed without a C compiler")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("variable", ["OMP_PROC_BIND=true", "GOMP_CPU_AFFINITY=0"])
+@pytest.mark.parametrize("variable", ["OMP_PROC_BIND=true", slow("GOMP_CPU_AFFINITY=0")])
 def test_the_process_stays_as_it_was(variable):
 
     name, value = variable.split("=")
