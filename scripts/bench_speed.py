@@ -89,12 +89,19 @@ def work(kind: str, path: Path) -> None:
 
 
 def llama(found: dict[str, str], threads: int, args: argparse.Namespace) -> Figures:
-    """One round of llama-bench: a prompt, and tokens after an empty context."""
-    command = [found["llama_bench"], "-m", found["gguf"], "-p", str(args.prompt), "-n",
-               str(args.tokens), "-t", str(threads), "-r", "1", "-o", "json"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    prompt, decode = json.loads(done.stdout)
-    return {"prefill": prompt["avg_ts"], "decode": decode["avg_ts"]}
+    """One round of llama-bench: a prompt, and tokens behind a context as long."""
+
+    def rate(*what: str) -> float:
+        command = [found["llama_bench"], "-m", found["gguf"], "-t", str(threads), "-r", "1"]
+        done = subprocess.run(
+            [*command, "-o", "json", *what], capture_output=True, text=True, check=True
+        )
+        (row,) = json.loads(done.stdout)
+        return float(row["avg_ts"])
+
+    prompt = str(args.prompt)
+    decode = rate("-p", "0", "-n", str(args.tokens), "-d", prompt)
+    return {"prefill": rate("-p", prompt, "-n", "0"), "decode": decode}
 
 
 def prepare(args: argparse.Namespace) -> tuple[Path, Path, dict[str, str] | None]:

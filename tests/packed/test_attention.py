@@ -58,7 +58,12 @@ def test_what_is_left_to_torch(monkeypatch):
     import qmoe.packed.attention as module
 
     calls = []
-    monkeypatch.setattr(module, "sdpa_attention_forward", lambda *args, **kwargs: calls.append(1))
+
+    def torch_s(*args, **kwargs):
+        calls.append(1)
+        return torch.zeros(1), None
+
+    monkeypatch.setattr(module, "sdpa_attention_forward", torch_s)
     monkeypatch.setattr(module, "attention", lambda *args: torch.zeros(1))
     q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16)
     layer = torch.nn.Module()

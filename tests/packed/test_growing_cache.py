@@ -38,7 +38,7 @@ def test_tokens_are_appended_without_copying():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda cache: cache.crop(4),
+        lambda cache: cache.crop(-4),
         lambda cache: cache.crop(-1),
         lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
         lambda cache: cache.reset(),
@@ -47,13 +47,12 @@ def test_tokens_are_appended_without_copying():
 def test_what_generate_does_with_caches(change):
     caches = pair()
     before, _ = append(caches)
-    kept = before.clone()
     for cache in caches:
         change(cache)
+    kept = before.clone()
     append(caches)
     append(caches, 3)
-    if caches[1].get_seq_length() < 9:
-        assert before.equal(kept)  # what was cropped is not written over
+    assert before.equal(kept)  # what was cropped is not written over
 
 
 def test_batches_that_are_repeated_or_chosen():
