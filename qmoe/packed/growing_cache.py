@@ -14,6 +14,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """A DynamicLayer whose keys and values are the front part of larger tensors."""
 
+    keys: Any  # a tensor, once it is initialized
+    values: Any
     room: tuple[Tensor, Tensor] | None = None
 
     def update(

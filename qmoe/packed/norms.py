@@ -19,19 +19,22 @@ def fuse_norms(model: nn.Module) -> int:
     """Replace the forward of every RMS norm that is recognized; returns their number. Names,
     parameters and classes (by isinstance) stay, and gradients still flow through the original."""
     found = 0
+    module: Any
     for module in model.modules():
         kind = recognize_norm(module)
         if kind is not None:
             module.qmoe_norm = kind
-            module.__class__ = _fused(type(module))
+            cls: Any = type(module)
+            module.__class__ = _fused(cls)
             found += 1
     return found
 
 
 def recognize_norm(module: nn.Module) -> RmsNorm | None:
     """The kind of a module that is an RMS norm over the last dimension, None for any other."""
+    cls: Any = type(module)
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    if len(tensors) != 1 or any(module.children()) or not _takes_one_tensor(type(module)):
+    if len(tensors) != 1 or any(module.children()) or not _takes_one_tensor(cls):
         return None
     (_, weight), epsilon = tensors[0], _epsilon(module)
     if weight.dim() != 1 or weight.is_meta or epsilon is None or not weight.is_floating_point():
@@ -75,12 +78,12 @@ def _epsilon(module: Any) -> float | None:
 
 
 @cache
-def _takes_one_tensor(cls: type[nn.Module]) -> bool:
+def _takes_one_tensor(cls: type[Any]) -> bool:
     return len(inspect.signature(cls.forward).parameters) == 2  # and self
 
 
 @cache
-def _fused(cls: type[nn.Module]) -> type[nn.Module]:
+def _fused(cls: type[Any]) -> type[Any]:
     """The class with a forward that is one operation, where no gradient is asked for."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
