@@ -4,13 +4,17 @@ import qmoe
 
 qmoe.quantize("Qwen/Qwen3-30B-A3B", "qwen3-int4")
 model, tokenizer = qmoe.load("qwen3-int4")
+
+After `import qmoe`, transformers' own `from_pretrained` runs such a folder packed too.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qmoe._version import __version__
 from qmoe.config import CalibrationConfig, QuantConfig, Scheme
 from qmoe.errors import QmoeError
+from qmoe.system.on_import import when_imported
 
 if TYPE_CHECKING:
     from qmoe.packed.load import load
@@ -25,6 +29,14 @@ __all__ = [
     "load",
     "quantize",
 ]
+
+
+def _register() -> None:
+    """Tell transformers of qmoe's quantizer."""
+    import_module("qmoe.packed.quantizer")
+
+
+when_imported("transformers.quantizers.auto", _register)
 
 if not TYPE_CHECKING:
 
