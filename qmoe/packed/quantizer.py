@@ -23,7 +23,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
-from qmoe.errors import ConfigError
+from qmoe.errors import ConfigError, UnsupportedModelError
 
 METHOD, PRODUCER = "qmoe", "qmoe"
 CHOICES = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that leave it to us
@@ -110,6 +110,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return []
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from qmoe.checkpoint.model_config import model_class
         from qmoe.checkpoint.model_folder import ModelFolder
         from qmoe.model.source import check_complete
         from qmoe.packed.fill import fill
@@ -121,6 +122,12 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         del model._keys_to_ignore_on_load_unexpected
         # Noted by transformers of a state dict without tensors; names on disk depend on it.
         vars(model).pop("_weight_conversions", None)
+        whole = model_class(model.config)
+        if not isinstance(model, whole):
+            raise UnsupportedModelError(
+                f"{self.folder}: holds a {whole.__name__}, a {type(model).__name__} was asked for; "
+                "load it as what it is, with the auto class of its kind or with qmoe.load"
+            )
         source = open_packed_in(model, ModelFolder(self.folder), model.config.dtype)
         check_complete(source.weights)
         fill(source, model.config.dtype, RunOn(torch.device(self.device)))
