@@ -9,12 +9,15 @@ import torch
 
 from qmoe.errors import ConfigError
 from qmoe.model.source import Source
+from qmoe.packed.gradients import add_placeholders
 from qmoe.packed.save import files_of, save
 
 
 def guard(source: Source) -> None:
-    """Give a filled model of a folder its own `save_pretrained`, and refuse to change its dtype."""
+    """Give a filled model of a folder its own `save_pretrained`, refuse to change its dtype, and
+    let adapters find its experts."""
     model = source.model
+    add_placeholders(model)
     _keep_dtypes(model)
     model.save_pretrained = partial(save, model, source.folder, files_of(source.folder.path))
 
