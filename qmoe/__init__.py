@@ -18,6 +18,7 @@ from qmoe.system.on_import import when_imported
 
 if TYPE_CHECKING:
     from qmoe.packed.load import load
+    from qmoe.pipeline.in_memory import quantize_model
     from qmoe.pipeline.quantize import quantize
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "load",
     "quantize",
+    "quantize_model",
 ]
 
 
@@ -41,8 +43,8 @@ when_imported("transformers.quantizers.auto", _register)
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        """`quantize` and `load`, imported when they are first asked for, so that `import qmoe` does
-        not wait for torch and transformers."""
+        """The functions, imported when they are first asked for, so that `import qmoe` does not
+        wait for torch and transformers."""
         if name == "load":
             from qmoe.packed.load import load
 
@@ -51,6 +53,10 @@ if not TYPE_CHECKING:
             from qmoe.pipeline.quantize import quantize
 
             return quantize
+        if name == "quantize_model":
+            from qmoe.pipeline.in_memory import quantize_model
+
+            return quantize_model
         raise AttributeError(f"module 'qmoe' has no attribute {name!r}")
 
     def __dir__() -> list[str]:

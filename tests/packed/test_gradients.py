@@ -103,7 +103,7 @@ def test_training_lowers_the_loss_and_saves_the_adapter(peft, on, quantized_shor
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(quantized_short)
     before = model(IDS, labels=IDS).loss
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **LORA[on]))
     tuned.train()
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
