@@ -21,9 +21,18 @@ def peft():
     return pytest.importorskip("peft", reason="PEFT is of the dev extra")
 
 
-of_peft = pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+WARNINGS = (
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
+    # It looks for experts where an adapter is on linears only.
+    "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning",
 )
+
+
+def of_peft(test):
+    """PEFT's own warnings, which nobody here can mend."""
+    for warning in WARNINGS:
+        test = pytest.mark.filterwarnings(warning)(test)
+    return test
 
 
 def pair(family, folder, demo, experts=Scheme(4, 32), **changes):  # noqa: B008
@@ -102,7 +111,7 @@ def test_an_adapter_of_another_model_gives_what_it_gives_there(peft, family, on,
 def test_training_lowers_the_loss_and_saves_the_adapter(peft, on, quantized_short, tmp_path):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(quantized_short)
-    before = model(IDS, labels=IDS).loss
+    before = model(IDS, labels=IDS).loss.detach()
     model.activation_checkpointing_enable()
     tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **LORA[on]))
     tuned.train()
@@ -112,12 +121,12 @@ def test_training_lowers_the_loss_and_saves_the_adapter(peft, on, quantized_shor
         optimizer.step()
         optimizer.zero_grad()
     tuned.eval()
-    after = tuned(input_ids=IDS, labels=IDS).loss
+    after = tuned(input_ids=IDS, labels=IDS).loss.detach()
     assert after < before - 0.1
     tuned.save_pretrained(tmp_path / "adapter")
     again = AutoModelForCausalLM.from_pretrained(quantized_short)
     again = peft.PeftModel.from_pretrained(again, tmp_path / "adapter")
-    assert_close(again(input_ids=IDS, labels=IDS).loss, after, most=1e-2, rms=1e-2)
+    assert_close(again(input_ids=IDS, labels=IDS).loss.detach(), after, most=1e-2, rms=1e-2)
 
 
 @of_peft
