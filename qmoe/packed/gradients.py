@@ -40,7 +40,8 @@ class _Product(torch.autograd.Function):
 
 def product(x: Float[Tensor, "M K"], expand: Expand, e: int) -> Float[Tensor, "M N"]:
     """x times the transpose of the matrix that `expand(e)` gives, differentiable in x."""
-    return _Product.apply(x, expand, e)  # type: ignore[no-any-return]
+    y: Tensor = _Product.apply(x, expand, e)  # type: ignore[no-untyped-call]
+    return y
 
 
 class ExpandedStack:
@@ -103,16 +104,16 @@ def expanding(stacks: list[Any], i: int) -> Expand:
             "expert_memory: adapters and gradients need all experts in one memory; load the model "
             "without it"
         )
-    return lambda e: arena.expand(e, i)  # type: ignore[no-any-return]
+    return lambda e: arena.expand(e, i)
 
 
 class _Unchangeable(Tensor):
     """A weight that is not there to be written to."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
-    def data(self) -> Any:  # type: ignore[override]
+    def data(self) -> Any:
         return Tensor.detach(self).as_subclass(_Unchangeable)
 
     @data.setter
@@ -121,7 +122,7 @@ class _Unchangeable(Tensor):
             raise _no_merge()
         Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
 
-    def __iadd__(self, other: Any) -> Any:
+    def __iadd__(self, other: Any) -> Any:  # type: ignore[misc]
         raise _no_merge()
 
     __isub__ = __imul__ = __itruediv__ = __iadd__
@@ -140,7 +141,7 @@ def unchangeable(weight: Tensor) -> Tensor:
     return weight.as_subclass(_Unchangeable)
 
 
-class Placeholder(nn.Parameter, _Unchangeable):  # type: ignore[misc]
+class Placeholder(nn.Parameter, _Unchangeable):
     """Stands where an experts module of this family has its weights, so that PEFT's
     `target_parameters` finds a parameter of the right shape. One zero; takes no memory."""
 
@@ -152,13 +153,14 @@ class Placeholder(nn.Parameter, _Unchangeable):  # type: ignore[misc]
         return 0
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]
         return 0
 
 
 def add_placeholders(model: nn.Module) -> None:
     """Give every packed experts module of a loaded model its placeholders."""
-    for module in model.modules():
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         for weight, shape in getattr(module, "_qmoe_family_shapes", {}).items():
             dtype = module._qmoe_stored[weight][3]
             device = next(module.buffers()).device

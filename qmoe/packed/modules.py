@@ -69,11 +69,11 @@ def _routed(self: Any, x: Tensor, ids: Tensor, routing_weights: Tensor) -> Tenso
     biases = (getattr(self, "qmoe_first_bias", None), getattr(self, "qmoe_second_bias", None))
     if needs_gradient(x, routing_weights) or is_adapted(self):
         stacks = packed_experts(self)
-        expanded = (
+        up, down = (
             ExpandedStack(self, weight, expanding(stacks, i))
             for i, weight in enumerate(self._qmoe_stored)
         )
-        return moe_forward(x, ids, routing_weights, *expanded, between, biases)
+        return moe_forward(x, ids, routing_weights, up, down, between, biases)
     if hasattr(self, "qmoe_arena"):
         return self.qmoe_arena.experts(x, ids, routing_weights, between, biases)  # type: ignore[no-any-return]
     return moe_forward(x, ids, routing_weights, self.qmoe_first, self.qmoe_second, between, biases)
