@@ -87,9 +87,9 @@ class ArenaStack(nn.Module):
         """x times the transpose of the only matrix (e = 0)."""
         return ops.linear(x, self.buffer, self.table, self.numbers, None)  # type: ignore[no-any-return]
 
-    def expand(self, e: int) -> Float[Tensor, "N K"]:
-        """The first matrix of expert e in floating point."""
-        return expanded(self.arena, 0, e, e + 1)[0]
+    def expand(self, e: int, i: int = 0) -> Float[Tensor, "N K"]:
+        """Matrix i (first, second) of expert e in floating point."""
+        return expanded(self.arena, i, e, e + 1)[0]
 
     def packed_bytes(self) -> int:
         """Bytes of packed integers, padding to whole tiles included."""

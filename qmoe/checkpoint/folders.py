@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -33,7 +33,16 @@ INDEXES = re.compile(r"\.index\b.*\.json$")
 COPIES = ("original", "metal", "onnx", "gguf")
 
 
-def resolve(source: str | Path) -> Path:
+class HubOptions(TypedDict, total=False):
+    """Of a download: a branch, tag or commit; a token for what is not public, True for the one that
+    is stored; and the folder that keeps downloads."""
+
+    revision: str | None
+    token: str | bool | None
+    cache_dir: str | Path | None
+
+
+def resolve(source: str | Path, **hub: Unpack[HubOptions]) -> Path:
     """A local folder as it is; anything else is downloaded from the Hugging Face Hub.
 
     CheckpointError for a folder with anything in it but files and folders of its own."""
@@ -49,7 +58,7 @@ def resolve(source: str | Path) -> Path:
     name = str(source)
     check_hub_name(name)
     try:
-        return _download(name)
+        return _download(name, **hub)
     except HUB_ERRORS as error:
         raise hub_error(name, error) from error
 
@@ -69,14 +78,15 @@ def hub_error(name: str, error: Exception) -> CheckpointError:
     )
 
 
-def _download(name: str) -> Path:
+def _download(name: str, **hub: Unpack[HubOptions]) -> Path:
     """Everything without weights first, whatever a tokenizer or a processor calls its files. Then,
     of the same revision, the weights that the index names, and no other copy of them."""
     others = [*(f"*{suffix}" for suffix in WEIGHTS), *(f"{folder}/*" for folder in COPIES)]
-    folder = Path(snapshot_download(name, ignore_patterns=[*others, ".*", "*.pyc"]))
+    folder = Path(snapshot_download(name, ignore_patterns=[*others, ".*", "*.pyc"], **hub))
     files = weight_files(folder) if (folder / INDEX).is_file() else [SINGLE]
     wanted = [glob.escape(file) for file in files]
-    return Path(snapshot_download(name, revision=folder.name, allow_patterns=wanted))
+    same: HubOptions = {**hub, "revision": folder.name}
+    return Path(snapshot_download(name, allow_patterns=wanted, **same))
 
 
 def _check_entries(folder: Path) -> None:

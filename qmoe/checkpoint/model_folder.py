@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from qmoe.checkpoint.folders import resolve
+from qmoe.checkpoint.folders import HubOptions, resolve
 from qmoe.checkpoint.model_config import read_config
 from qmoe.checkpoint.reader import Checkpoint
 from qmoe.checkpoint.tokenizer import open_tokenizer
@@ -20,10 +20,12 @@ class ModelFolder:
     trust_remote_code: bool = False
 
     @classmethod
-    def find(cls, source: str | Path, trust_remote_code: bool = False) -> "ModelFolder":
+    def find(
+        cls, source: str | Path, trust_remote_code: bool = False, **hub: Unpack[HubOptions]
+    ) -> "ModelFolder":
         """A local folder, or one that is downloaded from the Hub by its name; CheckpointError if
         there is none (folders.py)."""
-        return cls(resolve(source), trust_remote_code)
+        return cls(resolve(source, **hub), trust_remote_code)
 
     def checkpoint(self) -> Checkpoint:
         """The folder's weights, none of them read yet."""

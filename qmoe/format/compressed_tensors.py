@@ -31,6 +31,9 @@ PACKED = "pack-quantized"
 # A name that no other loader knows: transformers ignores `transform_config`, and would multiply
 # rotated weights with inputs that are not.
 ROTATED = "pack-quantized-rotated"
+# `producer` in quantization_config, by which qmoe's quantizer in transformers knows its folders
+# (packed/quantizer.py). Other loaders ignore it.
+PRODUCER = "qmoe"
 SUFFIXES = ("_packed", "_scale", "_zero_point", "_shape")
 # A routed expert's module in a checkpoint: `experts.7.up_proj` (or `experts.expert_7.wi`), but not
 # `shared_experts.up_proj`.
@@ -93,6 +96,7 @@ def quantization_config(
         ignore=sorted(ignore),
     )
     out: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
+    out["producer"] = PRODUCER
     if experts.rotation:
         every = linear if dense is not None else [t for _, targets in groups for t in targets]
         out["format"] = ROTATED

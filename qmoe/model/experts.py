@@ -115,6 +115,12 @@ def family_rows(experts: Any, name: str, weight: Tensor) -> Tensor:
     return weight
 
 
+def stack_order(experts: Any, name: str, y: Float[Tensor, "M N"]) -> Float[Tensor, "M N"]:
+    """A product with a matrix in the family's order, with its features in the order that `stack`
+    has rows in."""
+    return _concatenated(y) if _interleaved(experts, name) else y
+
+
 def _concatenated(both: Tensor) -> Tensor:
     """[E, N, ..]: even rows, then odd rows."""
     return torch.cat([both[:, 0::2], both[:, 1::2]], dim=1)

@@ -61,9 +61,15 @@ def build(config: Any, dtype: torch.dtype, checkpoint: Checkpoint | None = None)
         ) from error
     if checkpoint is not None:
         check_buffers(model, checkpoint.nbytes(), str(checkpoint.path))
-    keep_in_float32(model, dtype)
     if not own:
         _compute_buffers(model)
+    return settle(model, dtype, checkpoint)
+
+
+def settle(model: Any, dtype: torch.dtype, checkpoint: Checkpoint | None = None) -> Any:
+    """A model on the meta device, of transformers or of `build`, given the dtypes that it runs in
+    and the form that qmoe reads (adapters.py), in which the checkpoint is shown too."""
+    keep_in_float32(model, dtype)
     made = adapt(model)
     if checkpoint is not None:
         checkpoint.show(made)

@@ -11,15 +11,20 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qmoe.kernels import uses_arena
 from qmoe.kernels.cpu.attention import WIDEST, attention
 from qmoe.kernels.cpu.layout import TYPES
+from qmoe.kernels.cpu.stack import uses_cpu_kernels
+from qmoe.packed.run_on import RunOn
 
 NAME = "qmoe_cpu"
 
 
-def fuse_attention(model: Any) -> None:
-    """Let a model whose attention is torch's SDPA use the CPU kernel. A family whose code asks
-    which implementation is set keeps torch's."""
+def fuse_attention(model: Any, run: RunOn) -> None:
+    """Let a model whose attention is torch's SDPA use the C kernel, where packed weights run in C.
+    A family whose code asks which implementation is set keeps torch's."""
+    if uses_arena(run.device) or not uses_cpu_kernels(run.device):
+        return
     code = inspect.getsource(sys.modules[type(model).__module__])
     asks = re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)", code)
     if model.config._attn_implementation == "sdpa" and not asks:
@@ -54,9 +59,9 @@ def attention_forward(
 
 
 def _takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    if q.requires_grad or k.requires_grad or v.requires_grad:
+    if q.device.type != "cpu" or q.requires_grad or k.requires_grad or v.requires_grad:
         return False
-    if q.dtype not in TYPES or k.dtype != q.dtype or v.dtype != q.dtype or q.is_meta:
+    if q.dtype not in TYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         return False
     if len(q) != len(k) or q.shape[1] % k.shape[1] or max(q.shape[3], v.shape[3]) > WIDEST:
         return False

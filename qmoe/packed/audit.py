@@ -17,6 +17,7 @@ from qmoe.model.experts import is_experts
 from qmoe.model.precision import in_float32
 from qmoe.model.source import Source
 from qmoe.model.tensor_names import all_original_names
+from qmoe.packed.gradients import Placeholder
 from qmoe.packed.modules import PackedLinear, held, packed_experts
 from qmoe.packed.skeleton import open_packed
 from qmoe.packed.stored import take_stored
@@ -158,6 +159,8 @@ def audit_model(model: nn.Module, where: str) -> Audit:
             *module.named_parameters(recurse=False),
             *module.named_buffers(recurse=False),
         ]:
+            if type(tensor) is Placeholder:
+                continue
             if tensor.device.type == "meta":
                 audit.findings.append(f"has no data: {name}.{key}")
             elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -215,6 +218,8 @@ def audit_unpacked(source: Source, where: str) -> None:
 def _resident_kind(name: str, module: nn.Module, parameter: Tensor) -> str:
     if is_experts(module):
         return "experts 16-bit" if parameter.dim() > 2 else "norms and other"
+    if isinstance(module, PackedLinear):
+        return "norms and other"
     if isinstance(module, nn.Embedding) or name == "lm_head":
         return "embeddings"
     return "dense 16-bit" if isinstance(module, nn.Linear) else "norms and other"

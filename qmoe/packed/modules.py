@@ -26,6 +26,15 @@ from qmoe.kernels.cpu.stack import CpuStack, uses_cpu_kernels
 from qmoe.kernels.moe import moe_forward
 from qmoe.kernels.stack import PackedStack
 from qmoe.model import experts
+from qmoe.packed.gradients import (
+    ExpandedStack,
+    Placeholder,
+    expanding,
+    is_adapted,
+    needs_gradient,
+    product,
+    unchangeable,
+)
 from qmoe.packed.run_on import RunOn
 from qmoe.packed.stored import declare, take_to_run
 
@@ -58,17 +67,24 @@ def _routed(self: Any, x: Tensor, ids: Tensor, routing_weights: Tensor) -> Tenso
         return rotate(experts.stack_activation(self, product), second)
 
     biases = (getattr(self, "qmoe_first_bias", None), getattr(self, "qmoe_second_bias", None))
+    if needs_gradient(x, routing_weights) or is_adapted(self):
+        stacks = packed_experts(self)
+        up, down = (
+            ExpandedStack(self, weight, expanding(stacks, i))
+            for i, weight in enumerate(self._qmoe_stored)
+        )
+        return moe_forward(x, ids, routing_weights, up, down, between, biases)
     if hasattr(self, "qmoe_arena"):
         return self.qmoe_arena.experts(x, ids, routing_weights, between, biases)  # type: ignore[no-any-return]
     return moe_forward(x, ids, routing_weights, self.qmoe_first, self.qmoe_second, between, biases)
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(nn.Linear):
     """A linear whose weight is a packed stack with E = 1. parts: matrices that its rows are stored
-    as (a fused gate and up)."""
+    as (a fused gate and up). It is a Linear for what puts adapters on those."""
 
     def __init__(self, linear: nn.Linear, scheme: Scheme, parts: int = 1):
-        super().__init__()
+        nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias, self.rotation = linear.bias, scheme.rotation
         declare(
@@ -82,13 +98,16 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
         rows = rotate(x, self.rotation).reshape(-1, self.in_features)
-        y: Tensor = self.stack.matmul(rows, 0).view(*x.shape[:-1], -1)
+        trained = needs_gradient(x)
+        y = product(rows, self.stack.expand, 0) if trained else self.stack.matmul(rows, 0)
+        y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
     @property
-    def weight(self) -> Float[Tensor, "N K"]:
-        """The weight expanded, for code that multiplies with it by hand (Jamba's dt_proj)."""
-        return rotate(self.stack.expand(0), self.rotation)
+    def weight(self) -> Float[Tensor, "N K"]:  # type: ignore[override]
+        """The weight expanded, for code that multiplies with it by hand (Jamba's dt_proj). Merging
+        an adapter into it is a ConfigError."""
+        return unchangeable(rotate(self.stack.expand(0), self.rotation))
 
     def finish(self, where: str, run: RunOn) -> None:
         """Turn the loaded tensors into the runtime's form; CheckpointError if they disagree."""
@@ -105,7 +124,9 @@ class PackedLinear(nn.Module):
 
 def declare_experts(module: Any, scheme: Scheme) -> None:
     """Replace the weight stacks of an experts module by empty stored tensors on the meta device."""
-    for name in experts.expert_weights(module):
+    names = experts.expert_weights(module)
+    module._qmoe_family_shapes = {name: tuple(getattr(module, name).shape) for name in names}
+    for name in names:
         weight = experts.stack(module, name)
         delattr(module, name)
         parts = len(experts.matrices_of(module, name))
@@ -195,8 +216,9 @@ def held(model: nn.Module, target: str) -> Tensor | None:
     out; None if there is no such thing."""
     owner, _, name = target.rpartition(".")
     module: Any = model.get_submodule(owner)
-    if isinstance(found := getattr(module, name, None), Tensor):
-        return found
+    found = getattr(module, name, None)
+    if isinstance(found, Tensor):
+        return None if type(found) is Placeholder else found
     if not name.endswith("_bias") or not hasattr(module, "qmoe_rotations"):
         return None
     weight = name.removesuffix("_bias")

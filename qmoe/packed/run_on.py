@@ -6,16 +6,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qmoe.errors import ConfigError
+from qmoe.system.devices import find_device
+
 
 @dataclass(frozen=True)
 class RunOn:
     """device: where products are computed.
     home: the memory that routed experts stay in, if it is another (packed/offload.py).
     exact: on a CPU, take activations as they are instead of rounding them to 8 bits.
+    cache: on a CPU, keep large models in the kernels' layout for the next load.
     prepared: on a CPU, the buffers in the kernels' layout, if they need not be made from the stored
         tensors (packed/prepared.py), by the module's name and the place of the matrix in it."""
 
     device: torch.device
     home: torch.device | None = None
     exact: bool = False
+    cache: bool = True
     prepared: Mapping[str, Tensor] | None = None
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device by its name, "auto" for a GPU if there is one; ConfigError if it is none, is not
+    there, or has no kernels."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    run_on = find_device(device)
+    if run_on.type == "cuda":
+        from qmoe.kernels.layer import device_table
+
+        try:
+            device_table(run_on)
+        except ValueError as error:
+            raise ConfigError(f"device: {error}") from error
+    return run_on

@@ -11,7 +11,7 @@ from qmoe.config import Scheme
 from qmoe.errors import CheckpointError
 from qmoe.format.compressed_tensors import Schemes
 from qmoe.model.experts import expert_weights, stack
-from qmoe.model.skeleton import WeightMap, build
+from qmoe.model.skeleton import WeightMap, build, settle
 from qmoe.model.source import Source, check_routing
 from qmoe.model.structure import find
 from qmoe.model.tensor_names import packed_names
@@ -19,18 +19,36 @@ from qmoe.packed.modules import PackedLinear, declare_experts
 from qmoe.packed.stored import stored_stacks
 
 
-def open_packed(folder: ModelFolder, dtype: torch.dtype | None = None) -> Source:
-    """Open a quantized folder; loads no weights. dtype None is the checkpoint's own.
+def open_packed(
+    folder: ModelFolder, dtype: torch.dtype | None = None, attn_implementation: str | None = None
+) -> Source:
+    """Open a quantized folder; loads no weights. dtype None is the checkpoint's own;
+    attn_implementation None is transformers' choice.
 
     Raises CheckpointError if it is not pack-quantized, or in a scheme qmoe cannot run.
     """
-    checkpoint, where = folder.checkpoint(), str(folder.path)
-    schemes = Schemes(checkpoint.config, where)
+    checkpoint = folder.checkpoint()
+    schemes = Schemes(checkpoint.config, str(folder.path))
     config = folder.config(checkpoint)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton is built plain; qmoe puts the packed parts in
-    model: Any = build(config, dtype or config.dtype or _scales_dtype(checkpoint), checkpoint)
-    structure = find(model)
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
+    dtype = dtype or config.dtype or _scales_dtype(checkpoint)
+    return _with_places(folder, checkpoint, schemes, build(config, dtype, checkpoint))
+
+
+def open_packed_in(model: Any, folder: ModelFolder, dtype: torch.dtype) -> Source:
+    """The same with a model that transformers has built on the meta device."""
+    checkpoint = folder.checkpoint()
+    schemes = Schemes(checkpoint.config, str(folder.path))
+    return _with_places(folder, checkpoint, schemes, settle(model, dtype, checkpoint))
+
+
+def _with_places(
+    folder: ModelFolder, checkpoint: Checkpoint, schemes: Schemes, model: Any
+) -> Source:
+    where, structure = str(folder.path), find(model)
     check_routing(model, structure)
     for layer in structure.layers:
         for name in layer.experts:

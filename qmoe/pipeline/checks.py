@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from qmoe.calibration.batches import choose_samples
+from qmoe.calibration.given import samples_of_given
 from qmoe.calibration.text import load_texts
 from qmoe.checkpoint.folders import companions
 from qmoe.checkpoint.model_config import generation_config
@@ -65,11 +67,16 @@ def check_companions(source: Source, uses_text: bool) -> Any:
 
 
 def choose_text(
-    source: Source, tokenizer: Any, c: CalibrationConfig
+    source: Source, tokenizer: Any, c: CalibrationConfig, given: Iterable[Any] | None = None
 ) -> tuple[Int[Tensor, "n L"], list[str]]:
-    """The calibration samples, and in words what of the text was not as asked for."""
+    """The calibration samples, and in words what of the text was not as asked for. given: text in
+    memory (calibration/given.py), in place of what the settings name."""
     check_seqlen(source.model.config, c.seqlen)
-    samples, notes = choose_samples(tokenizer, load_texts(c.text), c.samples, c.seqlen, c.seed)
+    size = (c.samples, c.seqlen, c.seed)
+    if given is None:
+        samples, notes = choose_samples(tokenizer, load_texts(c.text), *size)
+    else:
+        samples, notes = samples_of_given(tokenizer, given, *size)
     check_vocabulary(source.model.config, samples)
     if (batches := -(-len(samples) // c.batch)) < distributed.count():
         raise ConfigError(

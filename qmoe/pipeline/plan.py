@@ -1,9 +1,10 @@
 """What a run does: the model, the settings and the text, all checked before the long work."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -113,9 +114,11 @@ def check(
     device: str | torch.device,
     max_memory: int | None,
     trust_remote_code: bool,
+    text: Iterable[Any] | None = None,
 ) -> Plan:
     """Check source, settings, text, memory and destination. Raises a QmoeError that names the
-    problem. Nothing is written but an empty folder for statistics."""
+    problem. Nothing is written but an empty folder for statistics. text: in place of what the
+    config names."""
     given = [Path(folder) for folder in statistics_from]
     saved = None if save_statistics is None else Path(save_statistics)
     check_combination(config, given, saved, dst)
@@ -128,7 +131,7 @@ def check(
     tokenizer = check_companions(source, uses_text)
     samples, notes = torch.empty(0, 0, dtype=torch.long), list[str]()
     if uses_text:
-        samples, notes = choose_text(source, tokenizer, config.calibration)
+        samples, notes = choose_text(source, tokenizer, config.calibration, text)
     sha256 = source.checkpoint.check_finite()
     c = config.calibration
     tokens = samples.numel() + (c.self_samples * c.seqlen if uses_text else 0)

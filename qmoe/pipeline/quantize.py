@@ -1,7 +1,7 @@
 """`quantize`: the whole way from a model folder to a quantized one."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,15 @@ def quantize(
     with shown(progress):
         plan = check(src, Path(os.path.expanduser(dst)), config or QuantConfig(), **given, **how)
         return _carry_out(plan, partial(quantize, progress=False, **how))
+
+
+def run(
+    src: Path, dst: Path, config: QuantConfig, text: Iterable[Any] | None, **how: Any
+) -> dict[str, Any]:
+    """`quantize` on text that is in memory (calibration/given.py), None for the text that the
+    config names. how: device, max_memory in bytes, trust_remote_code."""
+    plan = check(src, dst, config, text=text, statistics_from=(), save_statistics=None, **how)
+    return _carry_out(plan, partial(quantize, progress=False, **how))
 
 
 def _carry_out(plan: Plan, quantize_copy: Callable[..., Any]) -> dict[str, Any]:

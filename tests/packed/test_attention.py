@@ -8,7 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import qmoe
 from qmoe.kernels.cpu.library import library
 from qmoe.packed.attention import NAME, attention_forward, fuse_attention
+from qmoe.packed.run_on import RunOn
 
+CPU = RunOn(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(library() is None, reason="installed without a C compiler")
 
 
@@ -32,7 +34,7 @@ def test_logits_are_those_of_sdpa(family, changes):
     seen = mask.bool()
     wanted = model(ids, attention_mask=mask).logits[seen], model(ids).logits
     said = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
-    fuse_attention(model)
+    fuse_attention(model, CPU)
     assert model.config._attn_implementation == NAME
     torch.testing.assert_close(model(ids, attention_mask=mask).logits[seen], wanted[0])
     torch.testing.assert_close(model(ids).logits, wanted[1])
@@ -44,13 +46,13 @@ def test_logits_are_those_of_sdpa(family, changes):
 def test_a_family_that_asks_for_its_implementation_keeps_it():
     model = model_of("deepseek_v32", q_lora_rank=8, kv_lora_rank=8, index_n_heads=2)
     assert model.config._attn_implementation == "sdpa"
-    fuse_attention(model)
+    fuse_attention(model, CPU)
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_family_without_sdpa_keeps_eager():
     model = model_of("gpt_oss")
-    fuse_attention(model)
+    fuse_attention(model, CPU)
     assert model.config._attn_implementation == "eager"
 
 

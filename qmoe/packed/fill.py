@@ -1,0 +1,74 @@
+"""Filling an opened quantized folder: what `qmoe.load` and transformers' `from_pretrained`
+(quantizer.py) both do with a skeleton that has places for packed weights.
+
+Layers are loaded and repacked one at a time, so that memory stays near the checkpoint's size.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from qmoe.kernels import uses_arena
+from qmoe.kernels.cpu.stack import uses_cpu_kernels
+from qmoe.model.source import Source
+from qmoe.packed.growing_cache import let_caches_grow
+from qmoe.packed.modules import PackedLinear, finish_experts
+from qmoe.packed.norms import fuse_norms
+from qmoe.packed.offload import offload_experts
+from qmoe.packed.prepared import keep_prepared, open_prepared, prepared_file
+from qmoe.packed.run_on import RunOn
+from qmoe.system.host_memory import return_freed
+from qmoe.system.progress import progress
+
+
+@torch.no_grad()
+def fill(source: Source, dtype: torch.dtype | None, run: RunOn, memory: int | None = None) -> None:
+    """Load all weights of an opened folder (packed/skeleton.py) into its model, which runs packed
+    from then on.
+
+    dtype: of parameters that have none of their own. memory: bytes for routed experts on the GPU,
+    None for no limit (offload.py). Raises CheckpointError for tensors that contradict each other,
+    and ConfigError for scales that the model's dtype cannot hold.
+    """
+    file, in_c = None, uses_cpu_kernels(run.device) and not uses_arena(run.device)
+    if run.cache and in_c:
+        file = prepared_file(source.checkpoint, source.model.config.dtype)
+    if file is not None:
+        run = replace(run, prepared=open_prepared(*file))
+    # What is prepared is not read again.
+    wanted = source.weights.names()
+    if run.prepared is not None:
+        wanted = [name for name in wanted if name not in source.weights.packed]
+    unread = set(wanted)
+    for layer in progress(source.structure.layers, "loading layers"):
+        names = [name for name in source.weights.sources(layer.name) if name in unread]
+        unread.difference_update(names)
+        source.weights.load(names, dtype)
+        _finish(source, layer.name, run)
+    source.weights.load([name for name in wanted if name in unread], dtype)
+    source.weights.tie()
+    _finish(source, "", run)
+    if memory is not None:
+        offload_experts(source.model, source.structure, run.device, memory, source.folder.path)
+    source.model.to(run.device).requires_grad_(False)
+    if file is not None and run.prepared is None:
+        keep_prepared(source.model, *file)
+    if in_c:
+        fuse_norms(source.model)
+        let_caches_grow(source.model)
+    return_freed()
+
+
+def _finish(source: Source, prefix: str, run: RunOn) -> None:
+    experts = {n for layer in source.structure.layers for n in layer.experts}
+    for name, module in source.model.named_modules():
+        if prefix and not name.startswith(prefix + "."):
+            continue
+        if name in experts and hasattr(module, "down_proj_packed"):
+            finish_experts(module, name, run)
+        elif isinstance(module, PackedLinear) and hasattr(module, "weight_packed"):
+            module.finish(name, run)
+        for parameter in module.parameters(recurse=False):
+            if parameter.device.type != "meta":
+                # What safetensors gives may be a view into the mapped file and keep all of it.
+                parameter.data = parameter.data.clone()

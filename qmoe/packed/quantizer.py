@@ -1,0 +1,164 @@
+"""qmoe's quantizer in transformers: `from_pretrained` of a folder that qmoe wrote runs packed.
+
+transformers chooses a quantizer by `quant_method` in config.json. qmoe's folders say
+"compressed-tensors" there, so that programs without qmoe read them, and `"producer": "qmoe"` beside
+it. After `import qmoe` the configuration of that method is read by the class below, which keeps to
+transformers' own one for everything that another program made.
+
+This file is imported while transformers is (system/on_import.py): it imports nothing of qmoe that
+needs a whole transformers before a model is loaded.
+"""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
+
+from qmoe.errors import ConfigError, UnsupportedModelError
+
+METHOD, PRODUCER = "qmoe", "qmoe"
+CHOICES = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that leave it to us
+
+
+@register_quantization_config(METHOD)
+class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` of a folder that qmoe wrote; `to_dict` gives it as it was read."""
+
+    def __init__(self, **entry: Any):
+        self.quant_method = METHOD
+        self.entry = entry
+
+    def to_dict(self) -> dict[str, Any]:
+        return deepcopy(self.entry)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class ByProducer(CompressedTensorsConfig):  # type: ignore[misc]
+    """Reads `quantization_config` of method "compressed-tensors": qmoe's as PackedConfig, any other
+    as transformers does."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        ours = config_dict.get("producer") == PRODUCER
+        kind = PackedConfig if ours else CompressedTensorsConfig
+        return kind.from_dict(config_dict, *args, **kwargs)
+
+
+# `register_quantization_config` takes no name twice.
+AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = ByProducer
+
+
+@register_quantizer(METHOD)
+class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Builds the packed model that `qmoe.load` builds, with the model, the dtype and the device
+    that `from_pretrained` was asked for.
+
+    transformers loads no tensor by itself, since none of its rules knows packed experts: it is
+    shown an empty state dict, and everything is filled in afterwards (packed/fill.py). Raises what
+    `qmoe.load` raises, but for the audit.
+    """
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: PackedConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.device: Any = "cpu"
+
+    def update_device_map(self, device_map: Any) -> dict[str, Any] | None:
+        """One device for the whole model; ConfigError for a map that names several."""
+        from qmoe.packed.run_on import usable_device
+
+        if device_map is None:
+            return None
+        if device_map in CHOICES:
+            devices: set[Any] = {"auto"}
+        else:
+            devices = {f"cuda:{d}" if isinstance(d, int) else str(d) for d in device_map.values()}
+        if len(devices) > 1:
+            raise ConfigError(
+                f"device_map: qmoe runs a model on one device, the map names {sorted(devices)}; "
+                'give one, such as device_map="cuda:0", and for experts that do not fit there load '
+                "with qmoe.load(..., expert_memory=...)"
+            )
+        self.device = usable_device(devices.pop())
+        return {"": self.device}
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise ConfigError("from_pretrained: a packed model is read from a folder, not a state")
+        self.folder = Path(checkpoint_files[0]).parent
+        for tensor in model.state_dict(keep_vars=True).values():
+            tensor._is_hf_initialized = True  # or it would be filled with random numbers
+        self.shown = model.register_state_dict_post_hook(_show_nothing)
+        # The checkpoint's tensors are compared with the model by `check_complete` instead.
+        model._keys_to_ignore_on_load_unexpected = {""}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        return []
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from qmoe.checkpoint.model_config import model_class
+        from qmoe.checkpoint.model_folder import ModelFolder
+        from qmoe.model.source import check_complete
+        from qmoe.packed.attention import fuse_attention
+        from qmoe.packed.fill import fill
+        from qmoe.packed.loaded import guard
+        from qmoe.packed.run_on import RunOn
+        from qmoe.packed.skeleton import open_packed_in
+
+        self.shown.remove()
+        del model._keys_to_ignore_on_load_unexpected
+        # Noted by transformers of a state dict without tensors; names on disk depend on it.
+        vars(model).pop("_weight_conversions", None)
+        whole = model_class(model.config)
+        if not isinstance(model, whole):
+            raise UnsupportedModelError(
+                f"{self.folder}: holds a {whole.__name__}, a {type(model).__name__} was asked for; "
+                "load it as what it is, with the auto class of its kind or with qmoe.load"
+            )
+        source = open_packed_in(model, ModelFolder(self.folder), model.config.dtype)
+        check_complete(source.weights)
+        run = RunOn(torch.device(self.device))
+        fill(source, model.config.dtype, run)
+        fuse_attention(model, run)
+        guard(source)
+        return model
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients go through packed weights to adapters (packed/gradients.py)."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        """Whether it can be saved: as the folder that it was loaded from (packed/save.py)."""
+        return True
+
+
+def _show_nothing(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    state.clear()
+
+
+def attach(model: Any, entry: dict[str, Any]) -> None:
+    """Tell a model that was not loaded by `from_pretrained` what it is. entry: the folder's
+    `quantization_config`."""
+    quantizer = PackedQuantizer(PackedConfig(**entry))
+    model.hf_quantizer, model.is_quantized = quantizer, True
+    model.quantization_method = METHOD
+    model.config.quantization_config = quantizer.quantization_config
