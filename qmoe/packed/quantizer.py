@@ -75,6 +75,11 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self.device: Any = "cpu"
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The configuration as it is; called before transformers chooses what was not asked for."""
+        self.attention_is_ours = config._attn_implementation is None
+        return config
+
     def update_device_map(self, device_map: Any) -> dict[str, Any] | None:
         """One device for the whole model; ConfigError for a map that names several."""
         from qmoe.packed.run_on import usable_device
@@ -133,7 +138,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         check_complete(source.weights)
         run = RunOn(torch.device(self.device))
         fill(source, model.config.dtype, run)
-        fuse_attention(model, run)
+        if self.attention_is_ours:
+            fuse_attention(model, run)
         guard(source)
         return model
 
