@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from qmoe._version import __version__
+from qmoe.cli.completion import Completion
 from qmoe.cli.measured import METHODS
 from qmoe.cli.renamed import add_renamed
 from qmoe.config import BITS, CHANNEL, GROUPS, PRESETS, UNQUANTIZED, Method, QuantConfig, Rotate
@@ -27,6 +28,12 @@ def build_parser() -> argparse.ArgumentParser:
         prog="qmoe", description="Quantize Mixture-of-Experts language models and run them packed."
     )
     parser.add_argument("--version", action="version", version=f"qmoe {__version__}")
+    parser.add_argument(
+        "--completion",
+        action=Completion,
+        choices=["bash", "zsh", "tcsh"],
+        help="print a script that completes commands and options in this shell",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     _quantize_options(
         commands.add_parser(
@@ -63,8 +70,14 @@ def build_parser() -> argparse.ArgumentParser:
         _loading_options(sub)
     families = "MoE families of the installed transformers"
     _families_options(commands.add_parser("families", help=families))
+    info = commands.add_parser(
+        "info",
+        help="versions, processor, GPUs, kernels, memory and cache, for bug reports",
+        description="Show what qmoe runs on. A bug report should contain this output.",
+    )
+    _info_options(info)
     for name, sub in commands.choices.items():
-        if name != "families":
+        if name not in ("families", "info"):
             sub.add_argument(
                 "--trust-remote-code",
                 action="store_true",
@@ -73,6 +86,18 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
         add_renamed(name, sub)
     return parser
+
+
+def _info_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--clear-cache",
+        nargs="?",
+        type=float,
+        const=0,
+        metavar="DAYS",
+        help="remove prepared weights from the cache: all, or those that nothing has read for so "
+        "many days",
+    )
 
 
 def _bench_options(p: argparse.ArgumentParser) -> None:
