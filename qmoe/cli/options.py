@@ -303,6 +303,11 @@ def _eval_options(p: argparse.ArgumentParser) -> None:
 
 
 def _compare_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--save",
+        action="store_true",
+        help="keep the result in the folder (qmoe_measured.json), for its model card and report",
+    )
     p.add_argument("path", help="quantized folder")
     p.add_argument("--against", metavar="ORIGINAL", help="the unquantized model to compare with")
     p.add_argument(

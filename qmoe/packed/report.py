@@ -5,7 +5,7 @@ load the model lives here, and no clock time, so that equal runs write equal byt
 from pathlib import Path
 from typing import Any
 
-from qmoe.checkpoint.folders import read_json
+from qmoe.checkpoint.folders import origin, read_json
 from qmoe.checkpoint.tokenizer import has_tokenizer
 from qmoe.config import QuantConfig
 from qmoe.errors import CheckpointError
@@ -26,6 +26,7 @@ def build_report(
     """The report of a run; records: one for each layer, and for an lm_head that is quantized."""
     return {
         "qmoe_version": version,
+        "source": origin(source.folder.path),
         "model_type": source.checkpoint.config.get("model_type"),
         "config": config.to_dict(),
         "symmetric": config.symmetric,
