@@ -67,7 +67,7 @@ def test_solvers_and_kernels_know_no_models():
 
 
 def test_public_names():
-    names = "CalibrationConfig QmoeError QuantConfig Scheme __version__ load quantize"
+    names = "CalibrationConfig QmoeError QuantConfig Scheme __version__ load quantize report"
     assert " ".join(qmoe.__all__) == names
     assert all(hasattr(qmoe, name) for name in qmoe.__all__)
 

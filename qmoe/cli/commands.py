@@ -34,9 +34,9 @@ from qmoe.system.progress import progress, shown
 from qmoe.system.sizes import format_size
 
 __all__ = [
-    "bench", "eval", "families", "info", "inspect", "plan", "quantize",
+    "bench", "eval", "families", "info", "inspect", "plan", "quantize", "report",
     "show_bench", "show_eval", "show_families", "show_info", "show_inspect", "show_plan",
-    "show_quantize",
+    "show_quantize", "show_report",
 ]  # fmt: skip
 
 
@@ -128,6 +128,19 @@ def show_families(result: dict[str, Any]) -> None:
         if row not in good:
             print(f"{row['family']}: {row['result']}")
     print(f"{len(good)} of {len(rows)} {good[0]['result'] if good else 'supported'}")
+
+
+def report(args: argparse.Namespace) -> dict[str, Any]:
+    """`qmoe report`: the page that is written, and its size."""
+    from qmoe.html_report.report import report as page
+
+    made = page(args.path, args.compare, trust_remote_code=args.trust_remote_code)
+    path = made.save(args.output)
+    return {"output": str(path), "nbytes": path.stat().st_size}
+
+
+def show_report(result: dict[str, Any]) -> None:
+    print(f"{result['output']}: {format_size(result['nbytes'])}; open it in a browser")
 
 
 def _share(error: float | None) -> str:

@@ -62,6 +62,15 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print the settings that a folder was quantized with, for quantize --config",
     )
+    _report_options(
+        commands.add_parser(
+            "report",
+            help="one HTML page on a quantized folder",
+            description="Write one page of HTML on a quantized folder: bytes, bits, quality, use "
+            "and errors of every expert, routing, memory, fallbacks and provenance. It needs no "
+            "network.",
+        )
+    )
     evaluate = commands.add_parser("eval", help="perplexity by domain, KL and agreement")
     _eval_options(evaluate)
     bench = commands.add_parser("bench", help="prefill and decode speed, latency, memory")
@@ -86,6 +95,14 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
         add_renamed(name, sub)
     return parser
+
+
+def _report_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("path", help="a quantized folder or hub name")
+    p.add_argument("--compare", metavar="OTHER", help="a second one, to be shown beside it")
+    p.add_argument(
+        "--output", metavar="FILE", default="report.html", help="the file to write (report.html)"
+    )
 
 
 def _info_options(p: argparse.ArgumentParser) -> None:
