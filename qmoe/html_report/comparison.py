@@ -20,8 +20,8 @@ def intro(a: Facts, b: Facts) -> list[str]:
         return [f"Both were quantized from the same weights of {source_name(a.report)}."]
     names = f"{source_name(a.report)} and {source_name(b.report)}"
     return [
-        f"They were quantized from different weights ({names}), so that their errors and scores say "
-        "little about each other."
+        f"They were quantized from different weights ({names}), so that their errors and scores "
+        "say little about each other."
     ]
 
 
@@ -100,7 +100,8 @@ def _errors(a: Facts, b: Facts) -> Section:
         ratio[~np.isfinite(ratio)] = np.nan
         if not np.isnan(ratio).all():
             alt = f"{a.name} and {b.name}: ratio of every expert's errors"
-            svg = heat_map(ratio, short(a.modules), alt, "log2 of the ratio", True)
+            most = float(np.nanmax(np.abs(ratio)))
+            svg = heat_map(ratio, short(a.modules), alt, "log2 of the ratio", (-most, most))
             said = (
                 f"Error of every expert in {b.name} over that in {a.name}: red is more, blue less."
             )

@@ -71,10 +71,12 @@ def use(facts: Facts) -> Section:
             "The plots by domain show specialisation on held-out text: red experts are chosen more "
             "often in this domain than in the mean of all domains, blue ones less often."
         )
-        names = list(facts.measured["eval"]["experts_used"].values())[0]
-        for domain, grid in used.items():
+        names = short(list(next(iter(facts.measured["eval"]["experts_used"].values()))))
+        beyond = {domain: _even(grid) - mean for domain, grid in used.items()}
+        most = max(float(np.nanmax(np.abs(grid))) for grid in beyond.values())
+        for domain, grid in beyond.items():
             alt = f"{facts.name}: use of experts on {domain}, beside the mean of all domains"
-            svg = heat_map(_even(grid) - mean, short(list(names)), alt, "beyond the mean", True)
+            svg = heat_map(grid, names, alt, "beyond the mean", (-most, most))
             figures.append(Figure(svg, f"Domain {domain}."))
     else:
         text.append(
@@ -173,8 +175,8 @@ def routing(facts: Facts) -> Section:
         said = "It is recorded by `qmoe eval --against ORIGINAL --save`, and by tuning."
         return Section("Routing", ["Nothing is recorded of the choice of experts.", said])
     text = [
-        "The plot shows how many of the original's choices of experts the quantized model makes too. "
-        "A token that goes to another expert loses that expert's whole contribution."
+        "The plot shows how many of the original's choices of experts the quantized model makes "
+        "too. A token that goes to another expert loses that expert's whole contribution."
     ]
     if measured:
         mean, worst = np.mean(list(measured.values())), min(measured, key=lambda n: measured[n])

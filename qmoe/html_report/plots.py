@@ -18,9 +18,9 @@ from qmoe.errors import ConfigError
 
 INK = "#0a0b0c"
 LINES = ("#0d0e01", "#0d0e02", "#0d0e03", "#0d0e04")
-WIDTH = 4.6  # inches, in which text of 8.5 points is readable on a telephone
+WIDTH = 3.9  # inches, in which text of 8 points is readable on a telephone
 RC = {
-    "font.size": 8.5, "font.family": "sans-serif", "svg.fonttype": "none", "text.color": INK,
+    "font.size": 8, "font.family": "sans-serif", "svg.fonttype": "none", "text.color": INK,
     "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
 }  # fmt: skip
@@ -38,17 +38,21 @@ def check_can_plot() -> None:
 
 
 def heat_map(
-    values: np.ndarray, rows: Sequence[str], alt: str, legend: str, centre: bool = False
+    values: np.ndarray,
+    rows: Sequence[str],
+    alt: str,
+    legend: str,
+    limits: tuple[float, float] | None = None,
 ) -> str:
     """Values [layers, experts] as colours; NaN is left empty. rows: names of the layers. alt: what
-    the plot shows, for those who cannot see it. centre: 0 has a colour of its own between two."""
-    height = min(4.5, 1.0 + 0.16 * len(rows))
+    the plot shows, for those who cannot see it. limits: of two colours that part at 0; without it
+    one scale goes from 0 to the largest value."""
+    height = min(4.5, 1.3 + 0.12 * len(rows))
     with _figure(height) as (figure, axes):
-        most = np.nanmax(np.abs(values), initial=0) or 1.0
-        limits = {"vmin": -most, "vmax": most} if centre else {"vmin": 0, "vmax": most}
+        low, high = limits or (0.0, float(np.nanmax(values, initial=0)))
         image = axes.imshow(
-            values, aspect="auto", cmap="RdBu_r" if centre else "viridis",
-            interpolation="none", **limits,
+            values, aspect="auto", cmap="RdBu_r" if limits else "viridis",
+            interpolation="none", vmin=low, vmax=high or 1.0,
         )  # fmt: skip
         _name_rows(axes, rows)
         axes.set_xlabel("expert")
@@ -84,8 +88,8 @@ def ranked(values: Sequence[float], least: int, alt: str) -> str:
     with _figure(2.3) as (figure, axes):
         axes.plot(np.maximum(np.sort(values), 0.5), color=LINES[0], linewidth=1.6)
         axes.axhline(max(least, 0.5), color=LINES[1], linewidth=1.2, linestyle="--")
-        axes.annotate(f"{least} tokens", (0, max(least, 0.5)), (2, 3), color=LINES[1],
-                      textcoords="offset points")  # fmt: skip
+        axes.annotate(f"{least} tokens", (len(values) - 1, max(least, 0.5)), (0, 3), ha="right",
+                      color=LINES[1], textcoords="offset points")  # fmt: skip
         axes.set_yscale("log")
         axes.set_xlabel("experts of all layers, the rarest first")
         axes.set_ylabel("calibration tokens")

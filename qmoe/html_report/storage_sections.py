@@ -1,5 +1,6 @@
 """Sections on what is stored and how: bytes, bits, memory, what is not packed, and provenance."""
 
+import json
 import re
 from collections import Counter
 
@@ -50,7 +51,8 @@ def storage(facts: Facts) -> Section:
     else:
         said = f"Every expert of every layer has {kinds[0] if kinds else 16} bits."
     per_layer = [shard.bits for shard in facts.shards[:-1]]
-    if any(bits is not None for bits in per_layer):
+    said += f" With scales and zero points, a packed weight takes {facts.bits:.2f} bits."
+    if len(set(per_layer)) > 1:
         labels = [str(i) for i in range(len(per_layer))]
         alt = f"{facts.name}: bits per packed weight by layer"
         figures.append(
@@ -82,8 +84,7 @@ def memory(facts: Facts) -> Section:
             measured.append([f"{name}, beyond a process without a model", n])
     planned = found.get("planned", {})
     text = [
-        f"Measured on {found['machine']} with {given['threads']} CPU threads and "
-        f"{found['kernels']}."
+        f"Measured on {found['machine']} ({given['threads']} CPU threads) with {found['kernels']}."
     ]
     tables = [Table("Measured", ["what", "bytes"], [[n, format_size(b)] for n, b in measured])]
     if parts := planned.get("parts"):
@@ -151,7 +152,7 @@ def provenance(facts: Facts) -> Section:
         ["qmoe", report.get("qmoe_version")],
     ]
     known = [[name, str(value)] for name, value in rows if value not in (None, "")]
-    settings = [[name, str(value)] for name, value in _flat(report["config"])]
+    settings = [[name, json.dumps(value)] for name, value in _flat(report["config"])]
     tables = [
         Table("Where it comes from", ["what", "value"], known),
         Table("All settings", ["setting", "value"], settings),
@@ -166,5 +167,5 @@ def _flat(config: dict[str, object]) -> list[tuple[str, object]]:
         if isinstance(value, dict):
             out += [(f"{name}.{key}", inner) for key, inner in value.items()]
         else:
-            out.append((name, "16 bits" if value is None else value))
+            out.append((f"{name}.bits", 16) if value is None else (name, value))
     return out
