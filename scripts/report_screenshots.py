@@ -25,8 +25,9 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 DARK = "--blink-settings=preferredColorScheme=0"
 CONSOLE = re.compile(r"CONSOLE(?::\d+)?[^\n]*")
 # Chromium's windows are never narrower than 500 pixels, so a frame stands for the telephone.
-FRAME = """<!DOCTYPE html><meta charset="utf-8"><body style="margin:0"><iframe id="f" style="border:0;width:{width}px;
-height:{height}px" srcdoc="{page}" onload="const root = f.contentDocument.documentElement;
+FRAME = """<!DOCTYPE html><meta charset="utf-8"><body style="margin:0">
+<iframe id="f" style="border:0;width:{width}px;height:{height}px" srcdoc="{page}"
+onload="const root = f.contentDocument.documentElement;
 document.title = root.scrollWidth + ' ' + root.scrollHeight"></iframe>"""
 
 

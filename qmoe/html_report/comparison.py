@@ -1,10 +1,11 @@
 """The sections of a page on two quantized folders, side by side."""
 
+import json
 from collections.abc import Callable
 
 import numpy as np
 
-from qmoe.html_report.expert_sections import layer_errors, routing
+from qmoe.html_report.expert_sections import layer_errors
 from qmoe.html_report.facts import Facts, short
 from qmoe.html_report.plots import heat_map, lines
 from qmoe.html_report.section import Figure, Section, Table
@@ -27,7 +28,7 @@ def intro(a: Facts, b: Facts) -> list[str]:
 
 def sections(a: Facts, b: Facts) -> list[Section]:
     """All of a page on two folders, in order."""
-    return [_settings(a, b), _quality(a, b), _errors(a, b), *_own(routing, a, b), _bytes(a, b),
+    return [_settings(a, b), _quality(a, b), _errors(a, b), _routing(a, b), _bytes(a, b),
             *_own(departures, a, b), *_own(provenance, a, b)]  # fmt: skip
 
 
@@ -42,7 +43,7 @@ def _own(kind: Callable[[Facts], Section], *both: Facts) -> list[Section]:
 
 
 def _settings(a: Facts, b: Facts) -> Section:
-    ours, theirs = ({name: str(value) for name, value in _flat(f)} for f in (a, b))
+    ours, theirs = ({name: json.dumps(value) for name, value in _flat(f)} for f in (a, b))
     differing = [n for n in dict.fromkeys([*ours, *theirs]) if ours.get(n) != theirs.get(n)]
     if not differing:
         return Section("Settings", ["Both have the same settings."])
@@ -106,8 +107,34 @@ def _errors(a: Facts, b: Facts) -> Section:
                 f"Error of every expert in {b.name} over that in {a.name}: red is more, blue less."
             )
             figures.append(Figure(svg, said))
-    text = [] if figures else ["The errors of the two cannot be set side by side."]
+    text = [
+        f"No errors were measured in {facts.name}, which was rounded to nearest."
+        for facts in (a, b)
+        if facts.name not in series
+    ]
     return Section("Errors", text, figures)
+
+
+def _routing(a: Facts, b: Facts) -> Section:
+    found = {f.name: f.measured.get("eval", {}).get("routing_kept", {}) for f in (a, b)}
+    text = [
+        f"On held-out text {name} keeps {float(np.mean(list(kept.values()))):.2%} of the original's "
+        "choices of experts in the mean."
+        if kept
+        else f"Nothing is recorded of {name}; `qmoe eval --against ORIGINAL --save` records it."
+        for name, kept in found.items()
+    ]
+    names = list(dict.fromkeys(n for kept in found.values() for n in kept))
+    series = {
+        name: [100 * kept[n] if n in kept else None for n in names]
+        for name, kept in found.items()
+        if kept
+    }
+    if not series:
+        return Section("Routing", text)
+    alt = f"{a.name} and {b.name}: choices of experts kept"
+    figure = Figure(lines(series, short(names), alt, "kept, %"), "Choices kept, by layer.")
+    return Section("Routing", text, [figure])
 
 
 def _bytes(a: Facts, b: Facts) -> Section:

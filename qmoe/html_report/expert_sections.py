@@ -164,12 +164,11 @@ def routing(facts: Facts) -> Section:
     """The share of the original's choices of experts that the quantized model makes too."""
     measured: dict[str, float] = facts.measured.get("eval", {}).get("routing_kept", {})
     series: dict[str, list[float | None]] = {}
-    tuned = {
-        n: record.routing_kept for layer in facts.layers for n, record in layer.experts.items()
-    }
+    tuned = {n: r.routing_kept for layer in facts.layers for n, r in layer.experts.items()}
+    names = list(dict.fromkeys([*tuned, *measured]))
     for stage, words in (("solved", "before tuning"), ("tuned", "after tuning")):
-        series[words] = [_percent(tuned.get(name, {}).get(stage)) for name in facts.modules]
-    series["whole model, held-out text"] = [_percent(measured.get(n)) for n in facts.modules]
+        series[words] = [_percent(tuned.get(name, {}).get(stage)) for name in names]
+    series["whole model, held-out text"] = [_percent(measured.get(n)) for n in names]
     series = {name: values for name, values in series.items() if any(v is not None for v in values)}
     if not series:
         said = "It is recorded by `qmoe eval --against ORIGINAL --save`, and by tuning."
@@ -184,7 +183,7 @@ def routing(facts: Facts) -> Section:
             f"On held-out text {mean:.2%} of the choices are kept in the mean, and "
             f"{measured[worst]:.2%} in {worst}, the worst layer."
         )
-    svg = lines(series, short(facts.modules), f"{facts.name}: choices of experts kept", "kept, %")
+    svg = lines(series, short(names), f"{facts.name}: choices of experts kept", "kept, %")
     return Section("Routing", text, [Figure(svg, "Choices of experts that are kept, by layer.")])
 
 

@@ -124,9 +124,8 @@ def test_all_sections_are_there_and_nothing_comes_from_elsewhere(measured):
     assert page.titles == TITLES
     text = " ".join(page.text)
     for said in ("0.01250", "infinite", "is not below that of rtn", "Domain german.", "99.00%",
-                 "of 16 experts borrowed", "model.embed_tokens.weight", "e1784aaf"):  # fmt: skip
-        assert said in text or said == "e1784aaf", said
-    assert qmoe.QuantConfig().damp in (0.01,) and "damp" in text
+                 "of 16 experts borrowed", "model.embed_tokens.weight", "calibration.seed"):  # fmt: skip
+        assert said in text, said
 
 
 def test_equal_folders_give_equal_pages(measured):
