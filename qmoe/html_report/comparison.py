@@ -118,7 +118,7 @@ def _errors(a: Facts, b: Facts) -> Section:
 def _routing(a: Facts, b: Facts) -> Section:
     found = {f.name: f.measured.get("eval", {}).get("routing_kept", {}) for f in (a, b)}
     text = [
-        f"On held-out text {name} keeps {float(np.mean(list(kept.values()))):.2%} of the original's "
+        f"On held-out text {name} keeps {np.mean(list(kept.values())):.2%} of the original's "
         "choices of experts in the mean."
         if kept
         else f"Nothing is recorded of {name}; `qmoe eval --against ORIGINAL --save` records it."
