@@ -7,6 +7,7 @@ Left out: the pages themselves, which mkdocs.yml lists.
 import argparse
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -28,21 +29,25 @@ import qmoe
 ```
 
 ::: qmoe.pipeline.quantize.quantize
+    options: { heading: qmoe.quantize }
 
 ::: qmoe.packed.load.load
+    options: { heading: qmoe.load }
 
 ::: qmoe.html_report.report.report
+    options: { heading: qmoe.report }
 
 ::: qmoe.config.quant.QuantConfig
-    options: { members: [preset, from_dict, to_dict] }
+    options: { heading: qmoe.QuantConfig, members: [preset, from_dict, to_dict] }
 
 ::: qmoe.config.quant.CalibrationConfig
-    options: { members: [] }
+    options: { heading: qmoe.CalibrationConfig, members: [] }
 
 ::: qmoe.config.scheme.Scheme
-    options: { members: [] }
+    options: { heading: qmoe.Scheme, members: [] }
 
 ::: qmoe.errors
+    options: { heading: Errors, filters: ["!^_"] }
 """
 
 
@@ -84,9 +89,10 @@ def command_line() -> str:
     lines = ["# Command line", "", str(parser.description), "", *_options(parser)]
     for choice in commands._choices_actions:
         sub = commands.choices[choice.dest]
-        usage = re.sub(r"\s+", " ", sub.format_usage()).strip()
+        usage = re.sub(r"\s+", " ", sub.format_usage()).strip().removeprefix("usage: ")
+        usage = textwrap.fill(usage, 76, subsequent_indent="    ", break_long_words=False)
         lines += ["", f"## qmoe {choice.dest}", "", sub.description or f"{choice.help}.", ""]
-        lines += ["```text", usage.removeprefix("usage: "), "```", "", *_options(sub)]
+        lines += ["```text", usage, "```", "", *_options(sub)]
         if sub.epilog:
             lines += ["", "```text", sub.epilog.rstrip(), "```"]
     return "\n".join(lines) + "\n"
