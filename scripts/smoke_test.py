@@ -4,8 +4,8 @@
     python -P scripts/smoke_test.py --dist dist --borrow    # from the Python that runs this script
 
 The wheels are built from the sdist: one with the CPU kernels for this platform, and one without
-them (QMOE_PURE=1) for every platform. In each environment, outside of the repository, a small model is
-quantized, audited, reported on, loaded and asked to continue a text.
+them (QMOE_PURE=1) for every platform. In each environment, outside of the repository, a small model
+is quantized, audited, reported on, loaded and asked to continue a text.
 """
 
 import argparse
