@@ -9,7 +9,7 @@ import torch
 from qmoe.calibration.text import merged
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.cli import tables
-from qmoe.cli.options import STORED
+from qmoe.cli.measure_options import STORED
 from qmoe.errors import ConfigError
 from qmoe.measure.baselines import check_counts
 from qmoe.measure.bench import ANSWERED, benchmark
