@@ -5,6 +5,7 @@ The card of the original stays below. What qmoe writes stands between two commen
 replaced when measurements are added.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def read_card(folder: Path) -> tuple[dict[str, Any], str, list[str]]:
         data = yaml.safe_load(found[1]) or {}
         if not isinstance(data, dict):
             raise ValueError(f"expected keys and values, found {type(data).__name__}")
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        json.dumps(data, default=str)  # a list may hold itself in YAML, and could not be written
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         why = str(error).partition("\n")[0]
         return {}, whole[found.end() :], [f"{CARD}: its metadata was left out, not YAML: {why}"]
     return data, whole[found.end() :], []

@@ -103,7 +103,8 @@ def test_the_card_of_the_original_stays_below(tmp_path):
 
 @pytest.mark.parametrize(
     "head, said",
-    [("license: [mit", "not YAML"), ("- a list", "expected keys"), ("!!python/x y", "not YAML")],
+    [("license: [mit", "not YAML"), ("- a list", "expected keys"), ("!!python/x y", "not YAML"),
+     ("a: &x [*x]", "not YAML"), ("d: 2001-99-99", "not YAML"), ("? [1]\n: 2", "not YAML")],
 )  # fmt: skip
 def test_metadata_that_cannot_be_read_is_left_out_and_said(head, said, tmp_path):
     (tmp_path / "README.md").write_bytes(f"---\n{head}\n---\nText.\n".encode() + b"\xff\n")
