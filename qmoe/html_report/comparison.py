@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,7 @@ def _own(kind: Callable[[Facts], Section], *both: Facts) -> list[Section]:
 
 
 def _settings(a: Facts, b: Facts) -> Section:
-    ours, theirs = ({name: json.dumps(value) for name, value in _flat(f)} for f in (a, b))
+    ours, theirs = ({name: json.dumps(value) for name, value in f.settings()} for f in (a, b))
     differing = [n for n in dict.fromkeys([*ours, *theirs]) if ours.get(n) != theirs.get(n)]
     if not differing:
         return Section("Settings", ["Both have the same settings."])
@@ -52,18 +53,10 @@ def _settings(a: Facts, b: Facts) -> Section:
     return Section("Settings", tables=[table])
 
 
-def _flat(facts: Facts) -> list[tuple[str, object]]:
-    out: list[tuple[str, object]] = []
-    for name, value in facts.config.to_dict().items():
-        parts = value.items() if isinstance(value, dict) else [("", value)]
-        out += [(f"{name}.{key}".rstrip("."), inner) for key, inner in parts]
-    return out
-
-
 def _quality(a: Facts, b: Facts) -> Section:
-    found = [facts.measured.get("eval") for facts in (a, b)]
-    if found[0] is None or found[1] is None:
-        missing = [facts.name for facts, e in zip((a, b), found, strict=True) if e is None]
+    found: list[dict[str, Any]] = [f.measured["eval"] for f in (a, b) if "eval" in f.measured]
+    if len(found) < 2:
+        missing = [facts.name for facts in (a, b) if "eval" not in facts.measured]
         said = f"There are no scores of {' and '.join(missing)}; this command records them:"
         return Section("Quality", [said], code=["qmoe eval PATH --against ORIGINAL --save"])
     text = []
@@ -85,7 +78,8 @@ def _quality(a: Facts, b: Facts) -> Section:
 
 def _errors(a: Facts, b: Facts) -> Section:
     figures = []
-    series, names = {}, []
+    series: dict[str, list[float | None]] = {}
+    names: list[str] = []
     for facts in (a, b):
         found, names = layer_errors(facts)
         if "output" in found:

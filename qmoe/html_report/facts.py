@@ -10,7 +10,7 @@ import numpy as np
 
 from qmoe.checkpoint.folders import read_json
 from qmoe.checkpoint.model_folder import ModelFolder
-from qmoe.config import QuantConfig
+from qmoe.config import UNQUANTIZED, QuantConfig
 from qmoe.errors import CheckpointError
 from qmoe.html_report.stored import Shard, read_stored
 from qmoe.layer.records import LayerRecord
@@ -40,8 +40,18 @@ class Facts:
     @property
     def bits(self) -> float:
         """Bits of a packed weight, scales and zero points included."""
-        packed, weights = (sum(getattr(s, n) for s in self.shards) for n in ("packed", "weights"))
-        return 8 * packed / max(weights, 1)
+        weights = sum(shard.weights for shard in self.shards)
+        return 8 * sum(shard.packed for shard in self.shards) / max(weights, 1)
+
+    def settings(self) -> list[tuple[str, Any]]:
+        """All settings by their dotted names; parts that stay in 16 bits by `bits` alone."""
+        out: list[tuple[str, Any]] = []
+        for name, value in self.config.to_dict().items():
+            if isinstance(value, dict):
+                out += [(f"{name}.{key}", inner) for key, inner in value.items()]
+            else:
+                out.append((name, value) if value is not None else (f"{name}.bits", UNQUANTIZED))
+        return out
 
     def grid(self, key: str) -> np.ndarray:
         """A number of every expert as [modules, experts], NaN where it is not known: "tokens",

@@ -152,20 +152,10 @@ def provenance(facts: Facts) -> Section:
         ["qmoe", report.get("qmoe_version")],
     ]
     known = [[name, str(value)] for name, value in rows if value not in (None, "")]
-    settings = [[name, json.dumps(value)] for name, value in _flat(report["config"])]
+    settings = [[name, json.dumps(value)] for name, value in facts.settings()]
     tables = [
         Table("Where it comes from", ["what", "value"], known),
         Table("All settings", ["setting", "value"], settings),
     ]
     said = "This command makes the same weights again."
     return Section("Provenance", [said], tables=tables, code=[command(report)])
-
-
-def _flat(config: dict[str, object]) -> list[tuple[str, object]]:
-    out: list[tuple[str, object]] = []
-    for name, value in config.items():
-        if isinstance(value, dict):
-            out += [(f"{name}.{key}", inner) for key, inner in value.items()]
-        else:
-            out.append((f"{name}.bits", 16) if value is None else (name, value))
-    return out

@@ -26,6 +26,5 @@ def planned(folder: Path, original: ModelFolder, tokens: int) -> dict[str, Any]:
         found = plan(source, [config], Budget(None, 1 << 62), run).chosen.placement
     except (ConfigError, UnsupportedModelError) as error:
         return {"refused": str(error)}
-    parts = [[part.name, part.host] for part in found.parts]
-    weights = sum(nbytes for name, nbytes in parts if not name.startswith(BESIDE))
-    return {"parts": parts, "weights": weights}
+    weights = sum(part.host for part in found.parts if not part.name.startswith(BESIDE))
+    return {"parts": [[part.name, part.host] for part in found.parts], "weights": weights}

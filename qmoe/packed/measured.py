@@ -15,11 +15,31 @@ from qmoe.system.files import to_json
 from qmoe.system.printing import say
 
 MEASURED = "qmoe_measured.json"
+# By command, what its result has, and of which kind.
+KEYS: dict[str, dict[str, type]] = {
+    "eval": {"scores": dict, "overall": dict, "settings": dict},
+    "bench": {"models": dict, "settings": dict, "machine": str, "kernels": str},
+}
 
 
 def read_measured(folder: Path) -> dict[str, Any]:
-    """What was measured, by command ("eval", "bench"); empty if nothing was kept."""
-    return read_json(folder / MEASURED) if (folder / MEASURED).is_file() else {}
+    """What was measured, by command ("eval", "bench"); empty if nothing was kept. CheckpointError
+    for a file that does not hold it."""
+    found = read_json(folder / MEASURED) if (folder / MEASURED).is_file() else {}
+    for command, keys in KEYS.items():
+        if command not in found:
+            continue
+        part = found[command]
+        wrong = [k for k, kind in keys.items() if not isinstance(part, dict) or not
+                 isinstance(part.get(k), kind)]  # fmt: skip
+        models = {} if wrong else part["models" if command == "bench" else "overall"]
+        if wrong or not isinstance(models.get("qmoe"), dict):
+            what = wrong[0] if wrong else "qmoe"
+            raise CheckpointError(
+                f"{folder / MEASURED}: damaged (no {what} in {command}); remove it, and measure "
+                f"again with `qmoe {command} --save`"
+            )
+    return found
 
 
 def check_can_keep(folder: Path) -> None:

@@ -16,6 +16,7 @@ from qmoe.cli.main import main
 from qmoe.cli.options import build_parser
 from qmoe.cli.settings import config_from
 from qmoe.config.command import arguments
+from qmoe.errors import CheckpointError
 from qmoe.packed.card import BEGIN, END, metadata, read_card, refresh_card, write_card
 from qmoe.packed.card_text import body, command
 from qmoe.packed.measured import MEASURED, read_measured
@@ -161,6 +162,13 @@ def test_nothing_is_saved_beside_a_folder_without_a_report(short, tmp_path, caps
     assert main(["bench", "org/on-the-hub", "--save"]) == 1
     assert "expected a local folder" in capsys.readouterr().err
     assert not (short / MEASURED).exists()
+
+
+@pytest.mark.parametrize("found", [{"eval": []}, {"eval": {}}, {"bench": {"models": 3}}])
+def test_damaged_measurements_are_refused(found, tmp_path):
+    (tmp_path / MEASURED).write_text(json.dumps(found))
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_measured(tmp_path)
 
 
 def test_equal_runs_write_equal_cards(short, quantized_short, tmp_path):
