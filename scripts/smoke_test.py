@@ -6,6 +6,9 @@
 The wheels are built from the sdist: one with the CPU kernels for this platform, and one without
 them (QMOE_PURE=1) for every platform. In each environment, outside of the repository, a small model
 is quantized, audited, reported on, loaded and asked to continue a text.
+
+For a package index, `auditwheel repair` gives the first wheel the manylinux tag that its libraries
+allow: 2_34 if it was built on Debian 12.
 """
 
 import argparse
