@@ -8,7 +8,7 @@ CROSS ?= aarch64-linux-gnu-gcc
 SANITIZED := -std=c11 -g -ffp-contract=off -fno-math-errno -fno-trapping-math -Ikernels/cpu/csrc \
 	tests/kernels/cpu/sanitize.c $(wildcard kernels/cpu/csrc/*.c) -lm -lpthread
 
-.PHONY: quickstart test test-all lint types rooms sanitize kernels gpu-dry-run families check clean
+.PHONY: quickstart test test-all lint types rooms sanitize kernels gpu-dry-run families docs smoke check clean
 
 quickstart: .venv/ready
 	$(BIN)/python scripts/quickstart.py
@@ -62,11 +62,19 @@ gpu-dry-run: .venv/ready
 	rm -rf build/gpu
 	$(BIN)/python -P scripts/gpu_check.py --out build/gpu --dry-run --minutes 6
 
+# sdist and wheels in dist/, each wheel used in a clean environment outside of the repository.
+smoke: .venv/ready
+	$(BIN)/python -P scripts/smoke_test.py --dist dist --borrow
+
+# The site, in build/site; a warning is an error.
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # Every MoE family of the installed transformers: a tiny random model, there and back.
 families: .venv/ready
 	$(BIN)/qmoe families --check
 
-check: lint types sanitize kernels gpu-dry-run test-all families
+check: lint types sanitize kernels gpu-dry-run test-all families docs
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

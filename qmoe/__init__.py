@@ -17,6 +17,7 @@ from qmoe.errors import QmoeError
 from qmoe.system.on_import import when_imported
 
 if TYPE_CHECKING:
+    from qmoe.html_report.report import report
     from qmoe.packed.load import load
     from qmoe.pipeline.in_memory import quantize_model
     from qmoe.pipeline.quantize import quantize
@@ -30,6 +31,7 @@ __all__ = [
     "load",
     "quantize",
     "quantize_model",
+    "report",
 ]
 
 
@@ -57,6 +59,10 @@ if not TYPE_CHECKING:
             from qmoe.pipeline.in_memory import quantize_model
 
             return quantize_model
+        if name == "report":
+            from qmoe.html_report.report import report
+
+            return report
         raise AttributeError(f"module 'qmoe' has no attribute {name!r}")
 
     def __dir__() -> list[str]:

@@ -34,6 +34,7 @@ ROOMS = [
     "packed",
     "pipeline",
     "measure",
+    "html_report",
     "cli",
     "__main__",
     "",

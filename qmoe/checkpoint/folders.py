@@ -63,6 +63,15 @@ def resolve(source: str | Path, **hub: Unpack[HubOptions]) -> Path:
         raise hub_error(name, error) from error
 
 
+def origin(folder: Path) -> dict[str, str]:
+    """Where a folder comes from: its name on the Hub and the revision, if it lies in the Hub's
+    cache, else its own name."""
+    cache = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and cache.startswith("models--"):
+        return {"name": cache[len("models--") :].replace("--", "/", 1), "revision": folder.name}
+    return {"name": folder.resolve().name}
+
+
 def check_hub_name(name: str) -> None:
     """Raises CheckpointError for what is no folder and cannot be a name on the Hub."""
     if name.count("/") > 1 or name.startswith((".", "~", "/")) or len(name) > HUB_NAME:

@@ -13,6 +13,7 @@ import transformers
 from qmoe.checkpoint.folders import read_json
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.cli import tables
+from qmoe.cli.info import info, show_info
 from qmoe.cli.measure import bench, eval, show_bench, show_eval
 from qmoe.cli.plan import plan, show_plan
 from qmoe.cli.settings import config_from, to_toml
@@ -33,8 +34,9 @@ from qmoe.system.progress import progress, shown
 from qmoe.system.sizes import format_size
 
 __all__ = [
-    "bench", "eval", "families", "inspect", "plan", "quantize",
-    "show_bench", "show_eval", "show_families", "show_inspect", "show_plan", "show_quantize",
+    "bench", "eval", "families", "info", "inspect", "plan", "quantize", "report",
+    "show_bench", "show_eval", "show_families", "show_info", "show_inspect", "show_plan",
+    "show_quantize", "show_report",
 ]  # fmt: skip
 
 
@@ -126,6 +128,19 @@ def show_families(result: dict[str, Any]) -> None:
         if row not in good:
             print(f"{row['family']}: {row['result']}")
     print(f"{len(good)} of {len(rows)} {good[0]['result'] if good else 'supported'}")
+
+
+def report(args: argparse.Namespace) -> dict[str, Any]:
+    """`qmoe report`: the page that is written, and its size."""
+    from qmoe.html_report.report import report as page
+
+    made = page(args.path, args.compare, trust_remote_code=args.trust_remote_code)
+    path = made.save(args.output)
+    return {"output": str(path), "nbytes": path.stat().st_size}
+
+
+def show_report(result: dict[str, Any]) -> None:
+    print(f"{result['output']}: {format_size(result['nbytes'])}; open it in a browser")
 
 
 def _share(error: float | None) -> str:

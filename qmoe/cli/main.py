@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from qmoe.cli.options import build_parser
-from qmoe.cli.tables import to_json
 from qmoe.errors import QmoeError
 from qmoe.system.printing import printing, say
 from qmoe.system.progress import shown
@@ -15,6 +14,7 @@ from qmoe.system.progress import shown
 def run(args: argparse.Namespace) -> None:
     """Carry out a parsed command and print its result."""
     from qmoe.cli import commands
+    from qmoe.system.files import to_json
 
     with shown():
         result: dict[str, Any] = getattr(commands, args.command)(args)

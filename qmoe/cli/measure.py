@@ -1,24 +1,31 @@
 """What `qmoe eval` and `qmoe bench` do, and how their results are shown to a person."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from qmoe.calibration.text import merged
+from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.cli import tables
-from qmoe.cli.options import STORED
+from qmoe.cli.measure_options import STORED
+from qmoe.errors import ConfigError
 from qmoe.measure.baselines import check_counts
-from qmoe.measure.bench import benchmark
+from qmoe.measure.bench import ANSWERED, benchmark
+from qmoe.measure.environment import cpu
 from qmoe.measure.evaluate import evaluate
+from qmoe.measure.planned import planned
 from qmoe.measure.scores import relative
 from qmoe.packed.load import Loading
+from qmoe.packed.measured import check_can_keep, keep_measured
 from qmoe.system.sizes import format_size
 
 
 def eval(args: argparse.Namespace) -> dict[str, Any]:
     """`qmoe eval`."""
-    return evaluate(
+    folder = _place(args)
+    result = evaluate(
         args.path,
         against=args.against,
         baselines=args.baseline,
@@ -27,7 +34,24 @@ def eval(args: argparse.Namespace) -> dict[str, Any]:
         seqlen=args.seqlen,
         batch=args.batch,
         loading=_loading(args, None if args.dtype == STORED else getattr(torch, args.dtype)),
+        routing=args.save,
     )
+    if folder is not None:
+        settings = {key: getattr(args, key) for key in ("samples", "seqlen", "dtype")}
+        keep_measured(folder, "eval", result | {"settings": settings})
+    return result
+
+
+def _place(args: argparse.Namespace) -> Path | None:
+    """The folder in which the result is to be kept, checked before the long work; None if it is
+    not. The Hub's cache is no place for it."""
+    if not args.save:
+        return None
+    folder = Path(args.path).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"--save: expected a local folder to write to, got {args.path}")
+    check_can_keep(folder)
+    return folder
 
 
 def _loading(args: argparse.Namespace, dtype: torch.dtype | None) -> Loading:
@@ -77,7 +101,8 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     if args.threads is not None:
         check_counts(threads=args.threads)
         torch.set_num_threads(args.threads)
-    return benchmark(
+    folder = _place(args)
+    result = benchmark(
         args.path,
         against=args.against,
         baselines=args.baseline,
@@ -87,6 +112,29 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         repeats=args.repeats,
         loading=_loading(args, None),
     )
+    if folder is not None:
+        keep_measured(folder, "bench", _with_conditions(args, folder, result))
+    return result
+
+
+def _with_conditions(
+    args: argparse.Namespace, folder: Path, result: dict[str, Any]
+) -> dict[str, Any]:
+    """The figures of `qmoe bench` with what they depend on, and what the plan of the model says."""
+    keys = ("prompt", "tokens", "batch", "device", "activations", "expert_memory")
+    settings = {key: getattr(args, key) for key in keys} | {"threads": torch.get_num_threads()}
+    processor = cpu()
+    found = {
+        "models": result,
+        "settings": settings,
+        "machine": processor["name"]
+        + (f", {torch.cuda.get_device_name(args.device)}" if args.device != "cpu" else ""),
+        "kernels": processor["kernels"] if args.device == "cpu" else "Triton kernels",
+    }
+    if args.against is not None and args.device == "cpu":
+        original = ModelFolder.find(args.against, args.trust_remote_code)
+        found["planned"] = planned(folder, original, ANSWERED)
+    return found
 
 
 def show_bench(result: dict[str, Any]) -> None:

@@ -5,16 +5,13 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from qmoe._version import __version__
+from qmoe.cli.completion import Completion
+from qmoe.cli.help_texts import SIZE_HELP, TEXT_HELP
+from qmoe.cli.measure_options import bench_options, eval_options, loading_options
 from qmoe.cli.measured import METHODS
 from qmoe.cli.renamed import add_renamed
 from qmoe.config import BITS, CHANNEL, GROUPS, PRESETS, UNQUANTIZED, Method, QuantConfig, Rotate
 
-STORED = "checkpoint"  # a dtype: the one that is stored
-TEXT_HELP = (
-    "text, comma separated or repeated: bundled[:DOMAIN+DOMAIN], heldout[:DOMAIN+DOMAIN], "
-    "PATH[:COLUMN] of a file, folder or glob, or hf:NAME[/CONFIG][:SPLIT[:COLUMN]] for a dataset"
-)
-SIZE_HELP = "as in 12GB (10^9 bytes each), 12GiB (2^30) or 500MB"
 SETTINGS = """\
 The name in brackets is that of the setting in --config, in --set and in the report. --config
 overrides the preset, options override --config, and --set overrides options.
@@ -27,6 +24,12 @@ def build_parser() -> argparse.ArgumentParser:
         prog="qmoe", description="Quantize Mixture-of-Experts language models and run them packed."
     )
     parser.add_argument("--version", action="version", version=f"qmoe {__version__}")
+    parser.add_argument(
+        "--completion",
+        action=Completion,
+        choices=["bash", "zsh", "tcsh"],
+        help="print a script that completes commands and options in this shell",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     _quantize_options(
         commands.add_parser(
@@ -55,16 +58,31 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print the settings that a folder was quantized with, for quantize --config",
     )
+    _report_options(
+        commands.add_parser(
+            "report",
+            help="one HTML page on a quantized folder",
+            description="Write one page of HTML on a quantized folder: bytes, bits, quality, use "
+            "and errors of every expert, routing, memory, fallbacks and provenance. It needs no "
+            "network.",
+        )
+    )
     evaluate = commands.add_parser("eval", help="perplexity by domain, KL and agreement")
-    _eval_options(evaluate)
+    eval_options(evaluate)
     bench = commands.add_parser("bench", help="prefill and decode speed, latency, memory")
-    _bench_options(bench)
+    bench_options(bench)
     for sub in (evaluate, bench):
-        _loading_options(sub)
+        loading_options(sub)
     families = "MoE families of the installed transformers"
     _families_options(commands.add_parser("families", help=families))
+    info = commands.add_parser(
+        "info",
+        help="versions, processor, GPUs, kernels, memory and cache, for bug reports",
+        description="Show what qmoe runs on. A bug report should contain this output.",
+    )
+    _info_options(info)
     for name, sub in commands.choices.items():
-        if name != "families":
+        if name not in ("families", "info"):
             sub.add_argument(
                 "--trust-remote-code",
                 action="store_true",
@@ -75,33 +93,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _bench_options(p: argparse.ArgumentParser) -> None:
-    _compare_options(p)
-    p.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
-    p.add_argument("--tokens", type=int, default=32, help="tokens decoded after it")
-    p.add_argument("--batch", type=int, default=1, help="sequences decoded at once")
-    p.add_argument("--threads", type=int, help="threads that compute (as many as torch takes)")
-    p.add_argument("--repeats", type=int, default=5, help="rounds; models take turns in each")
+def _report_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("path", help="a quantized folder or hub name")
+    p.add_argument("--compare", metavar="OTHER", help="a second one, to be shown beside it")
+    p.add_argument(
+        "--output", metavar="FILE", default="report.html", help="the file to write (report.html)"
+    )
 
 
-def _loading_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--device", default="cpu", help="cpu, or a GPU: cuda, cuda:1")
+def _info_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--expert-memory",
-        metavar="SIZE",
-        help=f"GPU memory for routed experts, {SIZE_HELP}; the others wait in host memory",
-    )
-    p.add_argument(
-        "--activations",
-        choices=["int8", "bf16"],
-        default="int8",
-        help="inputs of packed products on a CPU: rounded to 8 bits, or as they are (slower); "
-        "models in float32 always take them as they are",
-    )
-    p.add_argument(
-        "--no-cache",
-        action="store_true",
-        help="keep no weights in the CPU kernels' layout in the user's cache directory",
+        "--clear-cache",
+        nargs="?",
+        type=float,
+        const=0,
+        metavar="DAYS",
+        help="remove prepared weights from the cache: all, or those that nothing has read for so "
+        "many days",
     )
 
 
@@ -259,31 +267,4 @@ def _families_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--rotate", choices=get_args(Rotate), default="off", help="with --check: rotated like that"
-    )
-
-
-def _eval_options(p: argparse.ArgumentParser) -> None:
-    _compare_options(p)
-    p.add_argument("--text", action="append", help=f"{TEXT_HELP} (heldout)")
-    p.add_argument("--samples", type=int, default=16, help="samples scored per domain")
-    p.add_argument("--seqlen", type=int, default=256, help="tokens in a sample")
-    p.add_argument("--batch", type=int, default=8, help="samples per forward pass")
-    p.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16", STORED],
-        default="float32",
-        help="of activations; float32 shows what the weights lost and nothing else, "
-        f"{STORED} is the checkpoint's own, in which models are loaded and run",
-    )
-
-
-def _compare_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("path", help="quantized folder")
-    p.add_argument("--against", metavar="ORIGINAL", help="the unquantized model to compare with")
-    p.add_argument(
-        "--baseline",
-        nargs="+",
-        choices=["rtn", "nf4"],
-        default=[],
-        help="also the original rounded to nearest, or in bitsandbytes NF4",
     )

@@ -1,23 +1,8 @@
-"""Results for people, as rich tables on standard output, and for programs, as JSON."""
+"""Results for people, as rich tables on standard output."""
 
-import json
-import math
 from typing import Any
 
 from qmoe.system.sizes import format_size
-
-
-def to_json(result: Any) -> str:
-    """A result as JSON, which has no word for infinite numbers: null stands for them."""
-    return json.dumps(_finite(result), indent=2, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(title: str, header: list[str], rows: list[list[str]]) -> None:

@@ -38,7 +38,7 @@ class CalibrationConfig:
     """Which text the statistics are gathered on.
 
     text: "bundled" (all domains that ship with qmoe), "bundled:austen+factbook", a local file,
-    table or folder, or "hf:NAME[/CONFIG][:SPLIT[:COLUMN]]" for any `datasets` name
+    table or folder, or `hf:NAME[/CONFIG][:SPLIT[:COLUMN]]` for any `datasets` name
     (calibration/text.py); several in one string with commas between them, or in a list. samples x
     seqlen tokens are used, spread evenly over the domains. batch: samples per forward pass.
     seed: of the choice of samples, and of what the model writes. self_samples: samples more that

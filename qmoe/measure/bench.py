@@ -46,6 +46,7 @@ KINDS: dict[str, Callable[..., Any]] = {
 
 
 AS_STORED = Loading()
+ANSWERED = 128  # tokens of the prompt that a process answers whose memory is measured
 
 
 def benchmark(
@@ -225,7 +226,7 @@ def report_memory(kind: str, path: str, trust_remote_code: bool) -> None:
     model = KINDS[kind](folder)
     gc.collect()
     loaded = process.memory_info().rss
-    _run(model, 128, 1)
+    _run(model, ANSWERED, 1)
     peak = _peak()
     print(json.dumps({"without_model": before, "loaded": loaded, "peak": peak}))
 

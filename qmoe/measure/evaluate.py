@@ -1,6 +1,7 @@
 """`evaluate`: how far a quantized model is from the original, beside its baselines."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from qmoe.measure.baselines import (
 )
 from qmoe.measure.compare import check_same_model
 from qmoe.measure.logits import make_batches, resident, streamed
-from qmoe.measure.scores import Logits, not_better, overall, score, summaries
-from qmoe.model.source import open_source
+from qmoe.measure.routes import Routes, experts_used, kept, recorded
+from qmoe.measure.scores import Batches, Score, not_better, overall, score, summaries
+from qmoe.model.source import Source, open_source
 from qmoe.packed.load import Loading
 from qmoe.pipeline.checks import check_seqlen
 
@@ -37,17 +39,20 @@ def evaluate(
     seqlen: int = 256,
     batch: int = 8,
     loading: Loading = IN_FLOAT32,
+    routing: bool = False,
 ) -> dict[str, Any]:
     """Perplexity by domain of a quantized folder; with `against`, also KL and top-1 agreement.
 
     text: see qmoe.calibration.text.load_texts. The first `samples` samples of every domain are
     scored. loading: how the quantized models are; its dtype is that of all models alike: float32
     shows what the weights lost and nothing else, None, the checkpoint's own, how they run. The
-    original is streamed on the CPU, so it may be larger than memory. Raises CalibrationError if a
-    model has no predictions in that dtype.
+    original is streamed on the CPU, so it may be larger than memory. routing: also count where
+    tokens go. Raises CalibrationError if a model has no predictions in that dtype.
     Returns scores by model and domain, their means over domains ("overall"), bytes on disk, and
     in words what of the text was not as asked for ("fallbacks") and where the quantized model is
-    not better than a baseline ("not_better").
+    not better than a baseline ("not_better"). With `routing`, also the tokens of each expert in the
+    quantized model by domain and experts module ("experts_used"), and with `against` the share of
+    the original's choices of experts that it makes too ("routing_kept").
     """
     check_baselines(baselines, against)
     check_counts(samples=samples, batch=batch)
@@ -64,15 +69,11 @@ def evaluate(
     batches, notes = make_batches(tokenizer, texts, samples=samples, seqlen=seqlen, batch=batch)
     check_vocabulary(config, torch.cat([ids for _, ids in batches]))
     models, disk = _models(folder.path, other, baselines, loading)
-    dtype = models["qmoe"].config.dtype
-    reference: Logits | None = None
-    if other is not None:
-        source = open_source(other, dtype)
+    source = None if other is None else open_source(other, models["qmoe"].config.dtype)
+    if source is not None:
         disk["original"] = source.checkpoint.nbytes()
-        reference = streamed(source, batches, dtype)
-    logits = {name: resident(model, batches) for name, model in models.items()}
-    found = score(batches, reference, logits, dtype)
-    scores = summaries(found, with_reference=reference is not None)
+    found, routed = _scored(models, source, batches, routing)
+    scores = summaries(found, with_reference=source is not None)
     return {
         "scores": scores,
         "overall": {name: overall(domains) for name, domains in scores.items()},
@@ -81,6 +82,29 @@ def evaluate(
         "not_better": [
             note for name in baselines for note in not_better(found["qmoe"], found[name], name)
         ],
+    } | routed
+
+
+def _scored(
+    models: dict[str, Any], source: Source | None, batches: Batches, routing: bool
+) -> tuple[dict[str, dict[str, Score]], dict[str, Any]]:
+    """Scores by model and domain, the original streamed beside the others; with `routing`, also
+    what `evaluate` says of it."""
+    ours = models["qmoe"]
+    dtype = ours.config.dtype
+    before: Routes = {}
+    with ExitStack() as watching:
+        after = watching.enter_context(recorded(ours)) if routing else {}
+        if source is not None and routing:
+            before = watching.enter_context(recorded(source.model))
+        reference = None if source is None else streamed(source, batches, dtype)
+        logits = {name: resident(model, batches) for name, model in models.items()}
+        found = score(batches, reference, logits, dtype)
+    if not routing:
+        return found, {}
+    return found, {
+        "experts_used": experts_used(after, batches, ours),
+        "routing_kept": kept(before, after, ours),
     }
 
 

@@ -5,7 +5,7 @@ load the model lives here, and no clock time, so that equal runs write equal byt
 from pathlib import Path
 from typing import Any
 
-from qmoe.checkpoint.folders import read_json
+from qmoe.checkpoint.folders import origin, read_json
 from qmoe.checkpoint.tokenizer import has_tokenizer
 from qmoe.config import QuantConfig
 from qmoe.errors import CheckpointError
@@ -26,6 +26,7 @@ def build_report(
     """The report of a run; records: one for each layer, and for an lm_head that is quantized."""
     return {
         "qmoe_version": version,
+        "source": origin(source.folder.path),
         "model_type": source.checkpoint.config.get("model_type"),
         "config": config.to_dict(),
         "symmetric": config.symmetric,
@@ -53,10 +54,21 @@ def expert_rows(folder: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per layer and expert of a report: errors, tokens, routing mass, whether it borrowed.
     CheckpointError for a report that does not hold them as it should."""
     try:
-        records = [LayerRecord.from_json(layer) for layer in report["layers"]]
-        return [row for record in records for row in _layer_rows(record)]
+        return [row for record in _records(report) for row in _layer_rows(record)]
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise _damaged(folder, f"in its layers, {type(error).__name__}: {error}") from error
+
+
+def layer_records(folder: Path, report: dict[str, Any]) -> list[LayerRecord]:
+    """What the report says of each layer; CheckpointError as for `expert_rows`."""
+    try:
+        return _records(report)
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise _damaged(folder, f"in its layers, {type(error).__name__}: {error}") from error
+
+
+def _records(report: dict[str, Any]) -> list[LayerRecord]:
+    return [LayerRecord.from_json(layer) for layer in report["layers"]]
 
 
 def _layer_rows(layer: LayerRecord) -> list[dict[str, Any]]:

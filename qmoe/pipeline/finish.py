@@ -9,6 +9,7 @@ from qmoe.calibration.batches import fingerprint
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.format.compressed_tensors import quantization_config
 from qmoe.packed.audit import audit_folder
+from qmoe.packed.card import read_card, write_card
 from qmoe.packed.report import REPORT, build_report, left_behind
 from qmoe.pipeline.output import OutputFolder
 from qmoe.pipeline.plan import Plan
@@ -21,6 +22,7 @@ def finish(plan: Plan, text: CalibrationText, out: OutputFolder) -> dict[str, An
     source = plan.source
     out.write_index()
     left = out.copy_companions(source.folder.path)
+    metadata, text_below, unread = read_card(out.path)
     out.write_json("config.json", new_config(plan))
     folder = ModelFolder(out.path, source.folder.trust_remote_code)
     digests = out.digests()
@@ -28,7 +30,8 @@ def finish(plan: Plan, text: CalibrationText, out: OutputFolder) -> dict[str, An
     report = build_report(plan.config, source, out.records(), audit, __version__)
     report |= {
         "fallbacks": [
-            *_fallbacks(plan, text), *report["fallbacks"], *left_behind(left), *out.unlocked()
+            *_fallbacks(plan, text), *report["fallbacks"], *left_behind(left), *out.unlocked(),
+            *unread,
         ],
         "source_sha256": plan.source_sha256,
         "digests": digests,
@@ -36,6 +39,7 @@ def finish(plan: Plan, text: CalibrationText, out: OutputFolder) -> dict[str, An
         "calibration": _calibration(plan, text),
     }  # fmt: skip
     out.write_json(REPORT, report)
+    write_card(out.path, report, metadata, text_below)
     return report
 
 

@@ -1,10 +1,12 @@
-"""Writing one safetensors file so that it is either whole or absent."""
+"""Writing one safetensors file so that it is either whole or absent; and JSON."""
 
 import errno
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -63,3 +65,16 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         raise OSError(errno.ENOSPC if full else errno.EIO, f"{path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def to_json(result: Any) -> str:
+    """A result as JSON, which has no word for infinite numbers: null stands for them."""
+    return json.dumps(_finite(result), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

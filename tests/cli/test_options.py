@@ -110,3 +110,13 @@ def test_a_closed_terminal_is_like_an_interrupt(tmp_path, demo, forks):
     process.send_signal(signal.SIGHUP)
     err = process.communicate()[1]
     assert process.returncode == 130 and "the same command goes on" in err, err
+
+
+def test_completion_scripts_know_every_command(capsys):
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args(["--completion", "bash"])
+    script = capsys.readouterr().out
+    assert ended.value.code == 0
+    for command in ("quantize", "plan", "inspect", "eval", "bench", "families", "info"):
+        assert f"_shtab_qmoe_{command}_option_strings" in script
+    assert "--preset" in script and "--windows" not in script

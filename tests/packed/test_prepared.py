@@ -1,5 +1,8 @@
 """Weights that are kept in the CPU kernels' layout between loads."""
 
+import os
+import time
+
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ import qmoe
 import qmoe.packed.load
 import qmoe.packed.prepared
 from qmoe.kernels.cpu.library import tier
+from qmoe.packed.prepared import cache_folder, prepared_files, remove_prepared
 
 IDS = torch.arange(60, 70)[None]
 
@@ -27,3 +31,21 @@ def test_a_second_load_maps_the_file_and_a_damaged_one_is_made_again(
     file.write_bytes(file.read_bytes()[:-5000])
     third = qmoe.load(quantized_short, torch.bfloat16, progress=False)[0](input_ids=IDS).logits
     assert "it is made again" in capfd.readouterr().err and torch.equal(third, first)
+
+
+def test_only_files_that_nothing_has_read_for_long_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "qmoe").mkdir()
+    now = time.time()
+    for name, days in (("old", 40), ("new", 3)):
+        path = tmp_path / "qmoe" / f"{name}.cpu"
+        path.write_bytes(b"1")
+        os.utime(path, (now - days * 86400,) * 2)
+    assert [file.path.stem for file in prepared_files()] == ["old", "new"]
+    assert [file.path.stem for file in remove_prepared(unused_days=30)] == ["old"]
+    assert [file.path.stem for file in prepared_files()] == ["new"]
+
+
+def test_a_user_without_a_home_has_no_prepared_files(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_folder() is None and prepared_files() == []

@@ -1,0 +1,7 @@
+"""What the help of several options says."""
+
+TEXT_HELP = (
+    "text, comma separated or repeated: bundled[:DOMAIN+DOMAIN], heldout[:DOMAIN+DOMAIN], "
+    "PATH[:COLUMN] of a file, folder or glob, or hf:NAME[/CONFIG][:SPLIT[:COLUMN]] for a dataset"
+)
+SIZE_HELP = "as in 12GB (10^9 bytes each), 12GiB (2^30) or 500MB"
