@@ -13,6 +13,7 @@ import transformers
 from qmoe.checkpoint.folders import read_json
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.cli import tables
+from qmoe.cli.export import export, show_export
 from qmoe.cli.measure import bench, eval, show_bench, show_eval
 from qmoe.cli.plan import plan, show_plan
 from qmoe.cli.settings import config_from, to_toml
@@ -33,8 +34,8 @@ from qmoe.system.progress import progress, shown
 from qmoe.system.sizes import format_size
 
 __all__ = [
-    "bench", "eval", "families", "inspect", "plan", "quantize",
-    "show_bench", "show_eval", "show_families", "show_inspect", "show_plan", "show_quantize",
+    "bench", "eval", "export", "families", "inspect", "plan", "quantize",
+    "show_bench", "show_eval", "show_export", "show_families", "show_inspect", "show_plan", "show_quantize",
 ]  # fmt: skip
 
 

@@ -55,6 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print the settings that a folder was quantized with, for quantize --config",
     )
+    _export_options(
+        commands.add_parser("export", help="write a quantized folder as a file for llama.cpp")
+    )
     evaluate = commands.add_parser("eval", help="perplexity by domain, KL and agreement")
     _eval_options(evaluate)
     bench = commands.add_parser("bench", help="prefill and decode speed, latency, memory")
@@ -259,6 +262,17 @@ def _families_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--rotate", choices=get_args(Rotate), default="off", help="with --check: rotated like that"
+    )
+
+
+def _export_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("path", help="quantized folder, or hub name of one")
+    p.add_argument("--to", choices=["gguf"], required=True, help="form of the file")
+    p.add_argument("--out", metavar="FILE", help="the file to make (the folder's name, here)")
+    p.add_argument(
+        "--no-tokenizer",
+        action="store_true",
+        help="leave the tokenizer out, if llama.cpp does not have its kind",
     )
 
 

@@ -68,7 +68,10 @@ def _rope(config: Any) -> dict[str, Any]:
     out: dict[str, Any] = {"rope_freq_base": float(rope["rope_theta"])}
     kind = rope.get("rope_type", "default")
     if kind == "linear":
-        out |= {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": float(rope["factor"])}
+        out |= {
+            "rope_scaling_type": gguf.RopeScalingType.LINEAR,
+            "rope_scaling_factor": float(rope["factor"]),
+        }
     elif kind == "yarn":
         length = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         out |= {
@@ -133,9 +136,7 @@ def _qwen2_moe(config: Any) -> Family:
     _need(config, "norm_topk_prob", False, fact)
     shared = {"expert_shared_feed_forward_length": config.shared_expert_intermediate_size}
     size = config.moe_intermediate_size
-    return _plain(
-        config, ARCH.QWEN2MOE, config.num_experts, size, metadata=shared, own_output=True
-    )
+    return _plain(config, ARCH.QWEN2MOE, config.num_experts, size, metadata=shared, own_output=True)
 
 
 def _qwen3_moe(config: Any) -> Family:

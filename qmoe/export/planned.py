@@ -97,7 +97,9 @@ def checked(grid: Grid, kind: BlockType, name: str) -> Bytes:
     """A grid's bytes, which are decoded again and compared; AuditError if that fails."""
     made = kind.encode(grid)
     if not np.array_equal(gguf.quants.dequantize(made, KIND[kind.name]), grid.weight()):
-        raise AuditError(f"{name}: as {kind.name} it decodes to other weights; this is a bug of qmoe")
+        raise AuditError(
+            f"{name}: as {kind.name} it decodes to other weights; this is a bug of qmoe"
+        )
     return made
 
 
@@ -128,7 +130,9 @@ def _whole(checkpoint: Checkpoint, entry: Entry) -> Tensor:
     if entry.scheme is None:
         tensor = checkpoint.tensor(name)
     else:
-        tensor = torch.from_numpy(grid_of(read_quantized(checkpoint, name, entry.scheme), 0).weight())
+        tensor = torch.from_numpy(
+            grid_of(read_quantized(checkpoint, name, entry.scheme), 0).weight()
+        )
     if entry.rows is not None:
         last = entry.name.endswith(".bias")  # of a bias [E, N], the rows of a matrix are values
         tensor = tensor[..., entry.rows] if last else tensor[entry.rows]

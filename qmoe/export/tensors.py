@@ -90,7 +90,9 @@ def _parts(name: str, family: Family) -> list[tuple[str, Tensor | None, bool]]:
     if name.endswith("experts.gate_up_proj_bias"):
         both = torch.arange(2 * family.expert_size).view(-1, 2)  # gate and up alternate
         stem = name.removesuffix("gate_up_proj_bias")
-        return [(f"{stem}{p}.bias", both[:, i], False) for i, p in enumerate(("gate_proj", "up_proj"))]
+        return [
+            (f"{stem}{p}.bias", both[:, i], False) for i, p in enumerate(("gate_proj", "up_proj"))
+        ]
     if name.endswith("experts.down_proj_bias"):
         return [(name.replace("down_proj_bias", "down_proj.bias"), None, False)]
     if family.latent and name.endswith("kv_b_proj.weight"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 
 from qmoe._version import __version__
 from qmoe.checkpoint.model_folder import ModelFolder
@@ -112,10 +113,10 @@ def _describe(writer: Any, folder: ModelFolder, family: Family, plan: list[Plann
 
 def _write(writer: Any, checkpoint: Checkpoint, plan: list[Planned]) -> None:
     for tensor in plan:
-        _, size = gguf.GGML_QUANT_SIZES[tensor.kind]
-        block, _ = gguf.GGML_QUANT_SIZES[tensor.kind]
-        shape = (*tensor.shape[:-1], tensor.shape[-1] // block * size)
-        writer.add_tensor_info(tensor.entry.name, shape, "uint8", tensor.nbytes, tensor.kind)
+        block, size = gguf.GGML_QUANT_SIZES[tensor.kind]
+        in_bytes = (*tensor.shape[:-1], tensor.shape[-1] // block * size)
+        name, byte = tensor.entry.name, np.dtype(np.uint8)
+        writer.add_tensor_info(name, in_bytes, byte, tensor.nbytes, tensor.kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -150,7 +151,11 @@ def _notes(plan: list[Planned]) -> list[str]:
             why = "llama.cpp wants it transposed, across its groups"
         elif scheme.bits < 4 and tensor.kind.name not in ("Q2_K", "Q3_K"):
             odd = tensor.shape[-1] % SUPER
-            why = f"its inputs are no multiple of {SUPER}" if odd else "its scales have no common unit"
+            why = (
+                f"its inputs are no multiple of {SUPER}"
+                if odd
+                else "its scales have no common unit"
+            )
         else:
             continue
         key = (str(scheme), tensor.kind.name, why)
