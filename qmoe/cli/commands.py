@@ -34,8 +34,8 @@ from qmoe.system.progress import progress, shown
 from qmoe.system.sizes import format_size
 
 __all__ = [
-    "bench", "eval", "export", "families", "inspect", "plan", "quantize",
-    "show_bench", "show_eval", "show_export", "show_families", "show_inspect", "show_plan", "show_quantize",
+    "bench", "eval", "export", "families", "inspect", "plan", "quantize", "show_bench", "show_eval",
+    "show_export", "show_families", "show_inspect", "show_plan", "show_quantize",
 ]  # fmt: skip
 
 

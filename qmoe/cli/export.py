@@ -22,8 +22,7 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
             "export: the package `gguf` is not installed; pip install 'qmoe[gguf]'"
         ) from error
     folder = ModelFolder.find(args.path, args.trust_remote_code)
-    name = Path(args.path).name if folder.path.name in ("", ".", "..") else folder.path.name
-    dst = Path(args.out or f"{name}.{args.to}")
+    dst = Path(args.out or f"{Path(args.path).resolve().name}.{args.to}")
     return run_export(folder, dst, tokenizer=not args.no_tokenizer, progress=is_shown())
 
 

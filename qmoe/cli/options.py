@@ -7,7 +7,17 @@ from typing import Any, get_args
 from qmoe._version import __version__
 from qmoe.cli.measured import METHODS
 from qmoe.cli.renamed import add_renamed
-from qmoe.config import BITS, CHANNEL, GROUPS, PRESETS, UNQUANTIZED, Method, QuantConfig, Rotate
+from qmoe.config import (
+    BITS,
+    CHANNEL,
+    GROUPS,
+    PRESETS,
+    TARGETS,
+    UNQUANTIZED,
+    Method,
+    QuantConfig,
+    Rotate,
+)
 
 STORED = "checkpoint"  # a dtype: the one that is stored
 TEXT_HELP = (
@@ -118,6 +128,12 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
         "--preset",
         choices=list(PRESETS),
         help="settings to start from, described below; balanced is the default of every setting",
+    )
+    p.add_argument(
+        "--target",
+        choices=list(TARGETS),
+        help="settings that another engine holds exactly, on top of the preset: for llama.cpp, "
+        "groups of 32 and scales that `qmoe export --to gguf` writes as they are",
     )
     given = p.add_argument_group("settings", SETTINGS)
     method = "how weights are rounded, described below"
@@ -231,7 +247,7 @@ def _plan_options(p: argparse.ArgumentParser) -> None:
     )
     _scheme_options(given)
     _file_options(given)
-    p.set_defaults(preset=None, statistics=[])
+    p.set_defaults(preset=None, target=None, statistics=[])
 
 
 def _text_options(p: Any) -> None:

@@ -2,8 +2,8 @@
 
 The layouts are those of ggml/src/ggml-common.h and of `gguf.quants`, by which everything written is
 decoded again. Blocks are 32 inputs, super-blocks of the K types 256. The codebook types (IQ*,
-MXFP4, NVFP4) are left out: their points are not evenly spaced, so they hold no grid of 2^bits steps.
-So is TQ2_0 (2.06 bits): it has one scale for 256 inputs, which no group of qmoe spans.
+MXFP4, NVFP4) are left out: their points are not evenly spaced, so they hold no grid of 2^bits
+steps. So is TQ2_0 (2.06 bits): it has one scale for 256 inputs, and CUDA has no kernel for it.
 """
 
 from collections.abc import Callable

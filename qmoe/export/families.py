@@ -1,8 +1,8 @@
 """The families that llama.cpp runs and whose export is proven, and what its file says of each.
 
 Metadata are those that llama.cpp's own converter writes, read from transformers' config. Where
-llama.cpp's graph of a family has something fixed that a config can change, another value is refused:
-the file would load, and be another model. scripts/gguf_families.py proves every family here.
+llama.cpp's graph of a family has something fixed that a config can change, another value is
+refused: the file would load, and be another model. scripts/gguf_families.py proves every family.
 """
 
 from collections.abc import Callable

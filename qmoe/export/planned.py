@@ -1,7 +1,8 @@
 """How each tensor of a GGUF is stored, and its bytes.
 
-A packed tensor takes the smallest block type that has exactly its weights, all its experts the same.
-What is not packed stays as it is stored, but for what llama.cpp wants in float32: vectors, routers.
+A packed tensor takes the smallest block type that has exactly its weights, all its experts the
+same. What is not packed stays as it is stored, but for what llama.cpp wants in float32: vectors and
+routers.
 """
 
 from collections.abc import Iterator
@@ -54,8 +55,8 @@ def planned(checkpoint: Checkpoint, entry: Entry) -> Planned:
         return Planned(entry, kind, tuple(tensor.shape))
     if entry.scheme.rotation:
         raise UnsupportedModelError(
-            f"{checkpoint.path}: its weights are rotated, so their inputs have to be rotated at run "
-            "time, which llama.cpp does not do; quantize with --rotate fused or off"
+            f"{checkpoint.path}: its weights are rotated, so their inputs have to be rotated at "
+            "run time, which llama.cpp does not do; quantize with --rotate fused or off"
         )
     kept, moved, off, count = list(BLOCK_TYPES), 0, 0.0, 0
     for grid in _grids(checkpoint, entry):
@@ -63,9 +64,9 @@ def planned(checkpoint: Checkpoint, entry: Entry) -> Planned:
         moved, off, count = moved + here, max(off, most), count + 1
         if not near_enough(off):
             raise ConfigError(
-                f"{entry.stored[0]}: llama.cpp's block types have scales in float16, in which one of "
-                f"this tensor would be off by {off:.1%}; quantize again with --target llama.cpp, "
-                "which keeps scales within float16"
+                f"{entry.stored[0]}: llama.cpp's block types have scales in float16, in which one "
+                f"of this tensor would be off by {off:.1%}; quantize again with --target "
+                "llama.cpp, which keeps scales within float16"
             )
         kept = [kind for kind in kept if kind.holds(grid)]
     if not kept:

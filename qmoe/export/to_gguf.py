@@ -154,7 +154,7 @@ def _notes(plan: list[Planned]) -> list[str]:
             why = (
                 f"its inputs are no multiple of {SUPER}"
                 if odd
-                else "its scales have no common unit"
+                else "its scales have no common unit (quantize with --target llama.cpp)"
             )
         else:
             continue
@@ -165,7 +165,7 @@ def _notes(plan: list[Planned]) -> list[str]:
     if moved:
         count, off = sum(t.moved for t in moved), max(t.off for t in moved)
         lines.append(
-            f"{count} scales of {len(moved)} tensors are not float16 numbers and became the nearest "
-            f"ones, at most {off:.2%} away"
+            f"{count} scales of {len(moved)} tensors are not float16 numbers and became the "
+            f"nearest ones, at most {off:.2%} away"
         )
     return lines
