@@ -101,60 +101,56 @@ class _Super:
     minima, zero * scale. P parts of 256 / P inputs."""
 
     d: NDArray[np.float64]
-    scales: NDArray[np.int64]
+    scales: NDArray[np.uint8]
     dmin: NDArray[np.float64]
-    minima: NDArray[np.int64]
+    minima: NDArray[np.uint8]
 
 
-def _super(grid: Grid, parts: int) -> _Super | None:
-    """None where rows are not made of super-blocks."""
+def _super(grid: Grid, parts: int, most: int) -> _Super | None:
+    """None where rows are not made of super-blocks, or one has no unit. most: of a multiple."""
     size = SUPER // parts
     if grid.step.shape[1] % SUPER or grid.group % size:
         return None
-    scale, zero = grid.per(grid.scale, size), grid.per(grid.zero, size)
-    shape = (len(scale), -1, parts)
-    whole, exponent = as_whole(scale.reshape(shape))
-    scales, d = common_unit(whole, exponent)
-    minima, dmin = common_unit(whole * zero.reshape(shape), exponent)
-    return _Super(d, scales, dmin, minima)
-
-
-def _units_fit(units: NDArray[np.float64], multiples: NDArray[np.int64], most: int) -> bool:
-    fits = (multiples >= 0).all() and (multiples <= most).all()
-    with np.errstate(over="ignore"):
-        return bool(fits and (units.astype(np.float16).astype(np.float64) == units).all())
+    shape = (len(grid.scale), -1, parts)
+    scale = grid.per(grid.scale, size).reshape(shape)
+    whole, exponent = as_whole(scale)
+    scales = common_unit(whole, exponent, most)
+    minima = common_unit(whole * grid.per(grid.zero, size).reshape(shape), exponent, most)
+    if scales is None or minima is None:
+        return None
+    return _Super(scales[1], scales[0].astype(np.uint8), minima[1], minima[0].astype(np.uint8))
 
 
 def _holds_q2_k(grid: Grid) -> bool:
-    made = _super(grid, 16) if grid.bits == 2 else None
-    return made is not None and (
-        _units_fit(made.d, made.scales, 15) and _units_fit(made.dmin, made.minima, 15)
-    )
+    return grid.bits == 2 and _super(grid, 16, 15) is not None
 
 
 def _q2_k(grid: Grid) -> Bytes:
-    made = _super(grid, 16)
+    made = _super(grid, 16, 15)
     assert made is not None
     q = _blocks(grid.step + grid.per(grid.zero, 1), SUPER)
     quarters = q.reshape(*q.shape[:2], 2, 4, 32)
     packed = (quarters << np.array([0, 2, 4, 6], np.uint8)[:, None]).sum(-2, dtype=np.uint8)
-    scales = (made.scales | made.minima << 4).astype(np.uint8)
-    return _rows(scales, packed.reshape(*q.shape[:2], 64), _half(made.d), _half(made.dmin))
+    packed = packed.reshape(*q.shape[:2], 64)
+    return _rows(made.scales | made.minima << 4, packed, _half(made.d), _half(made.dmin))
 
 
-def _holds_q3_k(grid: Grid) -> bool:
-    made = _super(grid, 16) if _within(grid, -4, 3) else None
-    return made is not None and _units_fit(made.d, made.scales, 31)
+def _q3_k_scales(grid: Grid) -> tuple[NDArray[np.int64], NDArray[np.float64]] | None:
+    """Q3_K has no minima, and multiples of -32 to 31, of which those above 0 are taken."""
+    if grid.step.shape[1] % SUPER or not _within(grid, -4, 3):
+        return None
+    scale = grid.per(grid.scale, 16).reshape(len(grid.scale), -1, 16)
+    return common_unit(*as_whole(scale), 31)
 
 
 def _q3_k(grid: Grid) -> Bytes:
-    made = _super(grid, 16)
+    made = _q3_k_scales(grid)
     assert made is not None
     q = _blocks(grid.step + 4, SUPER)
     shape = q.shape[:2]
     bits = (q >> 2).reshape(*shape, 8, 32) << np.arange(8, dtype=np.uint8)[:, None]
     quarters = (q & 3).reshape(*shape, 2, 4, 32) << np.array([0, 2, 4, 6], np.uint8)[:, None]
-    scales = (made.scales + 32).astype(np.uint8)
+    scales = (made[0] + 32).astype(np.uint8)
     low = (scales[..., :8] & 15) | (scales[..., 8:] & 15) << 4
     top = (scales >> 4).reshape(*shape, 4, 4) << np.array([0, 2, 4, 6], np.uint8)[:, None]
     return _rows(
@@ -162,24 +158,21 @@ def _q3_k(grid: Grid) -> Bytes:
         quarters.sum(-2, dtype=np.uint8).reshape(*shape, 64),
         low,
         top.sum(-2, dtype=np.uint8),
-        _half(made.d),
+        _half(made[1]),
     )
 
 
 def _holds_q4_k(grid: Grid) -> bool:
-    made = _super(grid, 8) if grid.bits <= 4 else None
-    return made is not None and (
-        _units_fit(made.d, made.scales, 63) and _units_fit(made.dmin, made.minima, 63)
-    )
+    return grid.bits <= 4 and _super(grid, 8, 63) is not None
 
 
 def _q4_k(grid: Grid) -> Bytes:
-    made = _super(grid, 8)
+    made = _super(grid, 8, 63)
     assert made is not None
     q = _blocks(grid.step + grid.per(grid.zero, 1), SUPER)
     halves = q.reshape(*q.shape[:2], 4, 2, 32)
     packed = halves[..., 0, :] | halves[..., 1, :] << 4
-    s, m = made.scales.astype(np.uint8), made.minima.astype(np.uint8)
+    s, m = made.scales, made.minima
     first = s[..., :4] | (s[..., 4:] >> 4) << 6
     second = m[..., :4] | (m[..., 4:] >> 4) << 6
     third = (s[..., 4:] & 15) | (m[..., 4:] & 15) << 4
@@ -190,7 +183,7 @@ def _q4_k(grid: Grid) -> Bytes:
 # The smallest first; of equal size the one that more of llama.cpp's kernels are made for.
 BLOCK_TYPES = (
     BlockType("Q2_K", 2.625, _holds_q2_k, _q2_k),
-    BlockType("Q3_K", 3.4375, _holds_q3_k, _q3_k),
+    BlockType("Q3_K", 3.4375, lambda grid: _q3_k_scales(grid) is not None, _q3_k),
     BlockType("Q4_0", 4.5, lambda grid: _simple(grid, -8, 7), _q4_0),
     BlockType("Q4_K", 4.5, _holds_q4_k, _q4_k),
     BlockType("Q4_1", 5.0, _holds_q4_1, _q4_1),

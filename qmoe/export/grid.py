@@ -81,19 +81,25 @@ def near_enough(off: float) -> bool:
 
 
 def common_unit(
-    whole: NDArray[np.int64], exponent: NDArray[np.int32]
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The largest unit [N, S] of which all numbers whole * 2^exponent [N, S, P] are multiples, and
-    the multiples [N, S, P]; -1 where numbers are too far apart for it to matter."""
+    whole: NDArray[np.int64], exponent: NDArray[np.int32], most: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]] | None:
+    """A float16 number [N, S] of which all numbers whole * 2^exponent [N, S, P] are multiples, 0 to
+    `most`, and the multiples [N, S, P]; None if one of the S has no such number."""
     some = whole != 0
     least = np.where(some, exponent, np.iinfo(np.int32).max).min(-1, keepdims=True)
     shift = np.where(some, exponent - least, 0)
-    far = (shift > 24).any(-1)
-    shifted = whole << np.minimum(shift, 24)
-    unit = np.gcd.reduce(shifted, axis=-1)
-    multiples = shifted // np.maximum(unit, 1)[..., None]
-    multiples[far] = -1
-    return multiples, np.ldexp(unit.astype(np.float64), np.where(some.any(-1), least[..., 0], 0))
+    if (shift > 24).any():  # larger than any multiple of a number with 24 digits
+        return None
+    shifted = whole << shift
+    divisor = np.gcd.reduce(shifted, axis=-1)
+    multiples = shifted // np.maximum(divisor, 1)[..., None]
+    largest = np.ldexp(divisor.astype(np.float64), np.where(some.any(-1), least[..., 0], 0))
+    unit, factor = np.zeros_like(largest), np.zeros(largest.shape, np.int64)
+    for part in range(1, most + 1):  # one with too many digits may have a part with fewer
+        small = (largest / part).astype(np.float16).astype(np.float64)
+        fits = (factor == 0) & (small * part == largest) & (multiples.max(-1) * part <= most)
+        unit, factor = np.where(fits, small, unit), np.where(fits, part, factor)
+    return (multiples * factor[..., None], unit) if (factor > 0).all() else None
 
 
 def as_whole(scale: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
