@@ -20,7 +20,9 @@ from peers.environments import HERE, python_of
 from torch import Tensor
 
 CONVERTER = """\
-import sys; sys.path.insert(0, sys.argv[1])
+import sys, types; sys.path.insert(0, sys.argv[1])
+absent = sys.modules['sentencepiece'] = types.ModuleType('sentencepiece')
+absent.SentencePieceProcessor = None  # asked for before it is known that there is no such file
 import conversion.base as base, convert_hf_to_gguf as converter
 base.TextModel.get_vocab_base_pre = lambda *_: 'gpt-2'
 sys.argv[:2] = ['convert']
