@@ -21,9 +21,9 @@ from torch import Tensor
 
 CONVERTER = """\
 import sys, types; sys.path.insert(0, sys.argv[1])
-absent = sys.modules['sentencepiece'] = types.ModuleType('sentencepiece')
-absent.SentencePieceProcessor = None  # asked for before it is known that there is no such file
 import conversion.base as base, convert_hf_to_gguf as converter
+# Asked for before it is known that the model has no file for it.
+sys.modules['sentencepiece'] = types.SimpleNamespace(SentencePieceProcessor=None)
 base.TextModel.get_vocab_base_pre = lambda *_: 'gpt-2'
 sys.argv[:2] = ['convert']
 converter.main()
