@@ -5,8 +5,8 @@
 Every file runs in llama.cpp, on the same token ids, and is held against the original in float32
 there. Twice: as it is ("run"), where llama.cpp's kernels round the inputs of products too, and with
 every tensor expanded to float32 ("weights"), which shows what the weights lost and nothing else.
-llama.cpp's own types have an importance matrix of as much calibration text as qmoe takes. Of ours
-the perplexity in qmoe, in float32, stands beside. Writes gguf.csv and gguf.png into --out.
+llama.cpp's own types have an importance matrix of 128 samples of calibration text. Of ours the
+perplexity in qmoe, in float32, stands beside. Writes gguf.csv and gguf.png into --out.
 """
 
 import argparse
@@ -54,6 +54,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("docs/gguf"))
     parser.add_argument("--samples", type=int, default=16, help="test samples of each domain")
     parser.add_argument("--preset", default="balanced")
+    parser.add_argument("--calibration-samples", type=int, default=64, help="ours, of both kinds")
     parser.add_argument("--only", nargs="+", choices=[*OURS, *THEIRS], help="rows to measure")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

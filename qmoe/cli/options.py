@@ -6,18 +6,9 @@ from typing import Any, get_args
 
 from qmoe._version import __version__
 from qmoe.cli.measured import METHODS
+from qmoe.cli.options_export import export_options, target_option
 from qmoe.cli.renamed import add_renamed
-from qmoe.config import (
-    BITS,
-    CHANNEL,
-    GROUPS,
-    PRESETS,
-    TARGETS,
-    UNQUANTIZED,
-    Method,
-    QuantConfig,
-    Rotate,
-)
+from qmoe.config import BITS, CHANNEL, GROUPS, PRESETS, UNQUANTIZED, Method, QuantConfig, Rotate
 
 STORED = "checkpoint"  # a dtype: the one that is stored
 TEXT_HELP = (
@@ -65,9 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print the settings that a folder was quantized with, for quantize --config",
     )
-    _export_options(
-        commands.add_parser("export", help="write a quantized folder as a file for llama.cpp")
-    )
+    export_options(commands.add_parser("export", help="write a quantized folder for llama.cpp"))
     evaluate = commands.add_parser("eval", help="perplexity by domain, KL and agreement")
     _eval_options(evaluate)
     bench = commands.add_parser("bench", help="prefill and decode speed, latency, memory")
@@ -129,12 +118,7 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
         choices=list(PRESETS),
         help="settings to start from, described below; balanced is the default of every setting",
     )
-    p.add_argument(
-        "--target",
-        choices=list(TARGETS),
-        help="settings that another engine holds exactly, on top of the preset: for llama.cpp, "
-        "groups of 32 and scales that `qmoe export --to gguf` writes as they are",
-    )
+    target_option(p)
     given = p.add_argument_group("settings", SETTINGS)
     method = "how weights are rounded, described below"
     _setting(given, "--method", "method", d.method, get_args(Method), help=method)
@@ -278,17 +262,6 @@ def _families_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--rotate", choices=get_args(Rotate), default="off", help="with --check: rotated like that"
-    )
-
-
-def _export_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("path", help="quantized folder, or hub name of one")
-    p.add_argument("--to", choices=["gguf"], required=True, help="form of the file")
-    p.add_argument("--out", metavar="FILE", help="the file to make (the folder's name, here)")
-    p.add_argument(
-        "--no-tokenizer",
-        action="store_true",
-        help="leave the tokenizer out, if llama.cpp does not have its kind",
     )
 
 
