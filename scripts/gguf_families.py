@@ -6,7 +6,7 @@ Of every family that `qmoe export --to gguf` knows: a tiny random model is round
 exported, and run in llama.cpp on the same token ids as in qmoe. Expanded to float32, logits must be
 equal but for the order of sums; the exit status is 1 if they are not. As it is, llama.cpp's kernels
 round the inputs of products, which is shown beside. So is whether llama.cpp makes the same token
-ids of a text.
+ids of a text; then that is asked of every kind of tokenizer that qmoe exports.
 """
 
 import argparse
@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves i
 
 import torch
 from llama.programs import Llama, expand
+from llama.tokenizers_check import check
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -147,7 +148,9 @@ def main() -> int:
         if not args.keep:
             shutil.rmtree(folder)
     print(f"{sum(results)} of {len(results)} are the same model in llama.cpp")
-    return 0 if all(results) else 1
+    tokenizers = check(llama, args.work, text)
+    print(f"{sum(tokenizers)} of {len(tokenizers)} kinds of tokenizers are the same")
+    return 0 if all(results + tokenizers) else 1
 
 
 if __name__ == "__main__":
