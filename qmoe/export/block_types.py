@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from qmoe.export.grid import SUPER, Array, Grid, as_whole, common_unit, in_half
 
-Bytes = NDArray[np.uint8]
+Bytes = Array  # of uint8; the types of NumPy do not follow shifts
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def _rows(*parts: Bytes) -> Bytes:
 
 def _nibbles(steps: Bytes) -> Bytes:
     """[*, 32] values below 16: the first half in the low bits, the second in the high ones."""
-    return steps[..., :16] | steps[..., 16:] << 4
+    packed: Bytes = steps[..., :16] | steps[..., 16:] << 4
+    return packed
 
 
 def _q4_0(grid: Grid) -> Bytes:

@@ -6,6 +6,7 @@ numbers. Everything here is NumPy, because the `gguf` package is.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from qmoe.format.grid import FAR
 from qmoe.format.quantized import Quantized
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 SUPER = 256  # inputs of a super-block of llama.cpp's K types
 
 
@@ -33,11 +34,12 @@ class Grid:
     @property
     def group(self) -> int:
         """Inputs that share a scale."""
-        return self.step.shape[1] // self.scale.shape[1]
+        return int(self.step.shape[1] // self.scale.shape[1])
 
     def weight(self) -> NDArray[np.float32]:
         """The float32 weights [N, K] that the grid stands for."""
-        return self.step * self.per(self.scale, 1)
+        weight: NDArray[np.float32] = self.step.astype(np.float32) * self.per(self.scale, 1)
+        return weight
 
     def per(self, values: Array, inputs: int) -> Array:
         """Values of groups [N, G] as values of every `inputs` inputs, which groups consist of."""

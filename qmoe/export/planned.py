@@ -76,7 +76,7 @@ def planned(checkpoint: Checkpoint, entry: Entry) -> Planned:
         )
     stacked = len(entry.stored) > 1 or (entry.rows is not None and entry.rows.dim() == 2)
     shape = (count, *grid.step.shape) if stacked else grid.step.shape
-    return Planned(entry, KIND[kept[0].name], shape, moved, off)
+    return Planned(entry, gguf.GGMLQuantizationType[kept[0].name], shape, moved, off)
 
 
 def parts(checkpoint: Checkpoint, plan: Planned) -> Iterator[np.ndarray]:
@@ -97,7 +97,9 @@ def parts(checkpoint: Checkpoint, plan: Planned) -> Iterator[np.ndarray]:
 def checked(grid: Grid, kind: BlockType, name: str) -> Bytes:
     """A grid's bytes, which are decoded again and compared; AuditError if that fails."""
     made = kind.encode(grid)
-    if not np.array_equal(gguf.quants.dequantize(made, KIND[kind.name]), grid.weight()):
+    if not np.array_equal(
+        gguf.quants.dequantize(made, gguf.GGMLQuantizationType[kind.name]), grid.weight()
+    ):
         raise AuditError(
             f"{name}: as {kind.name} it decodes to other weights; this is a bug of qmoe"
         )
