@@ -22,7 +22,8 @@ class Family:
     metadata: values by the name of `gguf.GGUFWriter`'s method that writes them, without "add_".
     permuted: q and k have the rows of a head in the order of Llama's own code.
     latent: the key and value size of heads that are stored in kv_b_proj together.
-    own_output: llama.cpp needs an output matrix of its own even if it is the embeddings'."""
+    own_output: llama.cpp needs an output matrix of its own even if it is the embeddings'.
+    notes: in words, where llama.cpp's model is a little different."""
 
     arch: gguf.MODEL_ARCH
     layers: int
@@ -34,6 +35,7 @@ class Family:
     permuted: bool = False
     latent: tuple[int, int] | None = None
     own_output: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def arch_name(self) -> str:
@@ -168,9 +170,12 @@ def _gpt_oss(config: Any) -> Family:
     _need(config, "swiglu_limit", 7.0, "llama.cpp has 7 in its place")
     size = config.intermediate_size
     metadata = {"sliding_window": config.sliding_window}
+    exact = config.rope_parameters.get("truncate", True)
+    rounded = "llama.cpp rounds the ends of YaRN's range, which config.json says not to (truncate)"
     return _plain(
-        config, ARCH.GPT_OSS, config.num_local_experts, size, metadata=metadata, own_output=True
-    )
+        config, ARCH.GPT_OSS, config.num_local_experts, size, metadata=metadata, own_output=True,
+        notes=() if exact else (rounded,),
+    )  # fmt: skip
 
 
 def _deepseek(config: Any, own: dict[str, Any]) -> Family:

@@ -93,7 +93,7 @@ def _export(folder: ModelFolder, dst: Path, with_tokenizer: bool) -> dict[str, A
         "bytes": dst.stat().st_size,
         "architecture": family.arch_name,
         "types": _types(plan),
-        "notes": _notes(plan) + no_words,
+        "notes": [*_notes(plan), *family.notes, *no_words],
     }
 
 

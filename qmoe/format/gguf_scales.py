@@ -34,7 +34,8 @@ def gguf_scales(
     digits = DIGITS[dtype]
     scale = scale.clamp(_least(digits), LARGEST).half().float()
     G = scale.shape[-1]
-    if bits not in MOST or (G * group) % SUPER or (bits == 3 and bool((zero != 0).any())):
+    zeros = bool((zero != 0).any())
+    if bits not in MOST or (G * group) % SUPER or (bits == 3 and zeros):
         return scale
     count = max(SUPER // group, 1)
     if count == 1:
@@ -46,7 +47,9 @@ def gguf_scales(
     largest = parts.amax(-1, keepdim=True)
     best = torch.empty_like(parts)
     least = torch.full_like(largest, torch.inf)
-    for multiple in range(1, most + 1):
+    # Of what the largest scale may be a multiple. Twice as many units are half as large and leave
+    # no scale further away, but minima may then have no unit.
+    for multiple in range(1 if zeros else (most + 1) // 2, most + 1):
         unit = _with_digits(largest / multiple, digits).clamp(min=_least(digits))
         multiples = (parts / unit).round().clamp(1, most)
         error = (multiples * unit - parts).square().sum(-1, keepdim=True)
