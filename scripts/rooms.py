@@ -32,6 +32,7 @@ ROOMS = [
     "plan",
     "layer",
     "packed",
+    "export",
     "pipeline",
     "measure",
     "html_report",

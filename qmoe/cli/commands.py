@@ -13,6 +13,7 @@ import transformers
 from qmoe.checkpoint.folders import read_json
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.cli import tables
+from qmoe.cli.export import export, show_export
 from qmoe.cli.info import info, show_info
 from qmoe.cli.measure import bench, eval, show_bench, show_eval
 from qmoe.cli.plan import plan, show_plan
@@ -34,9 +35,9 @@ from qmoe.system.progress import progress, shown
 from qmoe.system.sizes import format_size
 
 __all__ = [
-    "bench", "eval", "families", "info", "inspect", "plan", "quantize", "report",
-    "show_bench", "show_eval", "show_families", "show_info", "show_inspect", "show_plan",
-    "show_quantize", "show_report",
+    "bench", "eval", "export", "families", "info", "inspect", "plan", "quantize", "report",
+    "show_bench", "show_eval", "show_export", "show_families", "show_info", "show_inspect",
+    "show_plan", "show_quantize", "show_report",
 ]  # fmt: skip
 
 

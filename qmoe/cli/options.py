@@ -9,6 +9,7 @@ from qmoe.cli.completion import Completion
 from qmoe.cli.help_texts import SIZE_HELP, TEXT_HELP
 from qmoe.cli.measure_options import bench_options, eval_options, loading_options
 from qmoe.cli.measured import METHODS
+from qmoe.cli.options_export import export_options, target_option
 from qmoe.cli.renamed import add_renamed
 from qmoe.config import BITS, CHANNEL, GROUPS, PRESETS, UNQUANTIZED, Method, QuantConfig, Rotate
 
@@ -67,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
             "network.",
         )
     )
+    export_options(commands.add_parser("export", help="write a quantized folder for llama.cpp"))
     evaluate = commands.add_parser("eval", help="perplexity by domain, KL and agreement")
     eval_options(evaluate)
     bench = commands.add_parser("bench", help="prefill and decode speed, latency, memory")
@@ -124,6 +126,7 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
         choices=list(PRESETS),
         help="settings to start from, described below; balanced is the default of every setting",
     )
+    target_option(p)
     given = p.add_argument_group("settings", SETTINGS)
     method = "how weights are rounded, described below"
     _setting(given, "--method", "method", d.method, get_args(Method), help=method)
@@ -236,7 +239,7 @@ def _plan_options(p: argparse.ArgumentParser) -> None:
     )
     _scheme_options(given)
     _file_options(given)
-    p.set_defaults(preset=None, statistics=[])
+    p.set_defaults(preset=None, target=None, statistics=[])
 
 
 def _text_options(p: Any) -> None:

@@ -2,6 +2,7 @@
 
 from qmoe.config.quant import (
     PRESETS,
+    TARGETS,
     CalibrationConfig,
     Method,
     QuantConfig,
@@ -17,6 +18,7 @@ __all__ = [
     "CHANNEL",
     "GROUPS",
     "PRESETS",
+    "TARGETS",
     "UNQUANTIZED",
     "CalibrationConfig",
     "Method",

@@ -24,6 +24,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {},
     "best": {"tune": 200, "calibration": {"samples": 128, "self_samples": 128}},
 }
+# What a target changes of a preset. llama.cpp: its smallest blocks have a scale for 32 inputs or
+# fewer, so finer groups cost nothing there.
+TARGETS: dict[str, dict[str, Any]] = {
+    "llama.cpp": {
+        "experts": {"group_size": 32, "gguf": True},
+        "dense": {"bits": 8, "group_size": 32, "gguf": True},
+    }
+}
 # Methods that a step is part of. A default of None is replaced by whether the method has the step.
 STEPS: dict[str, tuple[str, ...]] = {
     "search_grid": ("gptq", "awq-gptq"),

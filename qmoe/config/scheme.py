@@ -20,18 +20,22 @@ class Scheme:
     by plain transformers and by vLLM's Marlin kernels; asymmetric ones lose less and run in qmoe.
     rotation: 0, or the block of a Hadamard rotation that is in the stored weights and that inputs
     go through at run time (qmoe/format/hadamard.py); such weights run in qmoe only.
+    gguf: scales are those that llama.cpp's smallest block types hold, so that `qmoe export` writes
+    2 and 3 bits as Q2_K and Q3_K (qmoe/format/gguf_scales.py).
     """
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
     rotation: int = 0
+    gguf: bool = False
 
     def __post_init__(self) -> None:
         expect("bits", self.bits, int)
         expect("group size", self.group_size, int)
         expect("symmetric", self.symmetric, bool)
         expect("rotation", self.rotation, int)
+        expect("gguf", self.gguf, bool)
         if self.rotation < 0 or self.rotation & (self.rotation - 1):
             raise ConfigError(f"rotation: expected 0 or a power of two, got {self.rotation}")
         if self.bits not in BITS:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from qmoe.config import Scheme
+from qmoe.format.gguf_scales import gguf_scales
 from qmoe.format.hadamard import rotate
 from qmoe.format.quantized import Quantized
 
@@ -65,7 +66,22 @@ def grid_of(
     weight: Float[Tensor, "E N K"], scheme: Scheme, scale_dtype: torch.dtype
 ) -> tuple[Float[Tensor, "E N G"], Float[Tensor, "E N G"]]:
     """Min-max scale and zero point of every group, both float32."""
-    return grid_between(*group_range(weight, scheme), scheme, scale_dtype)
+    scale, zero = grid_between(*group_range(weight, scheme), scheme, scale_dtype)
+    return settled(scale, zero, weight.shape[-1], scheme, scale_dtype), zero
+
+
+def settled(
+    scale: Float[Tensor, "*any G"],
+    zero: Float[Tensor, "*any G"],
+    in_features: int,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+) -> Float[Tensor, "*any G"]:
+    """Scales of whole rows as the scheme wants them: any that `scale_dtype` has, or those that
+    llama.cpp's block types hold (gguf_scales.py)."""
+    if not scheme.gguf:
+        return scale
+    return gguf_scales(scale, zero, scheme.bits, in_features // scale.shape[-1], scale_dtype)
 
 
 def group_range(

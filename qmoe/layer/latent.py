@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qmoe.format.grid import limits, stored_scale
+from qmoe.format.grid import limits, settled, stored_scale
 from qmoe.format.hadamard import rotate
 from qmoe.format.quantized import Quantized
 from qmoe.model import experts
@@ -61,7 +61,9 @@ class Matrix:
     def scales(self) -> Tensor:
         """As they will be stored; the gradient passes straight through."""
         exact = self.scale * self.ratio
-        stored: Tensor = stored_scale(exact.detach(), self.stack.scale.dtype)
+        dtype, scheme = self.stack.scale.dtype, self.stack.scheme
+        stored: Tensor = stored_scale(exact.detach(), dtype)
+        stored = settled(stored, self.zero, self.latent.shape[1], scheme, dtype)
         return exact + (stored - exact).detach()
 
     def weight(self) -> Tensor:

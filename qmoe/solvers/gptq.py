@@ -65,7 +65,8 @@ def gptq(
     total = _loss(factor, _times_upper(W, factor.upper), W)
     group = order // (K // scheme.groups(K))
     # With act-order the columns of one group are not neighbors: their grids are final beforehand.
-    static = act_order or search_grid or scheme.groups(K) == 1
+    # So they are where scales depend on each other.
+    static = act_order or search_grid or scheme.gguf or scheme.groups(K) == 1
 
     def round_on(scale: Tensor, zero: Tensor) -> tuple[Tensor, _Loop]:
         """The integers in the columns' own order, and the state at the end."""

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qmoe.config import Scheme
-from qmoe.format.grid import grid_between, group_range, limits, stored_scale
+from qmoe.format.grid import grid_between, group_range, limits, settled, stored_scale
 
 RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the min-max range
 REFITS = 2
@@ -57,6 +57,12 @@ def search(
     """The best grid and integers found. H: damped, the metric. round_on(scale, zero) rounds all
     columns with error feedback and gives q [E, K, N] and the loss of every row [E, N]."""
 
+    def fitted(at: Rounded) -> Tensor:
+        return as_wanted(refit_scales(wanted, H, at, scale_dtype), at.zero)
+
+    def as_wanted(scale: Tensor, zero: Tensor) -> Tensor:
+        return settled(scale.mT, zero.mT, W.shape[1], scheme, scale_dtype).mT
+
     def rounded(scale: Tensor, zero: Tensor) -> Rounded:
         q, loss = round_on(scale, zero)
         return Rounded(q, scale, zero, loss)
@@ -64,20 +70,21 @@ def search(
     low, high = (bound.mT.contiguous() for bound in group_range(W.mT, scheme))
 
     def on_range(ratio: float) -> Rounded:
-        return rounded(*grid_between(low * ratio, high * ratio, scheme, scale_dtype))
+        scale, zero = grid_between(low * ratio, high * ratio, scheme, scale_dtype)
+        return rounded(as_wanted(scale, zero), zero)
 
     best = on_range(RATIOS[0])
     for ratio in RATIOS[1:]:
         best.take(on_range(ratio))
     wanted = H @ W
     for _ in range(REFITS):
-        best.take(rounded(refit_scales(wanted, H, best, scale_dtype), best.zero))
+        best.take(rounded(fitted(best), best.zero))
     D = _error(W, best.q, best.scale, best.zero)
     slope = H @ D
     for _ in range(SWEEPS):
         move_integers(W, H, best, D, slope, scheme.bits)
         best.loss = (D * slope).sum(1)
-        scale = refit_scales(wanted, H, best, scale_dtype)
+        scale = fitted(best)
         moved = _error(W, best.q, scale, best.zero)
         through = H @ moved
         lower = ((moved * through).sum(1) < best.loss)[:, None]

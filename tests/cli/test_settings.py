@@ -100,6 +100,18 @@ def test_later_ones_win(tmp_path):
     assert config(*given, "--set", "experts.symmetric=false").experts == Scheme(2, 128, False)
 
 
+def test_target():
+    """It changes the preset, and what is said otherwise wins."""
+    made = config("--target", "llama.cpp")
+    assert made == QuantConfig(experts=Scheme(4, 32, gguf=True), dense=Scheme(8, 32, gguf=True))
+    assert config("--target", "llama.cpp", "--preset", "best").tune == 200
+    made = config("--target", "llama.cpp", "--bits", "2", "--group-size", "64", "--asymmetric")
+    assert made.experts == Scheme(2, 64, False, gguf=True)
+    assert config("--target", "llama.cpp", "--lm-head-bits", "8").lm_head == Scheme(
+        8, 32, gguf=True
+    )
+
+
 @pytest.mark.parametrize(
     "settings",
     [

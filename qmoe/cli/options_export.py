@@ -1,0 +1,27 @@
+"""Options about other engines: the command `export`, and `quantize --target`."""
+
+import argparse
+
+from qmoe.config import TARGETS
+
+
+def export_options(p: argparse.ArgumentParser) -> None:
+    """Those of `qmoe export`."""
+    p.add_argument("path", help="quantized folder, or hub name of one")
+    p.add_argument("--to", choices=["gguf"], required=True, help="form of the file")
+    p.add_argument("--out", metavar="FILE", help="the file to make (the folder's name, here)")
+    p.add_argument(
+        "--no-tokenizer",
+        action="store_true",
+        help="leave the tokenizer out, if llama.cpp does not have its kind",
+    )
+
+
+def target_option(p: argparse.ArgumentParser) -> None:
+    """`qmoe quantize --target`."""
+    p.add_argument(
+        "--target",
+        choices=list(TARGETS),
+        help="settings that another engine holds exactly, on top of the preset: for llama.cpp, "
+        "groups of 32 and scales that `qmoe export --to gguf` writes as they are",
+    )
