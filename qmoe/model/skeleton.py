@@ -5,8 +5,9 @@ and tensor_names.py touch it (tested with the range pinned in pyproject.toml). I
 family's renames and merges, in both directions, without code per model.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,14 +80,22 @@ def _compute_buffers(model: Any) -> None:
     model.initialize_weights()
 
 
-Stacked = tuple[str, int | None, int]
+@dataclass(frozen=True)
+class Stacked:
+    """A packed weight: its parameter, its experts (None for a linear), and of how many matrices its
+    rows (per expert) are made. shorter: by suffix, the shape of each expert's stored matrices, if
+    they are not all that of their place in the parameter."""
+
+    target: str
+    experts: int | None
+    parts: int
+    shorter: Mapping[str, Sequence[tuple[int, int]]]
 
 
 class WeightMap:
     """Which checkpoint tensors make up which parameters of a model.
 
-    stacks: what is packed: the weight's parameter, its experts (None for a linear), and of how many
-    matrices its rows (per expert) are made.
+    stacks: what is packed.
     """
 
     def __init__(self, model: Any, checkpoint: Checkpoint, stacks: Iterable[Stacked] = ()):
@@ -96,9 +105,12 @@ class WeightMap:
         # Packed tensors, which transformers' rules do not know: their parameter, and the place of
         # each among the matrices stacked there.
         self.packed: dict[str, tuple[str, int]] = {}
-        for target, experts_count, count in stacks:
-            for i, name in enumerate(matrix_names(model, target, experts_count, count)):
-                self.packed |= {f"{name}{s}": (f"{target}{s}", i) for s in SUFFIXES}
+        self._shorter: dict[str, tuple[int, int]] = {}
+        for each in stacks:
+            for i, name in enumerate(matrix_names(model, each.target, each.experts, each.parts)):
+                self.packed |= {f"{name}{s}": (f"{each.target}{s}", i) for s in SUFFIXES}
+                shapes = {f"{name}{s}": of[i // each.parts] for s, of in each.shorter.items()}
+                self._shorter |= shapes
         expected = model.state_dict()
         self.targets: dict[str, list[str]] = {}
         unknown: dict[str, str] = {}
@@ -180,7 +192,7 @@ class WeightMap:
                 continue
             stored = self.targets.get(target, [])
             named = self._named(target, parameter)
-            wanted = {name: tuple(part.shape) for name, part in named.items()}
+            wanted = {n: self._shorter.get(n, tuple(part.shape)) for n, part in named.items()}
             if set(stored) != set(wanted):
                 if not any(target.endswith(s) for s in SUFFIXES):
                     found += self._otherwise(target, parameter, stored)
@@ -265,7 +277,10 @@ class WeightMap:
             owner, _, parameter = target.rpartition(".")
             module = self.model.get_submodule(owner)
             like = getattr(module, parameter)
-            whole = torch.cat([self.checkpoint.tensor(name) for name in matrices]).view(like.shape)
+            tensors = [self.checkpoint.tensor(name) for name in matrices]
+            if any(name in self._shorter for name in matrices):
+                tensors = _padded(tensors)
+            whole = torch.cat(tensors).view(like.shape)
             module._parameters[parameter] = nn.Parameter(whole, requires_grad=False)
 
     def tie(self) -> None:
@@ -273,6 +288,12 @@ class WeightMap:
 
     def missing_keys(self) -> list[str]:
         return sorted(set(self.model.state_dict()) - set(self.targets))
+
+
+def _padded(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+    """All as large as the largest in either dimension."""
+    rows, columns = (max(m.shape[i] for m in matrices) for i in (0, 1))
+    return [nn.functional.pad(m, (0, columns - m.shape[1], 0, rows - m.shape[0])) for m in matrices]
 
 
 def free(module: nn.Module) -> None:

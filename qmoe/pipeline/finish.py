@@ -8,6 +8,8 @@ from qmoe._version import __version__
 from qmoe.calibration.batches import fingerprint
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.format.compressed_tensors import quantization_config
+from qmoe.model.schemes import exact_schemes
+from qmoe.model.source import widths_of
 from qmoe.packed.audit import audit_folder
 from qmoe.packed.report import REPORT, build_report, left_behind
 from qmoe.pipeline.output import OutputFolder
@@ -49,7 +51,12 @@ def new_config(plan: Plan) -> dict[str, Any]:
         for part in (config, config.get("text_config")):
             if isinstance(part, dict):
                 part["tie_word_embeddings"] = False
-    config["quantization_config"] = quantization_config(c.experts, c.dense, c.lm_head, unquantized)
+    layers = plan.source.structure.layers
+    stacks = [digits for layer in layers for digits in widths_of(layer, c).values()]
+    config["quantization_config"] = quantization_config(
+        c.experts, c.dense, c.lm_head, unquantized,
+        exact_schemes(plan.source, c), any(len(set(digits)) > 1 for digits in stacks),
+    )  # fmt: skip
     return config
 
 

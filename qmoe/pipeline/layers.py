@@ -20,7 +20,7 @@ from qmoe.layer.quantize import quantize_layer, solve_layer
 from qmoe.model.experts import packed_parameters
 from qmoe.model.layerwise import Call, Finished, Forward, Waiting, suspended
 from qmoe.model.skeleton import inputs_of
-from qmoe.model.source import schemes_of
+from qmoe.model.source import schemes_of, widths_of
 from qmoe.model.structure import Layer
 from qmoe.pipeline.finish import new_config
 from qmoe.pipeline.lm_head import solve_lm_head
@@ -150,7 +150,8 @@ def _quantize(
         changed = _rotate(plan, structure)
         _read_ahead(plan, out, i + 1)
         move_to(module, plan.device)
-        layer = LayerAtHand.of(source.model, structure, forward, schemes, _is_last(plan, i))
+        widths, last = widths_of(structure, plan.config), _is_last(plan, i)
+        layer = LayerAtHand.of(source.model, structure, forward, schemes, last, widths)
         if calls:
             originals, calls = _streams(plan, calls)
             save = _saving(plan, out, i)
