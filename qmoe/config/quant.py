@@ -10,6 +10,7 @@ from qmoe.errors import ConfigError
 
 Method = Literal["rtn", "gptq", "awq", "awq-gptq"]
 Rotate = Literal["off", "fused", "online"]
+Target = Literal["qmoe", "vllm"]
 
 
 DENSE = Scheme(8, CHANNEL)
@@ -106,6 +107,9 @@ class QuantConfig:
         3, 4 or 8) for each, by module for a linear and by parameter for the experts of a layer, as
         in {"model.layers.0.mlp.experts.down_proj": "2242..."}. Gate and up of an expert have one
         digit, since kernels multiply with both at once.
+    target: what is to run the result. "vllm" takes one scheme for all experts of a layer. Where the
+        experts of a model differ, a result for "qmoe" has a format name that other loaders refuse:
+        transformers decodes all experts by one scheme, and gives wrong weights without an error.
     calibration: the text that statistics are gathered on.
     """
 
@@ -122,6 +126,7 @@ class QuantConfig:
     rotate: Rotate = "off"
     min_tokens: int = 256
     widths: Mapping[str, str] = field(default_factory=dict)
+    target: Target = "qmoe"
     calibration: CalibrationConfig = CalibrationConfig()
 
     def __post_init__(self) -> None:
@@ -153,6 +158,8 @@ class QuantConfig:
                 )
         if self.rotate not in get_args(Rotate):
             raise ConfigError(f"rotate: expected one of {get_args(Rotate)}, got {self.rotate!r}")
+        if self.target not in get_args(Target):
+            raise ConfigError(f"target: expected one of {get_args(Target)}, got {self.target!r}")
         if len({scheme.rotation for scheme in self._schemes()}) > 1:
             raise ConfigError("rotation: expected the same block in all schemes")
         if self.rotate == "fused" and any(s.rotation for s in self._schemes()):

@@ -6,8 +6,7 @@
 <module>.weight_shape       int64 [2]
 
 Matrices whose bits are their own are told of by their exact names, in one config group for each
-scheme. Where the experts of a layer differ, the format has a name of its own,
-`pack-quantized-mixed`.
+scheme. Where experts differ, the format has a name of its own, `pack-quantized-mixed`.
 
 Rotated weights are told of in `transform_config`, beside the schemes, in the terms of
 compressed-tensors: a Hadamard transform in blocks of `head_dim`, on inputs and on weights. The
@@ -35,7 +34,7 @@ PACKED = "pack-quantized"
 # A name that no other loader knows: transformers ignores `transform_config`, and would multiply
 # rotated weights with inputs that are not.
 ROTATED = "pack-quantized-rotated"
-# Likewise: transformers decodes all experts of a model by one scheme.
+# Likewise: transformers decodes all experts of a model by one scheme, at worst without an error.
 MIXED = "pack-quantized-mixed"
 SUFFIXES = ("_packed", "_scale", "_zero_point", "_shape")
 # A routed expert's module in a checkpoint: `experts.7.up_proj` (or `experts.expert_7.wi`), but not
@@ -84,7 +83,7 @@ def quantization_config(
 ) -> dict[str, Any]:
     """The `quantization_config` entry of config.json. ignore: linears that stay as they are. exact:
     matrices with a scheme of their own, by their module's name in the checkpoint. mixed: whether
-    the experts of a layer differ."""
+    no other loader than qmoe's is to take it."""
     linear = ["Linear"]
     groups = _by_scheme(exact or {})
     if experts == dense == (lm_head or dense):

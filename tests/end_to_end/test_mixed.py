@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import LITTLE_TEXT, assert_close, interrupt_after, same_files, save_random, slow
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import qmoe
 import qmoe.packed.load
@@ -165,6 +166,25 @@ def test_widths_of_what_is_not_there(tmp_path, short, widths, said):
     with pytest.raises(ConfigError, match=said):
         qmoe.quantize(short, tmp_path / "out", QuantConfig("rtn", widths=widths), progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_vllm_takes_one_scheme_for_a_layer(tmp_path, short):
+    widths = {FIRST: "2" * 16, SECOND: "2" * 16}
+    config = QuantConfig("rtn", Scheme(4, 32), widths=widths, target="vllm")
+    report = qmoe.quantize(short, tmp_path / "out", config, progress=False)
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert stored["format"] == "pack-quantized"
+    assert any("plain transformers" in line for line in report["fallbacks"])
+    for changed in ({SECOND: "4" * 16}, {FIRST: "24" * 8}, {f"{LAYER}.self_attn.q_proj": "4"}):
+        config = QuantConfig("rtn", Scheme(4, 32), widths=widths | changed, target="vllm")
+        with pytest.raises(ConfigError, match="vLLM takes one scheme for all of"):
+            qmoe.quantize(short, tmp_path / "other", config, progress=False)
+
+
+def test_plain_transformers_refuses_a_mixed_model(written):
+    """It would decode all experts by one scheme."""
+    with pytest.raises(ValueError, match="pack-quantized-mixed"):
+        AutoModelForCausalLM.from_pretrained(written)
 
 
 def test_gate_and_up_of_an_expert_must_be_alike(written, tmp_path):
