@@ -13,6 +13,7 @@ import transformers
 from qmoe.checkpoint.folders import read_json
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.cli import tables
+from qmoe.cli.heat_map import heat_map, is_mixed
 from qmoe.cli.measure import bench, eval, show_bench, show_eval
 from qmoe.cli.plan import plan, show_plan
 from qmoe.cli.settings import config_from, to_toml
@@ -27,6 +28,7 @@ from qmoe.model.experts import expert_weights, stack
 from qmoe.model.source import open_source
 from qmoe.packed.audit import audit_folder
 from qmoe.packed.report import REPORT, expert_rows, read_report
+from qmoe.packed.widths import widths
 from qmoe.pipeline.quantize import quantize as run_quantize
 from qmoe.system import distributed
 from qmoe.system.progress import progress, shown
@@ -150,7 +152,7 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
         return {"settings": report["config"]}
     digests, unpacked = report.get("digests"), report.get("unpacked_sha256")
     audit = audit_folder(folder, digests, unpacked)
-    result: dict[str, Any] = {"bytes": audit.bytes}
+    result: dict[str, Any] = {"bytes": audit.bytes, "widths": widths(folder)}
     if reported:
         result |= {"config": report["config"], "fallbacks": report["fallbacks"]}
         if args.experts:
@@ -185,6 +187,8 @@ def show_inspect(result: dict[str, Any]) -> None:
         return
     tables.show("audit passed", ["bytes", "", "share"], tables.bytes_rows(result["bytes"]))
     _show_lines(result.get("fallbacks", []))
+    if is_mixed(result["widths"]):
+        print("\n".join(heat_map(result["widths"])))
     if "experts" in result:
         rows = [
             [

@@ -125,7 +125,7 @@ class QuantConfig:
     tune: int = 0
     rotate: Rotate = "off"
     min_tokens: int = 256
-    widths: Mapping[str, str] = field(default_factory=dict)
+    widths: Mapping[str, str] = field(default_factory=dict, hash=False)
     target: Target = "qmoe"
     calibration: CalibrationConfig = CalibrationConfig()
 
