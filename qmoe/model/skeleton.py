@@ -5,9 +5,8 @@ and tensor_names.py touch it (tested with the range pinned in pyproject.toml). I
 family's renames and merges, in both directions, without code per model.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from qmoe.format.compressed_tensors import SUFFIXES
 from qmoe.model.adapters import adapt
 from qmoe.model.leftovers import left_out
 from qmoe.model.precision import keep_in_float32
+from qmoe.model.stacked import Stacked, padded
 from qmoe.model.tensor_names import matrix_names, original_names, packed_names
 
 
@@ -78,18 +78,6 @@ def _compute_buffers(model: Any) -> None:
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True
     model.initialize_weights()
-
-
-@dataclass(frozen=True)
-class Stacked:
-    """A packed weight: its parameter, its experts (None for a linear), and of how many matrices its
-    rows (per expert) are made. shorter: by suffix, the shape of each expert's stored matrices, if
-    they are not all that of their place in the parameter."""
-
-    target: str
-    experts: int | None
-    parts: int
-    shorter: Mapping[str, Sequence[tuple[int, int]]]
 
 
 class WeightMap:
@@ -279,7 +267,7 @@ class WeightMap:
             like = getattr(module, parameter)
             tensors = [self.checkpoint.tensor(name) for name in matrices]
             if any(name in self._shorter for name in matrices):
-                tensors = _padded(tensors)
+                tensors = padded(tensors)
             whole = torch.cat(tensors).view(like.shape)
             module._parameters[parameter] = nn.Parameter(whole, requires_grad=False)
 
@@ -288,12 +276,6 @@ class WeightMap:
 
     def missing_keys(self) -> list[str]:
         return sorted(set(self.model.state_dict()) - set(self.targets))
-
-
-def _padded(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
-    """All as large as the largest in either dimension."""
-    rows, columns = (max(m.shape[i] for m in matrices) for i in (0, 1))
-    return [nn.functional.pad(m, (0, columns - m.shape[1], 0, rows - m.shape[0])) for m in matrices]
 
 
 def free(module: nn.Module) -> None:

@@ -16,7 +16,7 @@ from qmoe.errors import CheckpointError, ConfigError
 from qmoe.format.compressed_tensors import SUFFIXES
 from qmoe.format.grid import FAR, far_scales, stored_scale
 from qmoe.format.packing import StoredWords, packed_words, unpack_zeros
-from qmoe.model.skeleton import Stacked
+from qmoe.model.stacked import Stacked
 
 
 @dataclass(frozen=True)
