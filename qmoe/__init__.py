@@ -13,6 +13,7 @@ from qmoe.config import CalibrationConfig, QuantConfig, Scheme
 from qmoe.errors import QmoeError
 
 if TYPE_CHECKING:
+    from qmoe.budget.quantize import quantize_to_size
     from qmoe.packed.load import load
     from qmoe.pipeline.quantize import quantize
 
@@ -24,13 +25,14 @@ __all__ = [
     "__version__",
     "load",
     "quantize",
+    "quantize_to_size",
 ]
 
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        """`quantize` and `load`, imported when they are first asked for, so that `import qmoe` does
-        not wait for torch and transformers."""
+        """What works on models, imported when it is first asked for, so that `import qmoe` does not
+        wait for torch and transformers."""
         if name == "load":
             from qmoe.packed.load import load
 
@@ -39,6 +41,10 @@ if not TYPE_CHECKING:
             from qmoe.pipeline.quantize import quantize
 
             return quantize
+        if name == "quantize_to_size":
+            from qmoe.budget.quantize import quantize_to_size
+
+            return quantize_to_size
         raise AttributeError(f"module 'qmoe' has no attribute {name!r}")
 
     def __dir__() -> list[str]:

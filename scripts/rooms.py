@@ -34,6 +34,7 @@ ROOMS = [
     "packed",
     "pipeline",
     "measure",
+    "budget",
     "cli",
     "__main__",
     "",

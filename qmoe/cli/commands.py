@@ -13,6 +13,7 @@ import transformers
 from qmoe.checkpoint.folders import read_json
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.cli import tables
+from qmoe.cli.budget import budget_of, show_budget, to_size
 from qmoe.cli.heat_map import heat_map, is_mixed
 from qmoe.cli.measure import bench, eval, show_bench, show_eval
 from qmoe.cli.plan import plan, show_plan
@@ -44,22 +45,30 @@ def quantize(args: argparse.Namespace) -> dict[str, Any]:
     """`qmoe quantize`: returns the report."""
     distributed.join()
     lead = distributed.rank() == 0
-    report = run_quantize(
-        args.src,
-        args.dst,
-        config_from(args),
-        statistics_from=args.statistics,
-        save_statistics=args.save_statistics,
-        device=args.device,
-        max_memory=args.max_memory,
-        progress=lead,
-        trust_remote_code=args.trust_remote_code,
-    )
+    how = {
+        "device": args.device,
+        "max_memory": args.max_memory,
+        "progress": lead,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    if (budget := budget_of(args)) is not None:
+        report = to_size(args, budget, how)
+    else:
+        report = run_quantize(
+            args.src,
+            args.dst,
+            config_from(args),
+            statistics_from=args.statistics,
+            save_statistics=args.save_statistics,
+            **how,
+        )
     distributed.leave()
     return report if lead else {}
 
 
 def show_quantize(report: dict[str, Any]) -> None:
+    if "budget" in report:
+        show_budget(report["budget"])
     total = sum(report["bytes"].values())
     title = f"{format_size(report['source_bytes'])} became {format_size(total)}, audit passed"
     tables.show(title, ["bytes", "", "share"], tables.bytes_rows(report["bytes"]))

@@ -6,6 +6,7 @@ from qmoe.config.quant import (
     Method,
     QuantConfig,
     Rotate,
+    Target,
     check_preset,
     setting_names,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "QuantConfig",
     "Rotate",
     "Scheme",
+    "Target",
     "check_preset",
     "expect",
     "overlay",

@@ -1,10 +1,11 @@
-"""Writing one safetensors file so that it is either whole or absent."""
+"""Writing one safetensors file so that it is either whole or absent, and JSON."""
 
 import errno
 import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -32,6 +33,11 @@ def _sort_metadata(path: Path) -> None:
         assert len(made) <= length, "safetensors writes its header in another form"
         file.seek(8)
         file.write(made.ljust(length))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file as people read it."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def content_sha256(tensors: dict[str, Tensor]) -> str:

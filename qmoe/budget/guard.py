@@ -1,0 +1,58 @@
+"""The planned model against the uniform one of the same bytes, on text that neither has seen."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qmoe.calibration.text import load_texts
+from qmoe.checkpoint.model_folder import ModelFolder
+from qmoe.measure.logits import make_batches, resident, streamed
+from qmoe.measure.scores import score
+from qmoe.model.source import open_source
+from qmoe.packed.load import load
+
+SAMPLES, BATCH = 16, 8  # samples of each domain, samples at once
+
+
+@dataclass(frozen=True)
+class GuardText:
+    """text: as in `load_texts`. seqlen: tokens in a sample."""
+
+    text: str | list[str] = "heldout"
+    seqlen: int = 256
+
+
+def check_text(folder: ModelFolder, given: GuardText) -> None:
+    """Raises a QmoeError for text that cannot be read, or is too short."""
+    tokenizer = folder.tokenizer(folder.config())
+    make_batches(
+        tokenizer, load_texts(given.text), samples=SAMPLES, seqlen=given.seqlen, batch=BATCH
+    )
+
+
+@torch.no_grad()
+def divergences(
+    original: ModelFolder, folders: dict[str, Path], given: GuardText
+) -> dict[str, dict[str, float]]:
+    """KL of each folder's predictions to the original's, nats per token, by domain of the text and
+    "overall", their mean. All models run in float32; the original is streamed."""
+    config = original.config()
+    batches, _ = make_batches(
+        original.tokenizer(config), load_texts(given.text),
+        samples=SAMPLES, seqlen=given.seqlen, batch=BATCH,
+    )  # fmt: skip
+    trust = original.trust_remote_code
+    models: dict[str, Any] = {
+        name: load(path, torch.float32, progress=False, trust_remote_code=trust)[0]
+        for name, path in folders.items()
+    }
+    source = open_source(original, torch.float32)
+    logits = {name: resident(model, batches) for name, model in models.items()}
+    found = score(batches, streamed(source, batches, torch.float32), logits, torch.float32)
+    by_domain = {
+        name: {domain: each.summary()["kl"] for domain, each in found[name].items()}
+        for name in folders
+    }
+    return {name: kl | {"overall": sum(kl.values()) / len(kl)} for name, kl in by_domain.items()}
