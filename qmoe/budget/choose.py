@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 import numpy as np
 from jaxtyping import Int64
@@ -138,7 +139,7 @@ def bytes_for(source: Source, config: QuantConfig, bits: float) -> int:
     scale = source.weight_dtype().itemsize
     stored = sum(part.weights + part.scales(scale) for part in every)
     weights = sum(float(np.prod(part.shape)) for part in every)
-    return weight_files(source, replace(config, widths={})) - stored + int(weights * bits / 8)
+    return weight_files(source, replace(config, widths={})) - stored + ceil(weights * bits / 8)
 
 
 def average_bits(source: Source, config: QuantConfig) -> float:
