@@ -60,6 +60,7 @@ class Probes:
         self.kl[self.groups[i - self.first - 1]] = float(each.double().mean().clamp(min=0))
 
 
+@torch.no_grad()
 def measure(plan: Plan, text: CalibrationText, about: dict[str, str]) -> Measurements:
     """Measure every matrix of a model that `plan.config` quantizes in the layers. Raises
     CalibrationError if the model predicts nothing on the probes."""
