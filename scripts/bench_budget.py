@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 from qmoe.budget.choose import average_bits, bytes_for, choose, uniform
 from qmoe.budget.guard import GuardText, divergences
 from qmoe.budget.quantize import base_config, measured
+from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.config import QuantConfig, Scheme
 from qmoe.pipeline.plan import check
 from qmoe.pipeline.quantize import quantize
@@ -67,6 +67,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--regime", nargs="+", choices=REGIMES, default=list(REGIMES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--samples", type=int, default=16, help="of each domain's test text")
     parser.add_argument("--bits", nargs="+", type=float, default=ALIKE + OTHERS)
     return parser.parse_args()
 
@@ -104,16 +105,14 @@ def _regime(args: argparse.Namespace, regime: str, seed: int) -> list[dict[str, 
 
 def _result(args: argparse.Namespace, config: QuantConfig, path: Path) -> dict[str, Any]:
     """Bytes and KL of a quantized model, kept in a file."""
-    told = json.dumps(replace(config, calibration=replace(config.calibration)).to_dict())
+    told = json.dumps(config.to_dict())
     if path.is_file() and (kept := json.loads(path.read_text()))["config"] == told:
         return dict(kept["result"])
     folder = path.with_suffix("")
     for left in (folder, folder.with_name(f"{folder.name}.partial")):
         shutil.rmtree(left, ignore_errors=True)
     quantize(args.model, folder, config, progress=False)
-    test = GuardText(str(args.corpus / "*.test.txt"))
-    from qmoe.checkpoint.model_folder import ModelFolder
-
+    test = GuardText(str(args.corpus / "*.test.txt"), samples=args.samples)
     kl = divergences(ModelFolder(args.model), {"one": folder}, test)["one"]
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     result = {"bytes": nbytes, "kl": kl.pop("overall"), "domains": kl}

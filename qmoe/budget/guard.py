@@ -9,27 +9,28 @@ import torch
 from qmoe.calibration.text import load_texts
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.measure.logits import make_batches, resident, streamed
-from qmoe.measure.scores import score
+from qmoe.measure.scores import Batches, score
 from qmoe.model.source import open_source
 from qmoe.packed.load import load
 
-SAMPLES, BATCH = 16, 8  # samples of each domain, samples at once
+BATCH = 8  # samples at once
 
 
 @dataclass(frozen=True)
 class GuardText:
-    """text: as in `load_texts`. seqlen: tokens in a sample."""
+    """text: as in `load_texts`. seqlen: tokens in a sample. samples: of each domain."""
 
     text: str | list[str] = "heldout"
     seqlen: int = 256
+    samples: int = 16
 
 
-def check_text(folder: ModelFolder, given: GuardText) -> None:
-    """Raises a QmoeError for text that cannot be read, or is too short."""
-    tokenizer = folder.tokenizer(folder.config())
-    make_batches(
-        tokenizer, load_texts(given.text), samples=SAMPLES, seqlen=given.seqlen, batch=BATCH
-    )
+def batches_of(folder: ModelFolder, given: GuardText) -> Batches:
+    """The text in batches. Raises a QmoeError for text that cannot be read, or is too short."""
+    tokenizer, texts = folder.tokenizer(folder.config()), load_texts(given.text)
+    return make_batches(tokenizer, texts, samples=given.samples, seqlen=given.seqlen, batch=BATCH)[
+        0
+    ]
 
 
 @torch.no_grad()
@@ -38,11 +39,7 @@ def divergences(
 ) -> dict[str, dict[str, float]]:
     """KL of each folder's predictions to the original's, nats per token, by domain of the text and
     "overall", their mean. All models run in float32; the original is streamed."""
-    config = original.config()
-    batches, _ = make_batches(
-        original.tokenizer(config), load_texts(given.text),
-        samples=SAMPLES, seqlen=given.seqlen, batch=BATCH,
-    )  # fmt: skip
+    batches = batches_of(original, given)
     trust = original.trust_remote_code
     models: dict[str, Any] = {
         name: load(path, torch.float32, progress=False, trust_remote_code=trust)[0]

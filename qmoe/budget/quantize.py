@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from qmoe.budget.choose import Chosen, average_bits, bytes_for, choose, uniform, weight_files
-from qmoe.budget.guard import GuardText, check_text, divergences
+from qmoe.budget.guard import GuardText, batches_of, divergences
 from qmoe.budget.measure import measure
 from qmoe.budget.measurements import FILE, Measurements
 from qmoe.checkpoint.folders import read_json
@@ -100,7 +100,7 @@ def quantize_to_size(
     with shown(progress):
         plan = check(src, dst, base, statistics_from=(), save_statistics=None, **how)
         text = GuardText(guard_text, base.calibration.seqlen)
-        check_text(plan.source.folder, text)
+        batches_of(plan.source.folder, text)
         budget = Budget(size, bits).nbytes(plan)
         _check_budget(plan, budget)
         copy = partial(quantize, progress=False, **how)

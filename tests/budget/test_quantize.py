@@ -76,7 +76,7 @@ def test_a_groups_kl_is_that_of_the_original_with_its_weights(made, short):
         for name, weight in group.weights.items():
             model.get_parameter(name).data.copy_(weight)
         kl = (base.exp() * (base - predicted())).sum(-1).mean()
-        assert found.kl[group.measured[0].group] == pytest.approx(float(kl), rel=1e-3)
+        assert found.kl[group.measured[0].group] == pytest.approx(float(kl), rel=0.02)
         for name, weight in before.items():
             model.get_parameter(name).data.copy_(weight)
 
