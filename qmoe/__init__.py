@@ -13,11 +13,12 @@ from qmoe.config import CalibrationConfig, QuantConfig, Scheme
 from qmoe.errors import QmoeError
 
 if TYPE_CHECKING:
-    from qmoe.budget.quantize import quantize_to_size
+    from qmoe.budget.quantize import Budget, quantize_to_size
     from qmoe.packed.load import load
     from qmoe.pipeline.quantize import quantize
 
 __all__ = [
+    "Budget",
     "CalibrationConfig",
     "QmoeError",
     "QuantConfig",
@@ -41,10 +42,10 @@ if not TYPE_CHECKING:
             from qmoe.pipeline.quantize import quantize
 
             return quantize
-        if name == "quantize_to_size":
-            from qmoe.budget.quantize import quantize_to_size
+        if name in ("Budget", "quantize_to_size"):
+            from qmoe.budget import quantize as budget
 
-            return quantize_to_size
+            return getattr(budget, name)
         raise AttributeError(f"module 'qmoe' has no attribute {name!r}")
 
     def __dir__() -> list[str]:

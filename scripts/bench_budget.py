@@ -23,8 +23,9 @@ from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
-from qmoe.budget.choose import average_bits, bytes_for, choose, uniform
+from qmoe.budget.choose import choose, uniform
 from qmoe.budget.guard import GuardText, divergences
+from qmoe.budget.memory import Disk, average_bits, bytes_for
 from qmoe.budget.quantize import base_config, measured
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.config import QuantConfig, Scheme
@@ -88,9 +89,9 @@ def _regime(args: argparse.Namespace, regime: str, seed: int) -> list[dict[str, 
     rows = []
     for bits in args.bits:
         budget = bytes_for(plan.source, base, bits)
-        chosen = choose(plan.source, base, found, budget)
+        chosen = choose(Disk(plan.source), base, found, budget)
         configs = {"planned": (chosen.config, chosen.predicted)}
-        rival = uniform(plan.source, base, budget)
+        rival = uniform(Disk(plan.source), base, budget)
         if rival is not None and bits in ALIKE:
             configs["uniform"] = (rival, None)
         for kind, (config, predicted) in configs.items():

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from qmoe.budget.choose import Chosen, average_bits, bytes_for, choose, uniform, weight_files
+from qmoe.budget.choose import Chosen, all_in, choose, uniform
 from qmoe.budget.guard import GuardText, batches_of, divergences
 from qmoe.budget.measure import measure
 from qmoe.budget.measurements import FILE, Measurements
+from qmoe.budget.memory import Disk, Gpu, Memory, average_bits, bytes_for
 from qmoe.checkpoint.folders import read_json
 from qmoe.config import BITS, QuantConfig, expect
 from qmoe.config.quant import DENSE
@@ -41,27 +42,39 @@ ANY = 4  # bits of the settings that are measured with; widths take their place
 @dataclass(frozen=True)
 class Budget:
     """size: bytes of the weight files, as a number or a size ("14GB"). bits: instead, of a
-    quantized weight on average, scales and zero points counted."""
+    quantized weight on average, scales and zero points counted. vram: instead, of a GPU's memory
+    that holds all of the model, and the cache of a sequence of `context` tokens."""
 
     size: str | int | None = None
     bits: float | None = None
+    vram: str | int | None = None
+    context: int = 8192
 
-    def nbytes(self, plan: Plan) -> int:
-        """Of the weight files."""
-        if self.size is not None:
-            return parse_size("size", self.size)
-        assert self.bits is not None
-        return bytes_for(plan.source, plan.config, self.bits)
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.size, self.bits, self.vram)) != 1:
+            raise ConfigError("budget: give one of a size, an average of bits, or a GPU's memory")
+        if self.bits is not None:
+            expect("bits", self.bits, float, int)
+
+    def of(self, plan: Plan) -> tuple[Memory, int]:
+        """Where bytes are counted, and how many may be taken there."""
+        if self.vram is not None:
+            memory = Gpu(plan.source, self.context)
+            return memory, memory.usable(parse_size("vram", self.vram))
+        disk = Disk(plan.source)
+        if self.bits is not None:
+            return disk, bytes_for(plan.source, plan.config, self.bits)
+        assert self.size is not None
+        return disk, parse_size("size", self.size)
 
 
 @torch.no_grad()
 def quantize_to_size(
     src: str | Path,
     dst: str | Path,
+    budget: Budget,
     config: QuantConfig | None = None,
     *,
-    size: str | int | None = None,
-    bits: float | None = None,
     measurements: str | Path | None = None,
     guard_text: str | list[str] = "heldout",
     device: str | torch.device = "cpu",
@@ -69,13 +82,11 @@ def quantize_to_size(
     progress: bool = True,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Quantize the MoE model in `src` into the new folder `dst` so that its weight files take at
-    most a number of bytes, with bits chosen for every expert, matrix and linear.
+    """Quantize the MoE model in `src` into the new folder `dst` so that it takes at most a number
+    of bytes, with bits chosen for every expert, matrix and linear.
 
     config: as for `quantize`, with the method "gptq". Bits in it are not used. Dense linears get
         the experts' groups, unless the scheme of `dense` is not the default.
-    size: the bytes, as a number or a size ("14GB"). bits: instead, the average of a quantized
-        weight, scales and zero points counted.
     measurements: a folder for what is measured; `dst.measurements` by default. Where it is there
         already, nothing is measured again, so that another budget takes no calibration pass.
     guard_text: held-out text on which the result is compared with the uniform one of the same
@@ -86,10 +97,6 @@ def quantize_to_size(
     written. Raises a QmoeError before any long work if the budget is too small or something cannot
     work; a run that was stopped goes on when it is called again.
     """
-    if (size is None) == (bits is None):
-        raise ConfigError("budget: give a size or an average of bits")
-    if bits is not None:
-        expect("bits", bits, float, int)
     if distributed.count() > 1:
         raise ConfigError(f"budget: runs in one process, this is one of {distributed.count()}")
     dst = Path(os.path.expanduser(dst))
@@ -101,14 +108,14 @@ def quantize_to_size(
         plan = check(src, dst, base, statistics_from=(), save_statistics=None, **how)
         text = GuardText(guard_text, base.calibration.seqlen)
         batches_of(plan.source.folder, text)
-        budget = Budget(size, bits).nbytes(plan)
-        _check_budget(plan, budget)
+        memory, limit = budget.of(plan)
+        _check_budget(memory, plan.config, limit)
         copy = partial(quantize, progress=False, **how)
         found = measured(plan, Path(os.path.expanduser(folder)), copy)
-        chosen = choose(plan.source, base, found, budget)
-        return _guarded(
-            plan, chosen, budget, text, partial(quantize, src, progress=progress, **how)
-        )
+        chosen = choose(memory, base, found, limit)
+        rival = uniform(memory, base, limit)
+        make = partial(quantize, src, progress=progress, **how)
+        return _guarded(plan, chosen, rival, text, make)
 
 
 def base_config(config: QuantConfig) -> QuantConfig:
@@ -123,20 +130,16 @@ def base_config(config: QuantConfig) -> QuantConfig:
     return replace(config, experts=experts, dense=dense)
 
 
-def _check_budget(plan: Plan, budget: int) -> None:
+def _check_budget(memory: Memory, config: QuantConfig, limit: int) -> None:
     """Refuse one that nothing fits, before the measuring."""
-    dense = plan.config.dense
-    narrow = replace(
-        plan.config,
-        experts=replace(plan.config.experts, bits=min(BITS)),
-        dense=None if dense is None else replace(dense, bits=min(BITS)),
-    )
-    least = weight_files(plan.source, narrow)
-    if least > budget:
+    narrow = all_in(config, replace(config.experts, bits=min(BITS)))
+    least = memory.total(narrow)
+    if least > limit:
+        average = average_bits(memory.source, narrow)
         raise ConfigError(
-            f"budget: at {min(BITS)} bits the weight files take {least} bytes "
-            f"({format_size(least)}, {average_bits(plan.source, narrow):.3f} bits on average with "
-            f"scales), which is {least - budget} more than the {budget} that were given"
+            f"budget: at {min(BITS)} bits ({average:.3f} on average with scales) the model takes "
+            f"{least} bytes ({format_size(least)}), which is {least - limit} more than the {limit} "
+            "that can be used"
         )
 
 
@@ -157,11 +160,14 @@ def measured(plan: Plan, folder: Path, quantize_copy: Callable[..., Any]) -> Mea
 
 
 def _guarded(
-    plan: Plan, chosen: Chosen, budget: int, text: GuardText, make: Callable[..., Any]
+    plan: Plan,
+    chosen: Chosen,
+    rival: QuantConfig | None,
+    text: GuardText,
+    make: Callable[..., Any],
 ) -> dict[str, Any]:
     """Make the planned model and the uniform one, and keep the better. make: quantizes into a
     folder."""
-    rival = uniform(plan.source, plan.config, budget)
     configs = {"planned": chosen.config} | ({} if rival is None else {"uniform": rival})
     folders = {name: plan.dst.with_name(f"{plan.dst.name}.{name}") for name in configs}
     for name, path in folders.items():
@@ -172,7 +178,7 @@ def _guarded(
     kl = divergences(plan.source.folder, folders, text)
     best = min(kl, key=lambda name: kl[name]["overall"])
     told = {
-        "bytes": budget,
+        "bytes": chosen.nbytes,
         "written": best,
         "predicted_kl": chosen.predicted,
         "gap": chosen.gap,

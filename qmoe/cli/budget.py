@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from qmoe.budget.quantize import quantize_to_size
+from qmoe.budget.quantize import Budget, quantize_to_size
 from qmoe.calibration.text import merged
 from qmoe.cli import tables
 from qmoe.cli.settings import config_from
@@ -11,32 +11,32 @@ from qmoe.errors import ConfigError
 from qmoe.system.sizes import format_size
 
 
-def budget_of(args: argparse.Namespace) -> dict[str, Any] | None:
-    """The size or the average bits that were given, as `quantize_to_size` takes them; None where
-    neither was. Raises ConfigError for options that do not go together."""
+def budget_of(args: argparse.Namespace) -> Budget | None:
+    """The budget that was given; None if none was. Raises ConfigError for options that do not go
+    together."""
     bits = getattr(args, "experts.bits")
-    if args.size is None and not isinstance(bits, float):
-        for option in ("measurements", "guard_text"):
+    average = bits if isinstance(bits, float) else None
+    if args.size is None and args.vram is None and average is None:
+        for option in ("measurements", "guard_text", "context"):
             if getattr(args, option) is not None:
                 name = option.replace("_", "-")
-                raise ConfigError(f"--{name}: goes with --size or an average of --bits")
+                raise ConfigError(f"--{name}: goes with --size, --vram or an average of --bits")
         return None
-    if args.size is not None and bits is not None:
-        raise ConfigError("--size: chooses the bits; leave out --bits")
+    if isinstance(bits, int):
+        raise ConfigError("--bits: are chosen for a number of bytes; leave out --bits")
     if args.statistics or args.save_statistics:
-        raise ConfigError("--size: measures on text; leave out saved statistics")
-    return {"size": args.size} if args.size is not None else {"bits": bits}
+        raise ConfigError("budget: matrices are measured on text; leave out saved statistics")
+    context = {} if args.context is None else {"context": args.context}
+    return Budget(args.size, average, args.vram, **context)
 
 
-def to_size(
-    args: argparse.Namespace, budget: dict[str, Any], how: dict[str, Any]
-) -> dict[str, Any]:
+def to_size(args: argparse.Namespace, budget: Budget, how: dict[str, Any]) -> dict[str, Any]:
     """The report. how: the device, the memory and the like."""
     setattr(args, "experts.bits", None)
     text = merged(args.guard_text) if args.guard_text else "heldout"
     config, kept = config_from(args), args.measurements
     return quantize_to_size(
-        args.src, args.dst, config, measurements=kept, guard_text=text, **budget, **how
+        args.src, args.dst, budget, config, measurements=kept, guard_text=text, **how
     )
 
 
@@ -53,7 +53,7 @@ def show_budget(told: dict[str, Any]) -> None:
     ]
     domains = [f"KL {domain}" for domain in next(iter(told["kl"].values()))]
     title = (
-        f"{format_size(told['bytes'])} were given; the {told['written']} model was written "
+        f"{format_size(told['bytes'])} are taken; the {told['written']} model was written "
         f"(predicted KL {told['predicted_kl']:.5f}, at most {100 * told['gap']:.2f} % above the "
         "best choice)"
     )

@@ -176,10 +176,16 @@ def _setting(
 def _budget_options(p: argparse.ArgumentParser) -> None:
     budget = p.add_argument_group(
         "a number of bytes",
-        "With --size, or an average of --bits, bits are chosen for every expert, matrix and "
+        "With --size, --vram or an average of --bits, bits are chosen for every expert, matrix and "
         "linear, and the result is compared with the uniform one of the same bytes.",
     )
     budget.add_argument("--size", metavar="SIZE", help=f"of the weight files, {SIZE_HELP}")
+    budget.add_argument(
+        "--vram", metavar="SIZE", help="of a GPU's memory that holds all of the model, likewise"
+    )
+    budget.add_argument(
+        "--context", type=int, metavar="N", help="with --vram: tokens of a sequence (default: 8192)"
+    )
     budget.add_argument(
         "--measurements",
         metavar="DIR",

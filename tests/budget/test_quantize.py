@@ -9,7 +9,7 @@ from helpers import LITTLE_TEXT, QUICK, same_files
 import qmoe
 import qmoe.budget.measure
 import qmoe.budget.quantize as budget
-from qmoe import QuantConfig, Scheme
+from qmoe import Budget, QuantConfig, Scheme
 from qmoe.budget.measurements import Measurements
 from qmoe.calibration.batches import choose_samples
 from qmoe.calibration.text import load_texts
@@ -40,7 +40,7 @@ def made(short, tmp_path_factory):
 
         patch.setattr(qmoe.budget.measure, "_with", spy)
         report = qmoe.quantize_to_size(
-            short, folder / "out", CONFIG, bits=3.0, guard_text=GUARD, progress=False
+            short, folder / "out", Budget(bits=3.0), CONFIG, guard_text=GUARD, progress=False
         )
     return folder, report, tried
 
@@ -93,19 +93,15 @@ def test_another_budget_measures_nothing_again(made, short, tmp_path, monkeypatc
     monkeypatch.setattr(budget, "measure", None)
     kept = folder / "out.measurements"
     report = qmoe.quantize_to_size(
-        short, tmp_path / "out", CONFIG, size=report_size(made) + 200_000,
+        short, tmp_path / "out", Budget(size_of(folder / "out") + 200_000), CONFIG,
         measurements=kept, guard_text=GUARD, progress=False,
     )  # fmt: skip
     assert report["budget"]["bits"]["planned"] > 3.1
     other = replace(CONFIG, damp=0.02)
     with pytest.raises(ConfigError, match="of another run .damp was 0.01, is 0.02"):
         qmoe.quantize_to_size(
-            short, tmp_path / "two", other, bits=3.0, measurements=kept, progress=False
+            short, tmp_path / "two", Budget(bits=3.0), other, measurements=kept, progress=False
         )
-
-
-def report_size(made):
-    return made[1]["budget"]["bytes"]
 
 
 def test_uniform_is_written_where_it_is_better(made, short, tmp_path, monkeypatch, capsys):
@@ -129,8 +125,8 @@ def test_uniform_is_written_where_it_is_better(made, short, tmp_path, monkeypatc
 
 def test_a_run_that_was_stopped_goes_on(made, short, tmp_path, monkeypatch):
     folder, _, _ = made
-    how = {"bits": 3.0, "guard_text": GUARD, "progress": False}
-    kept = folder / "out.measurements"
+    how = {"measurements": folder / "out.measurements", "guard_text": GUARD, "progress": False}
+    three = Budget(bits=3.0)
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -138,26 +134,29 @@ def test_a_run_that_was_stopped_goes_on(made, short, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(budget, "divergences", stop)
         with pytest.raises(KeyboardInterrupt):
-            qmoe.quantize_to_size(short, tmp_path / "out", CONFIG, measurements=kept, **how)
+            qmoe.quantize_to_size(short, tmp_path / "out", three, CONFIG, **how)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.planned", "out.uniform"]
-    qmoe.quantize_to_size(short, tmp_path / "out", CONFIG, measurements=kept, **how)
+    qmoe.quantize_to_size(short, tmp_path / "out", three, CONFIG, **how)
     assert same_files(folder / "out", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     "config, given, said",
     [
-        (CONFIG, {}, "give a size or an average"),
-        (CONFIG, {"size": 10**7, "bits": 3.0}, "give a size or an average"),
-        (CONFIG, {"bits": 2.0}, "at 2 bits the weight files take"),
-        (CONFIG, {"size": "1MB"}, "more than the 1000000 that were given"),
+        (CONFIG, {}, "give one of a size, an average"),
+        (CONFIG, {"size": 10**7, "bits": 3.0}, "give one of a size, an average"),
+        (CONFIG, {"bits": 2.0}, "at 2 bits .* on average with scales. the model takes"),
+        (CONFIG, {"size": "1MB"}, "more than the 1000000 that can be used"),
+        (CONFIG, {"vram": "1GB"}, "which is .* more than the"),
         (QuantConfig("rtn"), {"bits": 3.0}, "as gptq solves them, not rtn"),
         (replace(CONFIG, widths={"a": "2"}), {"bits": 3.0}, "a budget chooses them"),
     ],
 )
 def test_refused_before_any_work(tmp_path, short, config, given, said):
     with pytest.raises(ConfigError, match=said):
-        qmoe.quantize_to_size(short, tmp_path / "out", config, **given, progress=False)
+        qmoe.quantize_to_size(
+            short, tmp_path / "out", Budget(**given, context=128), config, progress=False
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -166,7 +165,7 @@ def test_refused_before_any_work(tmp_path, short, config, given, said):
     [
         (["--bits", "3", "--measurements", "m"], "goes with --size"),
         (["--bits", "3", "--size", "1GB"], "leave out --bits"),
-        (["--size", "1GB", "--save-statistics", "s"], "measures on text"),
+        (["--size", "1GB", "--save-statistics", "s"], "measured on text"),
     ],
 )
 def test_options_that_do_not_go_together(short, tmp_path, capsys, options, said):
