@@ -101,7 +101,7 @@ def test_a_budget_that_nothing_fits_is_refused(source, measurements):
         replace(BASE, experts=replace(SCHEME, bits=2), dense=replace(SCHEME, bits=2))
     )
     choose(Disk(source), BASE, measurements, least + 100)
-    with pytest.raises(ConfigError, match=f"take {least} bytes, which is 5 more"):
+    with pytest.raises(ConfigError, match=f"takes {least} bytes, which is 5 more"):
         choose(Disk(source), BASE, measurements, least - 5)
 
 
