@@ -167,9 +167,9 @@ def _solved(
     records = unfused.borrow(layer, layer.structure.unfused_linears(), stats,
                              settings.config.min_tokens)  # fmt: skip
     for name, each in layer.structure.unfused.items():
-        tokens = (records[name].tokens if name in records else None) or [0] * len(each)
+        counts = (records[name].tokens if name in records else None) or [0] * len(each)
         group = Solution([], {})
-        for count, linears in zip(tokens, each, strict=True):
+        for count, linears in zip(counts, each, strict=True):
             for linear in linears:
                 seen = stats.linears.get(linear)
                 hessian = None if seen is None else seen.hessian

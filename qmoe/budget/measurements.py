@@ -51,7 +51,8 @@ class Measured:
         if len(tokens) == 1:
             return np.asarray(self.energy)
         bound = tokens + DEVIATIONS * np.sqrt(tokens + 1) + OTHER_TEXT * tokens.mean()
-        return bound * np.asarray(self.energy)
+        weights: ndarray = bound * np.asarray(self.energy)
+        return weights
 
 
 @dataclass(frozen=True)
