@@ -170,10 +170,10 @@ def _solved(
         counts = (records[name].tokens if name in records else None) or [0] * len(each)
         group = Solution([], {})
         for count, linears in zip(counts, each, strict=True):
-            for linear in linears:
-                seen = stats.linears.get(linear)
+            for own in linears:
+                seen = stats.linears.get(own)
                 hessian = None if seen is None else seen.hessian
-                one = solve_linear(layer, settings, linear, hessian, count, name)
+                one = solve_linear(layer, settings, own, hessian, count, name)
                 group.measured.extend(one.measured)
                 group.weights.update(one.weights)
         yield name, group
