@@ -32,8 +32,8 @@ class Measured:
     target: its name in `QuantConfig.widths`. layer: the decoder layer it is in. group: see above.
     tokens: that each expert saw. errors: of each matrix, at each of BITS, the squared output error
     relative to the squared output under its Hessian, after solving. energy: of each matrix, the
-    mean squared output of its expert (of the linear), over tokens that it saw, with their routing
-    weights.
+    mean squared output of its expert, over tokens that it saw, with their routing weights; 1 for
+    linears.
     """
 
     target: str
@@ -43,14 +43,13 @@ class Measured:
     errors: list[list[float]]
     energy: list[float]
 
-    def weights(self) -> Float[ndarray, " E"]:
+    def weights(self, average: float) -> Float[ndarray, " E"]:
         """How much the error of each matrix counts. An expert counts by an upper bound of the
         tokens that it will see: what it saw, two standard deviations of that count, and a share of
-        the average for other text. One that saw few is therefore not crushed on a guess."""
+        the group's `average` for other text. One that saw few is therefore not crushed on a
+        guess."""
         tokens = np.asarray(self.tokens, float)
-        if len(tokens) == 1:
-            return np.asarray(self.energy)
-        bound = tokens + DEVIATIONS * np.sqrt(tokens + 1) + OTHER_TEXT * tokens.mean()
+        bound = tokens + DEVIATIONS * np.sqrt(tokens + 1) + OTHER_TEXT * average
         weights: ndarray = bound * np.asarray(self.energy)
         return weights
 
@@ -65,12 +64,14 @@ class Measurements:
 
     def costs(self) -> dict[str, Float[ndarray, "E C"]]:
         """By target, what each matrix adds to the KL of the model's output at each of BITS."""
-        total: dict[str, float] = {}
-        probe = BITS.index(PROBE)
-        shares = {}
+        seen: dict[str, list[int]] = {}
         for part in self.parts:
-            shares[part.target] = part.weights()[:, None] * np.asarray(part.errors)
-            total[part.group] = total.get(part.group, 0.0) + shares[part.target][:, probe].sum()
+            seen.setdefault(part.group, []).extend(part.tokens)
+        shares, total, probe = {}, dict.fromkeys(seen, 0.0), BITS.index(PROBE)
+        for part in self.parts:
+            weights = part.weights(float(np.mean(seen[part.group])))
+            shares[part.target] = weights[:, None] * np.asarray(part.errors)
+            total[part.group] += shares[part.target][:, probe].sum()
         return {
             part.target: shares[part.target] * (self.kl[part.group] / (total[part.group] or 1.0))
             for part in self.parts

@@ -40,10 +40,7 @@ def solve_linear(
     weight = layer.linears[name].weight[None]
     seen = torch.eye(weight.shape[-1]) if hessian is None else hessian
     errors, probe = _at_all(layer, settings, name, weight, seen[None])
-    energy = float(output_error(weight.float(), seen[None].to(weight.device))) / max(tokens, 1)
-    # A list of experts counts them by their tokens, a linear alone has no rival in its group.
-    counted = energy * tokens if group != name else energy
-    part = Measured(name, layer.name, group, [tokens], errors, [counted])
+    part = Measured(name, layer.name, group, [tokens], errors, [1.0])
     return Solution([part], {f"{name}.weight": probe[0]})
 
 

@@ -45,6 +45,8 @@ def allocate(nbytes: Int64[ndarray, "J C"], costs: Float[ndarray, "J C"], budget
             f"budget: the smallest the model can be is {least} bytes, which is {least - budget} "
             f"more than the {budget} that were given"
         )
+    if least > budget * (1 - SLACK):  # the solver would find no room at all
+        return _of(np.where(there, nbytes, np.iinfo(np.int64).max).argmin(1), nbytes, costs)
     # Costs and sizes near 1, which the solver's tolerances are made for.
     scale = costs[there].max() or 1.0
     part = np.repeat(np.arange(J), C)
@@ -59,9 +61,13 @@ def allocate(nbytes: Int64[ndarray, "J C"], costs: Float[ndarray, "J C"], budget
         options={"mip_rel_gap": GAP, "node_limit": NODES},
     )
     assert found.x is not None, found.message
-    picked = found.x.reshape(J, C).argmax(1)
-    rows = np.arange(J)
-    cost = float(costs[rows, picked].sum())
     bound = found.mip_dual_bound * scale
-    gap = max(0.0, cost / bound - 1) if bound > 0 else 0.0
+    return _of(found.x.reshape(J, C).argmax(1), nbytes, costs, bound)
+
+
+def _of(picked: ndarray, nbytes: ndarray, costs: ndarray, bound: float | None = None) -> Choice:
+    """The choice of these ways. bound: no choice costs less; None for the only one there is."""
+    rows = np.arange(len(picked))
+    cost = float(costs[rows, picked].sum())
+    gap = max(0.0, cost / bound - 1) if bound is not None and bound > 0 else 0.0
     return Choice(picked, int(nbytes[rows, picked].sum()), cost, gap)

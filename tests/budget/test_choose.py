@@ -69,7 +69,7 @@ def test_matrices_that_matter_more_get_no_fewer_bits(source, measurements):
     config = choose(Disk(source), BASE, measurements, bytes_for(source, BASE, 3)).config
     for part in measurements.parts:
         if len(part.tokens) > 1:
-            weights = part.weights() * np.asarray(part.errors)[:, 0]
+            weights = part.weights(np.mean(part.tokens)) * np.asarray(part.errors)[:, 0]
             digits = [int(digit) for digit in config.widths[part.target]]
             ordered = [digits[e] for e in np.argsort(weights)]
             assert ordered == sorted(ordered)

@@ -16,7 +16,7 @@ def measurements(tokens=(1000, 1000, 1000), energy=(1.0, 1.0, 1.0)):
     stack = Measured(
         "l.experts.down_proj", "l", "l.experts.down_proj", [*tokens], ERRORS, [*energy]
     )
-    linear = Measured("l.q_proj", "l", "l.q_proj", [3000], [[0.4, 0.1, 0.02, 0.001]], [5.0])
+    linear = Measured("l.q_proj", "l", "l.q_proj", [3000], [[0.4, 0.1, 0.02, 0.001]], [1.0])
     return Measurements({"model": "a"}, [stack, linear], {stack.group: 0.8, linear.group: 0.3})
 
 
@@ -37,11 +37,20 @@ def test_the_error_and_the_output_of_an_expert_are_its_share():
 def test_an_expert_that_saw_little_is_counted_by_an_upper_bound():
     """20 tokens may be 30 another time, and other text may bring more; 0 are not nothing."""
     part = measurements(tokens=(20, 0, 10_000)).parts[0]
-    rare, unseen, busy = part.weights()
     mean = (20 + 10_000) / 3
+    rare, unseen, busy = part.weights(mean)
     assert rare == pytest.approx(20 + 2 * 21**0.5 + mean / 16)
     assert unseen == pytest.approx(2 + mean / 16)
     assert 1.0 < busy / 10_000 < 1.05
+
+
+def test_experts_that_are_modules_are_compared_by_their_tokens():
+    seen = {"a": 900, "b": 0}
+    parts = [Measured(n, "l", "l.experts", [t], ERRORS[:1], [1.0]) for n, t in seen.items()]
+    costs = Measurements({}, parts, {"l.experts": 1.0}).costs()
+    assert costs["a"][0, 1] + costs["b"][0, 1] == pytest.approx(1.0)
+    bound = [900 + 2 * 901**0.5 + 450 / 16, 2 + 450 / 16]
+    assert costs["a"][0, 0] / costs["b"][0, 0] == pytest.approx(bound[0] / bound[1])
 
 
 def test_a_group_without_any_error_costs_nothing():

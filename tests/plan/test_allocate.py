@@ -47,3 +47,12 @@ def test_a_model_of_many_experts_fills_its_budget():
     budget = int(nbytes.mean(1).sum())
     found = allocate(nbytes, costs, budget)
     assert 0.999 * budget < found.nbytes <= budget and found.gap <= 2 * GAP
+
+
+def test_the_least_budget_has_one_choice():
+    nbytes, costs = instance(7, 4, 0)
+    costs[2, 0] = np.inf
+    least = nbytes[:, 0].copy()
+    least[2] = nbytes[2, 1]
+    found = allocate(nbytes, costs, int(least.sum()))
+    assert found.nbytes == least.sum() and found.picked.tolist() == [0, 0, 1, 0, 0, 0, 0]
