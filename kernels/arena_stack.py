@@ -35,7 +35,8 @@ class ArenaStack(nn.Module):
         where it is computed; home: where the bytes are for now, if elsewhere (offload.py)."""
         super().__init__()
         order = device_table(device)[0].order
-        arena = build_arena([_each(s) for s in stacks], dtype, order, home or device, paired)
+        each = [stack.matrices() for stack in stacks]
+        arena = build_arena(each, dtype, order, home or device, paired)
         self.scheme, self.activation = stacks[0].scheme, activation
         # Not the arena itself: its buffer would stay in the old memory when this module is moved.
         self.matrices, self.order, self.dtype = arena.matrices, arena.order, arena.dtype
@@ -105,17 +106,3 @@ class ArenaStack(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.arena}, {self.order} order"
-
-
-def _each(stack: Quantized) -> list[Quantized]:
-    """A stack as one-matrix stacks."""
-    zero = stack.zero
-    return [
-        Quantized(
-            stack.q[e : e + 1],
-            stack.scale[e : e + 1],
-            None if zero is None else zero[e : e + 1],
-            stack.scheme,
-        )
-        for e in range(len(stack.q))
-    ]

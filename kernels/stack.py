@@ -110,6 +110,35 @@ class PackedStack(nn.Module):
         return f"{list(self.shape)}, {self.scheme}, form={self.form}"
 
 
+class MixedStack(nn.Module):
+    """Packed matrices [E, N, K] of different widths: each in the form that suits it."""
+
+    def __init__(self, quantized: Quantized, dtype: torch.dtype):
+        super().__init__()
+        self.scheme, self.shape = quantized.scheme, tuple(quantized.q.shape)
+        self.each = nn.ModuleList(PackedStack(one, dtype) for one in quantized.matrices())
+
+    def matmul(self, x: Float[Tensor, "M K"], e: int) -> Float[Tensor, "M N"]:
+        """x times the transpose of matrix e."""
+        return self.each[e].matmul(x, 0)  # type: ignore[operator, no-any-return]
+
+    def expand(self, e: int) -> Float[Tensor, "N K"]:
+        """Matrix e in the floating dtype of the scales."""
+        return self.each[e].expand(0)  # type: ignore[operator, no-any-return]
+
+    def packed_bytes(self) -> int:
+        """Bytes of the packed integers alone."""
+        return sum(one.packed_bytes() for one in self.each)  # type: ignore[operator]
+
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+
+def packed_stack(quantized: Quantized, dtype: torch.dtype) -> PackedStack | MixedStack:
+    """The form of a stack that may be mixed."""
+    return MixedStack(quantized, dtype) if quantized.widths else PackedStack(quantized, dtype)
+
+
 def _int4pack(q: Tensor) -> Tensor:
     """[E, N, K/2] in the order torch's int4 kernel wants (it depends on the CPU)."""
     convert = torch.ops.aten._convert_weight_to_int4pack_for_cpu

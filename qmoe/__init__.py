@@ -17,12 +17,14 @@ from qmoe.errors import QmoeError
 from qmoe.system.on_import import when_imported
 
 if TYPE_CHECKING:
+    from qmoe.budget.quantize import Budget, quantize_to_size
     from qmoe.html_report.report import report
     from qmoe.packed.load import load
     from qmoe.pipeline.in_memory import quantize_model
     from qmoe.pipeline.quantize import quantize
 
 __all__ = [
+    "Budget",
     "CalibrationConfig",
     "QmoeError",
     "QuantConfig",
@@ -32,6 +34,7 @@ __all__ = [
     "quantize",
     "quantize_model",
     "report",
+    "quantize_to_size",
 ]
 
 
@@ -45,7 +48,7 @@ when_imported("transformers.quantizers.auto", _register)
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        """The functions, imported when they are first asked for, so that `import qmoe` does not
+        """What works on models, imported when it is first asked for, so that `import qmoe` does not
         wait for torch and transformers."""
         if name == "load":
             from qmoe.packed.load import load
@@ -63,6 +66,10 @@ if not TYPE_CHECKING:
             from qmoe.html_report.report import report
 
             return report
+        if name in ("Budget", "quantize_to_size"):
+            from qmoe.budget import quantize as budget
+
+            return getattr(budget, name)
         raise AttributeError(f"module 'qmoe' has no attribute {name!r}")
 
     def __dir__() -> list[str]:

@@ -36,6 +36,7 @@ ROOMS = [
     "pipeline",
     "measure",
     "html_report",
+    "budget",
     "cli",
     "__main__",
     "",

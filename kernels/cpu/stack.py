@@ -17,7 +17,7 @@ from qmoe.kernels.cpu.layout import Packed, Shape, code_bytes, pack, scheme_of, 
 from qmoe.kernels.cpu.library import tier
 from qmoe.kernels.moe import Biases
 
-Matrices = Quantized | StoredWords | Sequence[Quantized]
+Matrices = Quantized | StoredWords | Sequence[Quantized | StoredWords]
 
 
 def uses_cpu_kernels(device: torch.device) -> bool:

@@ -13,7 +13,9 @@ import transformers
 from qmoe.checkpoint.folders import read_json
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.cli import tables
+from qmoe.cli.budget import budget_of, show_budget, to_size
 from qmoe.cli.export import export, show_export
+from qmoe.cli.heat_map import heat_map, is_mixed
 from qmoe.cli.info import info, show_info
 from qmoe.cli.measure import bench, eval, show_bench, show_eval
 from qmoe.cli.plan import plan, show_plan
@@ -29,6 +31,7 @@ from qmoe.model.experts import expert_weights, stack
 from qmoe.model.source import open_source
 from qmoe.packed.audit import audit_folder
 from qmoe.packed.report import REPORT, expert_rows, read_report
+from qmoe.packed.widths import widths
 from qmoe.pipeline.quantize import quantize as run_quantize
 from qmoe.system import distributed
 from qmoe.system.progress import progress, shown
@@ -45,22 +48,30 @@ def quantize(args: argparse.Namespace) -> dict[str, Any]:
     """`qmoe quantize`: returns the report."""
     distributed.join()
     lead = distributed.rank() == 0
-    report = run_quantize(
-        args.src,
-        args.dst,
-        config_from(args),
-        statistics_from=args.statistics,
-        save_statistics=args.save_statistics,
-        device=args.device,
-        max_memory=args.max_memory,
-        progress=lead,
-        trust_remote_code=args.trust_remote_code,
-    )
+    how = {
+        "device": args.device,
+        "max_memory": args.max_memory,
+        "progress": lead,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    if (budget := budget_of(args)) is not None:
+        report = to_size(args, budget, how)
+    else:
+        report = run_quantize(
+            args.src,
+            args.dst,
+            config_from(args),
+            statistics_from=args.statistics,
+            save_statistics=args.save_statistics,
+            **how,
+        )
     distributed.leave()
     return report if lead else {}
 
 
 def show_quantize(report: dict[str, Any]) -> None:
+    if "budget" in report:
+        show_budget(report["budget"])
     total = sum(report["bytes"].values())
     title = f"{format_size(report['source_bytes'])} became {format_size(total)}, audit passed"
     tables.show(title, ["bytes", "", "share"], tables.bytes_rows(report["bytes"]))
@@ -166,7 +177,7 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
         return {"settings": report["config"]}
     digests, unpacked = report.get("digests"), report.get("unpacked_sha256")
     audit = audit_folder(folder, digests, unpacked)
-    result: dict[str, Any] = {"bytes": audit.bytes}
+    result: dict[str, Any] = {"bytes": audit.bytes, "widths": widths(folder)}
     if reported:
         result |= {"config": report["config"], "fallbacks": report["fallbacks"]}
         if args.experts:
@@ -201,6 +212,8 @@ def show_inspect(result: dict[str, Any]) -> None:
         return
     tables.show("audit passed", ["bytes", "", "share"], tables.bytes_rows(result["bytes"]))
     _show_lines(result.get("fallbacks", []))
+    if is_mixed(result["widths"]):
+        print("\n".join(heat_map(result["widths"])))
     if "experts" in result:
         rows = [
             [

@@ -11,7 +11,17 @@ from qmoe.cli.measure_options import bench_options, eval_options, loading_option
 from qmoe.cli.measured import METHODS
 from qmoe.cli.options_export import export_options, target_option
 from qmoe.cli.renamed import add_renamed
-from qmoe.config import BITS, CHANNEL, GROUPS, PRESETS, UNQUANTIZED, Method, QuantConfig, Rotate
+from qmoe.config import (
+    BITS,
+    CHANNEL,
+    GROUPS,
+    PRESETS,
+    UNQUANTIZED,
+    Method,
+    QuantConfig,
+    Rotate,
+    Target,
+)
 
 SETTINGS = """\
 The name in brackets is that of the setting in --config, in --set and in the report. --config
@@ -130,7 +140,9 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
     given = p.add_argument_group("settings", SETTINGS)
     method = "how weights are rounded, described below"
     _setting(given, "--method", "method", d.method, get_args(Method), help=method)
-    _scheme_options(given)
+    _scheme_options(given, averages=True)
+    vllm = "what is to run the result; vllm takes one scheme for all routed experts of a layer"
+    _setting(given, "--target", "target", d.target, get_args(Target), help=vllm)
     tune = "steps of tuning each layer towards the original's output"
     _setting(given, "--tune", "tune", d.tune, metavar="STEPS", help=tune)
     _text_options(given)
@@ -146,6 +158,7 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
         help=f"memory of one process, {SIZE_HELP} (default: what is free); activations beyond it "
         "wait on disk",
     )
+    _budget_options(p)
     p.add_argument("--save-statistics", metavar="DIR", help="keep Hessians and counts there")
     p.add_argument(
         "--statistics",
@@ -171,12 +184,62 @@ def _setting(
     group.add_argument(option, dest=name, type=type(default), choices=choices, help=help, **more)
 
 
-def _scheme_options(p: Any) -> None:
+def _budget_options(p: argparse.ArgumentParser) -> None:
+    budget = p.add_argument_group(
+        "a number of bytes",
+        "With --size, --vram or an average of --bits, bits are chosen for every expert, matrix and "
+        "linear, and the result is compared with the uniform one of the same bytes.",
+    )
+    budget.add_argument("--size", metavar="SIZE", help=f"of the weight files, {SIZE_HELP}")
+    budget.add_argument(
+        "--vram", metavar="SIZE", help="of a GPU's memory that holds all of the model, likewise"
+    )
+    budget.add_argument(
+        "--context", type=int, metavar="N", help="with --vram: tokens of a sequence (default: 8192)"
+    )
+    budget.add_argument(
+        "--measurements",
+        metavar="DIR",
+        help="what is measured of every matrix: made there, or used if it is there "
+        "(default: DST.measurements)",
+    )
+    budget.add_argument(
+        "--guard-text",
+        metavar="TEXT",
+        action="append",
+        help="held-out text for that comparison, in the form of --calibration (default: heldout)",
+    )
+
+
+def bits_or_average(text: str) -> int | float:
+    """Bits of all experts as a whole number, an average as one with a decimal point."""
+    if text in map(str, BITS):
+        return int(text)
+    if "." in text:
+        return float(text)
+    raise argparse.ArgumentTypeError(
+        f"expected one of {BITS}, or an average with a decimal point such as 3.2, got {text!r}"
+    )
+
+
+def _scheme_options(p: Any, averages: bool = False) -> None:
+    """averages: whether --bits may be one."""
     d = QuantConfig()
     assert d.dense is not None
     widths = [*BITS, UNQUANTIZED]
     dense = "bits of attention, shared experts and dense MLPs; 16 leaves them"
-    _setting(p, "--bits", "experts.bits", d.experts.bits, BITS, help="bits of routed experts")
+    if averages:
+        p.add_argument(
+            "--bits",
+            dest="experts.bits",
+            type=bits_or_average,
+            metavar="BITS",
+            help="bits of routed experts: 2, 3, 4 or 8; or, with a decimal point, the average bits "
+            "of a quantized weight, for which bits are chosen (see --size) "
+            f"[experts.bits, {d.experts.bits} by default]",
+        )
+    else:
+        _setting(p, "--bits", "experts.bits", d.experts.bits, BITS, help="bits of routed experts")
     _setting(
         p,
         "--group-size",

@@ -7,6 +7,7 @@ from qmoe.config.quant import (
     Method,
     QuantConfig,
     Rotate,
+    Target,
     check_preset,
     setting_names,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "QuantConfig",
     "Rotate",
     "Scheme",
+    "Target",
     "check_preset",
     "expect",
     "overlay",

@@ -1,15 +1,16 @@
 """What to do to a model: frozen dataclasses, checked when they are made."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, cast, get_args
 
-from qmoe.config.scheme import CHANNEL, UNQUANTIZED, Scheme, expect
+from qmoe.config.scheme import BITS, CHANNEL, UNQUANTIZED, Scheme, expect
 from qmoe.config.tables import check_keys, overlay, strict
 from qmoe.errors import ConfigError
 
 Method = Literal["rtn", "gptq", "awq", "awq-gptq"]
 Rotate = Literal["off", "fused", "online"]
+Target = Literal["qmoe", "vllm"]
 
 
 DENSE = Scheme(8, CHANNEL)
@@ -110,6 +111,13 @@ class QuantConfig:
         (qmoe/pipeline/find_rotation.py). Neither goes with AWQ.
     min_tokens: an expert with fewer calibration tokens borrows tokens of its layer (see
         calibration/coverage.py).
+    widths: bits of single matrices, where they are not those of `experts` or `dense`: a digit (2,
+        3, 4 or 8) for each, by module for a linear and by parameter for the experts of a layer, as
+        in {"model.layers.0.mlp.experts.down_proj": "2242..."}. Gate and up of an expert have one
+        digit, since kernels multiply with both at once.
+    target: what is to run the result. "vllm" takes one scheme for all experts of a layer. Where the
+        experts of a model differ, a result for "qmoe" has a format name that other loaders refuse:
+        transformers decodes all experts by one scheme, and gives wrong weights without an error.
     calibration: the text that statistics are gathered on.
     """
 
@@ -125,6 +133,8 @@ class QuantConfig:
     tune: int = 0
     rotate: Rotate = "off"
     min_tokens: int = 256
+    widths: Mapping[str, str] = field(default_factory=dict, hash=False)
+    target: Target = "qmoe"
     calibration: CalibrationConfig = CalibrationConfig()
 
     def __post_init__(self) -> None:
@@ -156,12 +166,19 @@ class QuantConfig:
                 )
         if self.rotate not in get_args(Rotate):
             raise ConfigError(f"rotate: expected one of {get_args(Rotate)}, got {self.rotate!r}")
+        if self.target not in get_args(Target):
+            raise ConfigError(f"target: expected one of {get_args(Target)}, got {self.target!r}")
         if len({scheme.rotation for scheme in self._schemes()}) > 1:
             raise ConfigError("rotation: expected the same block in all schemes")
         if self.rotate == "fused" and any(s.rotation for s in self._schemes()):
             raise ConfigError("rotate: a scheme that is rotated is online, not fused")
         if self.applies_awq and (self.rotate != "off" or any(s.rotation for s in self._schemes())):
             raise ConfigError(f"rotate: not with AWQ's scales, the method is {self.method}")
+        check_widths(self.widths)
+        if self.widths and self.applies_awq:
+            raise ConfigError(
+                f"widths: not with AWQ's scales, which experts share; the method is {self.method}"
+            )
         if not 0 < self.damp < 1:
             raise ConfigError(f"damp: expected a share between 0 and 1, got {self.damp}")
 
@@ -194,6 +211,10 @@ class QuantConfig:
         """Whether routed experts are in memory in float32: those that change before they are
         rounded must not be rounded twice."""
         return self.applies_awq or self.rotate == "fused"
+
+    def scheme_of(self, linear: str, base: Scheme) -> Scheme:
+        """Of a linear by its module's name. base: what it has unless `widths` says otherwise."""
+        return replace(base, bits=int(self.widths[linear])) if linear in self.widths else base
 
     def _schemes(self) -> list[Scheme]:
         found = (self.experts, self.dense, self.lm_head)
@@ -233,6 +254,17 @@ class QuantConfig:
                 CalibrationConfig, values["calibration"], "calibration.", setting_names()
             )
         return cast(QuantConfig, strict(cls, values, "", setting_names()))
+
+
+def check_widths(widths: Any) -> None:
+    """Raises ConfigError unless these are digits by name."""
+    expect("widths", widths, dict)
+    for name, digits in widths.items():
+        if not isinstance(digits, str) or not digits or set(digits) - set(map(str, BITS)):
+            raise ConfigError(
+                f"widths: expected a digit of {BITS} for each matrix of {name}, got "
+                f"{str(digits)[:100]!r}"
+            )
 
 
 def check_preset(name: str, method: str) -> None:

@@ -5,6 +5,9 @@
 <module>.weight_zero_point  int32 [ceil(N*bits/32), G], asymmetric only
 <module>.weight_shape       int64 [2]
 
+Matrices whose bits are their own are told of by their exact names, in one config group for each
+scheme. Where experts differ, the format has a name of its own, `pack-quantized-mixed`.
+
 Rotated weights are told of in `transform_config`, beside the schemes, in the terms of
 compressed-tensors: a Hadamard transform in blocks of `head_dim`, on inputs and on weights. The
 format then has a name of its own, `pack-quantized-rotated`.
@@ -34,6 +37,8 @@ ROTATED = "pack-quantized-rotated"
 # `producer` in quantization_config, by which qmoe's quantizer in transformers knows its folders
 # (packed/quantizer.py). Other loaders ignore it.
 PRODUCER = "qmoe"
+# Likewise: transformers decodes all experts of a model by one scheme, at worst without an error.
+MIXED = "pack-quantized-mixed"
 SUFFIXES = ("_packed", "_scale", "_zero_point", "_shape")
 # A routed expert's module in a checkpoint: `experts.7.up_proj` (or `experts.expert_7.wi`), but not
 # `shared_experts.up_proj`.
@@ -72,14 +77,22 @@ def unpacked_tensors(tensors: dict[str, Tensor], schemes: "Schemes") -> dict[str
 
 
 def quantization_config(
-    experts: Scheme, dense: Scheme | None, lm_head: Scheme | None, ignore: list[str]
+    experts: Scheme,
+    dense: Scheme | None,
+    lm_head: Scheme | None,
+    ignore: list[str],
+    exact: dict[str, Scheme] | None = None,
+    mixed: bool = False,
 ) -> dict[str, Any]:
-    """The `quantization_config` entry of config.json. ignore: linears that stay as they are."""
+    """The `quantization_config` entry of config.json. ignore: linears that stay as they are. exact:
+    matrices with a scheme of their own, by their module's name in the checkpoint. mixed: whether
+    no other loader than qmoe's is to take it."""
     linear = ["Linear"]
+    groups = _by_scheme(exact or {})
     if experts == dense == (lm_head or dense):
-        groups = [(experts, linear)]
+        groups.append((experts, linear))
     else:
-        groups = [(experts, [EXPERTS_TARGET])]
+        groups.append((experts, [EXPERTS_TARGET]))
         if lm_head is not None:
             groups.append((lm_head, ["re:.*lm_head$"]))
         if dense is not None:
@@ -97,13 +110,22 @@ def quantization_config(
     )
     out: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
     out["producer"] = PRODUCER
+    if experts.rotation or mixed:
+        out["format"] = ROTATED if experts.rotation else MIXED
+        for group in out["config_groups"].values():
+            group["format"] = out["format"]
     if experts.rotation:
         every = linear if dense is not None else [t for _, targets in groups for t in targets]
-        out["format"] = ROTATED
-        for group in out["config_groups"].values():
-            group["format"] = ROTATED
         out["transform_config"] = _rotation(experts.rotation, every, sorted(ignore))
     return out
+
+
+def _by_scheme(exact: dict[str, Scheme]) -> list[tuple[Scheme, list[str]]]:
+    """Names by their scheme, the narrowest first."""
+    found: dict[Scheme, list[str]] = {}
+    for name, scheme in sorted(exact.items()):
+        found.setdefault(scheme, []).append(name)
+    return sorted(found.items(), key=lambda group: (group[0].bits, str(group[0])))
 
 
 def _rotation(block: int, targets: list[str], ignore: list[str]) -> dict[str, Any]:
@@ -138,7 +160,7 @@ class Schemes:
             raise CheckpointError(
                 f"{where}: not quantized in compressed-tensors format; make it with `qmoe quantize`"
             )
-        if entry.get("format") not in (PACKED, ROTATED, "mixed-precision"):
+        if entry.get("format") not in (PACKED, ROTATED, MIXED, "mixed-precision"):
             raise CheckpointError(
                 f"{where}: expected format {PACKED!r}, found {entry.get('format')!r}"
             )
@@ -149,30 +171,48 @@ class Schemes:
                 f"{entry['format']!r} and {entry.get('transform_config')!r:.200}"
             )
         # Back to the name that compressed-tensors' classes know.
-        entry = json.loads(json.dumps(entry).replace(f'"{ROTATED}"', f'"{PACKED}"'))
+        text = json.dumps(entry)
+        for ours in (ROTATED, MIXED):
+            text = text.replace(f'"{ours}"', f'"{PACKED}"')
+        entry = json.loads(text)
         known = {k: v for k, v in entry.items() if k in QuantizationConfig.model_fields}
         try:
             self._config = QuantizationConfig.model_validate(known)
         except (ValidationError, TypeError) as error:  # its checks compare what is no number
             raise CheckpointError(f"{where}: bad quantization_config: {error}") from error
-        self._schemes = [
-            (group.targets, _scheme(group, where)) for group in self._config.config_groups.values()
-        ]
+        self._exact: dict[str, Scheme] = {}
+        self._patterns: list[tuple[list[str], Scheme]] = []
+        for group in self._config.config_groups.values():
+            scheme = _scheme(group, where)
+            self._exact |= {t: scheme for t in group.targets if _is_exact(t)}
+            self._patterns.append(([t for t in group.targets if not _is_exact(t)], scheme))
+        ignore = self._config.ignore or []
+        self._left = {name for name in ignore if _is_exact(name)}
+        self._left_patterns = [pattern for pattern in ignore if not _is_exact(pattern)]
         self._dummy = nn.Linear(1, 1, device="meta")
 
     def of(self, module: str) -> Scheme | None:
-        """The scheme of a linear by its checkpoint name; None if it is not quantized."""
-        ignore = self._config.ignore or []
-        for targets, scheme in self._schemes:
-            if is_match(module, self._dummy, targets, ignore):
-                return replace(scheme, rotation=self._rotation(module))
-        return None
+        """The scheme of a linear by its checkpoint name; None if it is not quantized. An exact name
+        wins over patterns, as in compressed-tensors."""
+        if module in self._left or is_match(module, self._dummy, self._left_patterns):
+            return None
+        found = self._exact.get(module)
+        patterns = iter(self._patterns)
+        while found is None and (group := next(patterns, None)) is not None:
+            found = group[1] if is_match(module, self._dummy, group[0]) else None
+        return None if found is None else replace(found, rotation=self._rotation(module))
 
     def _rotation(self, module: str) -> int:
         for args, block in self._rotated:
             if is_match(module, self._dummy, args.targets, args.ignore):
                 return block
         return 0
+
+
+def _is_exact(target: str) -> bool:
+    """Whether a target is the name of one module: a class has no dot, a pattern says that it is
+    one."""
+    return "." in target and not target.startswith("re:")
 
 
 def _read_rotation(entry: Any, where: str) -> list[tuple[TransformArgs, int]]:

@@ -7,7 +7,8 @@ Value i of a row starts at bit i * bits of the row's little-endian bit string an
 an offset of 2^(bits-1). The bit arithmetic is compressed-tensors' own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
@@ -22,18 +23,37 @@ UNPACKED = 8  # experts unpacked at once: unpacking takes several times what it 
 
 @dataclass(frozen=True)
 class StoredWords:
-    """A Quantized stack whose integers are a checkpoint's words; k: columns of its matrices."""
+    """A Quantized stack whose integers are a checkpoint's words; k: columns of its matrices. If
+    their widths differ, the rows of the narrower ones end in words that mean nothing."""
 
     words: Int32[Tensor, "E N W"]
     k: int
     scale: Float[Tensor, "E N G"]
     zero: Int8[Tensor, "E N G"] | None
     scheme: Scheme
+    widths: tuple[int, ...] = ()
 
     def unpack(self) -> Quantized:
-        parts = self.words.split(UNPACKED)
-        q = torch.cat([unpack_rows(part, self.scheme.bits, self.k) for part in parts])
-        return Quantized(q, self.scale, self.zero, self.scheme)
+        q = torch.cat([
+            unpack_rows(part, run.scheme.bits, self.k)
+            for run in self.runs()
+            for part in run.words.split(UNPACKED)
+        ])  # fmt: skip
+        return Quantized(q, self.scale, self.zero, self.scheme, self.widths)
+
+    def runs(self) -> list["StoredWords"]:
+        """Neighbouring matrices of one width, as stacks of one scheme."""
+        if not self.widths:
+            return [self]
+        found, start = [], 0
+        for bits, same in groupby(self.widths):
+            some = slice(start, start + len(list(same)))
+            words = self.words[some, :, : packed_words(self.k, bits)]
+            zero = None if self.zero is None else self.zero[some]
+            scheme = replace(self.scheme, bits=bits)
+            found.append(StoredWords(words, self.k, self.scale[some], zero, scheme))
+            start = some.stop
+        return found
 
 
 def pack_rows(q: Int8[Tensor, "E N K"], bits: int) -> Int32[Tensor, "E N W"]:

@@ -25,7 +25,8 @@ class LayerAtHand:
     structure: the names of its parts.
     module: the layer itself. forward: its own, while batches wait where its forward is called.
     experts: fused experts modules. linears: those to be quantized, of unfused experts among them.
-    schemes: of everything to be quantized, by module.
+    schemes: of everything to be quantized, by module. widths: bits of each expert's matrix, by
+        stack, where they are not the scheme's.
     is_last: whether nothing behind the layer is to be run.
     """
 
@@ -36,6 +37,7 @@ class LayerAtHand:
     linears: dict[str, Any]
     schemes: dict[str, Scheme]
     is_last: bool = False
+    widths: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -45,13 +47,14 @@ class LayerAtHand:
         forward: Forward,
         schemes: dict[str, Scheme] | None = None,
         is_last: bool = False,
+        widths: dict[str, tuple[int, ...]] | None = None,
     ) -> "LayerAtHand":
         """The layer of a model with these names."""
         schemes = schemes or {}
         experts = {name: model.get_submodule(name) for name in structure.experts}
         linears = {name: model.get_submodule(name) for name in schemes if name not in experts}
         module = model.get_submodule(structure.name)
-        return cls(structure, module, forward, experts, linears, schemes, is_last)
+        return cls(structure, module, forward, experts, linears, schemes, is_last, widths or {})
 
     @property
     def name(self) -> str:

@@ -46,7 +46,7 @@ class Matrix:
     so that those that were a close call change first."""
 
     def __init__(self, stack: Quantized, original: Tensor, e: int, device: torch.device):
-        self.stack = stack
+        self.stack, self.bits = stack, stack.scheme_of(e).bits
         self.scale = stack.scale[e].float().to(device)
         no = torch.zeros_like(self.scale)
         zero = no if stack.zero is None else stack.zero[e].float().to(device)
@@ -68,11 +68,11 @@ class Matrix:
 
     def weight(self) -> Tensor:
         scheme = self.stack.scheme
-        made: Tensor = FakeQuantize.apply(self.latent, self.scales(), self.zero, scheme.bits)  # type: ignore[no-untyped-call]
+        made: Tensor = FakeQuantize.apply(self.latent, self.scales(), self.zero, self.bits)  # type: ignore[no-untyped-call]
         return rotate(made, scheme.rotation)
 
     def integers(self) -> Tensor:
-        return self.latent.detach().round().clamp(*limits(self.stack.scheme.bits)).to(torch.int8)
+        return self.latent.detach().round().clamp(*limits(self.bits)).to(torch.int8)
 
 
 class LatentExperts:

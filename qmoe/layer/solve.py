@@ -1,6 +1,7 @@
 """Solving the weights of a layer whose statistics are known, a few experts at a time."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from qmoe.layer.solved_cache import SolvedExperts
 from qmoe.layer.statistics import CollectedStats
 from qmoe.model import experts
 from qmoe.solvers.refit import refit
-from qmoe.solvers.solve import Solved, experts_at_once, join, solve
+from qmoe.solvers.solve import Solved, experts_at_once, in_order, join, solve
 from qmoe.system import distributed
 from qmoe.system.devices import CPU
 
@@ -66,7 +67,7 @@ def _solve_linear(
     made: QuantizedLayer,
 ) -> None:
     weight = layer.linears[name].weight[None]
-    solved = _solve(layer, settings, name, weight, hessian)
+    solved = _solve(layer, settings, name, weight, hessian, ())
     if settings.config.tune:
         made.originals[f"{name}.weight"] = weight.to(CPU, copy=True)
     if hessian is None and settings.config.method != "rtn":
@@ -135,11 +136,13 @@ def _solve_part(
     """Experts start to end of a module solved, or as an earlier run solved them."""
     cache = settings.solved_cache
     if cache is not None:
-        known = cache.load(name, start, end, layer.schemes[name])
+        known = cache.load(name, start, end)
         if known is not None:
             return known
     module, config = layer.experts[name], settings.config
-    first, second = (experts.stack(module, w, start, end) for w in experts.expert_weights(module))
+    weights = experts.expert_weights(module)
+    first, second = (experts.stack(module, w, start, end) for w in weights)
+    widths = [layer.widths.get(f"{name}.{w}", ())[start:end] for w in weights]
     part, borrowed, refitted = None, list[int](), None
     # Refitted below: a Hessian of what the second matrix gets before the first is quantized is not
     # needed then.
@@ -152,7 +155,8 @@ def _solve_part(
         check_finite(name, part.first, part.second)
         if not config.applies_awq:
             borrowed = borrow_rare(module, part, average_weight(stats), config.min_tokens, start)
-    solved = _solve(layer, settings, name, first, None if part is None else part.first)
+    before = None if part is None else part.first
+    solved = _solve(layer, settings, name, first, before, widths[0])
     hessian = None if part is None else part.second
     if routed is not None:
         there = dequantize(solved.quantized.to(first.device))
@@ -161,7 +165,7 @@ def _solve_part(
         second = refit(second, cross, hessian, config.damp)
         # Contiguous: some families keep their experts transposed, and so is what is fitted then.
         refitted = second.to(CPU).contiguous() if config.tune else None
-    both = [solved, _solve(layer, settings, name, second, hessian)]
+    both = [solved, _solve(layer, settings, name, second, hessian, widths[1])]
     made = SolvedExperts(both, borrowed, refitted)
     if cache is not None:
         cache.save(name, start, end, made)
@@ -184,12 +188,24 @@ def borrow_rare(
 
 
 def _solve(
-    layer: LayerAtHand, settings: LayerSettings, name: str, weight: Tensor, hessian: Tensor | None
+    layer: LayerAtHand,
+    settings: LayerSettings,
+    name: str,
+    weight: Tensor,
+    hessian: Tensor | None,
+    widths: Sequence[int],
 ) -> Solved:
-    config = settings.config
-    return solve_as(
-        config, config.method, name, weight, hessian, layer.schemes[name], settings.scale_dtype
-    )
+    """widths: bits of each matrix, empty where all have the scheme's."""
+    config, scheme, dtype = settings.config, layer.schemes[name], settings.scale_dtype
+    parts = []
+    for bits in sorted(set(widths)) or [scheme.bits]:
+        alike = [e for e in range(len(weight)) if not widths or widths[e] == bits]
+        every = len(alike) == len(weight)
+        given = weight if every else weight[alike]
+        seen = hessian if hessian is None or every else hessian[alike]
+        each = replace(scheme, bits=bits)
+        parts.append((alike, solve_as(config, config.method, name, given, seen, each, dtype)))
+    return parts[0][1] if len(parts) == 1 else in_order(parts)
 
 
 def solve_as(

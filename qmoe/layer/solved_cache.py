@@ -36,7 +36,7 @@ class SolvedCache:
 
     folder: Path
 
-    def load(self, name: str, start: int, end: int, scheme: Scheme) -> SolvedExperts | None:
+    def load(self, name: str, start: int, end: int) -> SolvedExperts | None:
         """Experts start to end of module `name`, if they were saved."""
         path = self._path(name, start, end)
         if not path.exists():
@@ -47,7 +47,7 @@ class SolvedCache:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise _damaged(path, str(error)) from error
-        solved = [_solved(tensors, i, entry, scheme) for i, entry in enumerate(note["solved"])]
+        solved = [_solved(tensors, i, entry) for i, entry in enumerate(note["solved"])]
         if [digest(s.quantized) for s in solved] != note["digests"]:
             raise _damaged(path, "its checksum does not fit")
         refitted = tensors.get("refitted")
@@ -64,7 +64,8 @@ class SolvedCache:
             tensors["refitted"] = made.refitted
         note = {
             "solved": [{"error": s.error, "damped": s.damped, "rounded": s.rounded,
-                        "bounded": s.bounded} for s in made.solved],
+                        "bounded": s.bounded, "scheme": vars(s.quantized.scheme),
+                        "widths": s.quantized.widths} for s in made.solved],
             "digests": [digest(s.quantized) for s in made.solved],
             "borrowed": made.borrowed,
             "refitted": None if made.refitted is None else checksum(made.refitted),
@@ -83,12 +84,12 @@ class SolvedCache:
         return self.folder / PATTERN.format(name, f"{start}-{end}")
 
 
-def _solved(tensors: dict[str, Tensor], i: int, entry: dict[str, Any], scheme: Scheme) -> Solved:
+def _solved(tensors: dict[str, Tensor], i: int, entry: dict[str, Any]) -> Solved:
     q, scale, zero = (tensors.get(f"{i}.{part}") for part in ("q", "scale", "zero"))
     assert q is not None and scale is not None
     damped = {int(e): amount for e, amount in entry["damped"].items()}
     bounded = {int(e): rows for e, rows in entry["bounded"].items()}
-    made = Quantized(q, scale, zero, scheme)
+    made = Quantized(q, scale, zero, Scheme(**entry["scheme"]), tuple(entry["widths"]))
     return Solved(made, entry["error"], damped, entry["rounded"], bounded)
 
 

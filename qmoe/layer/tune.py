@@ -14,7 +14,7 @@ logits, or tuning would send tokens to other experts (routing.py).
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from torch.func import functional_call
 from qmoe.calibration.collect import collecting_experts
 from qmoe.config import QuantConfig
 from qmoe.errors import CalibrationError
-from qmoe.format.quantized import Quantized
 from qmoe.layer.at_hand import LayerAtHand, LayerSettings, QuantizedLayer
 from qmoe.layer.latent import Matrix, latent_experts
 from qmoe.layer.output_error import hidden, output_error
@@ -207,7 +206,7 @@ def _put_back(
         old = made.weights[target]
         scale = torch.stack([m.scales().detach().cpu() for m in group]).to(old.scale.dtype)
         q = torch.stack([m.integers().cpu() for m in group])
-        new = Quantized(q, scale, old.zero, old.scheme)
+        new = replace(old, q=q, scale=scale)
         made.weights[target] = new
         hold(layer, target, new)
     for name, value in unquantized.items():

@@ -1,13 +1,18 @@
 """Whether the schemes that are asked for go with the shapes of a model."""
 
+from dataclasses import replace
+from difflib import get_close_matches
+
+import torch
 from torch import nn
 
 from qmoe.config import CHANNEL, GROUPS, QuantConfig, Scheme
 from qmoe.errors import ConfigError
 from qmoe.format.hadamard import block_for
-from qmoe.model.experts import expert_weights, stack
+from qmoe.model.experts import expert_weights, matrices_of, stack
 from qmoe.model.precision import ever_in_float32
-from qmoe.model.source import Source, schemes_of
+from qmoe.model.source import Source, schemes_of, widths_of
+from qmoe.model.tensor_names import packed_names
 
 
 def with_block(source: Source, config: QuantConfig) -> QuantConfig:
@@ -25,8 +30,11 @@ def with_block(source: Source, config: QuantConfig) -> QuantConfig:
 
 
 def check_schemes(source: Source, config: QuantConfig) -> None:
-    """Every group size divides every input dimension it is used on; lm_head can be quantized."""
+    """Every group size divides every input dimension it is used on; lm_head can be quantized; every
+    matrix with bits of its own is there."""
     model = source.model
+    _check_widths(source, config)
+    _check_target(source, config)
     for layer in source.structure.layers:
         for name, scheme in schemes_of(source, layer, config).items():
             for weight, shape in weight_shapes(model, name):
@@ -45,6 +53,87 @@ def check_schemes(source: Source, config: QuantConfig) -> None:
         _check_divides(
             f"{lm_head}.weight", model.get_submodule(lm_head).in_features, config.lm_head
         )
+
+
+def exact_schemes(source: Source, config: QuantConfig) -> dict[str, Scheme]:
+    """Matrices whose bits are not those of `config.experts` or `config.dense`, by the name of their
+    module in the checkpoint."""
+    found: dict[str, Scheme] = {}
+    for layer in source.structure.layers:
+        for target, widths in widths_of(layer, config).items():
+            for name, bits in stored_widths(source.model, target, widths).items():
+                if bits != config.experts.bits:
+                    found[name.removesuffix(".weight")] = replace(config.experts, bits=bits)
+        plain = schemes_of(source, layer, replace(config, widths={}))
+        for linear, scheme in schemes_of(source, layer, config).items():
+            if scheme != plain[linear]:
+                names = _stored(source.model, linear)
+                found |= {name.removesuffix(".weight"): scheme for name in names}
+    return found
+
+
+def _check_target(source: Source, config: QuantConfig) -> None:
+    """vLLM takes one scheme for all experts of a layer, and for linears that it joins."""
+    if config.target != "vllm":
+        return
+    for layer in source.structure.layers:
+        schemes, widths = schemes_of(source, layer, config), widths_of(layer, config)
+        bits: dict[str, set[int]] = {}
+        for target, digits in widths.items():
+            bits.setdefault(target.rpartition(".")[0], set()).update(digits)
+        for name in layer.experts:
+            whole = sum(target.startswith(f"{name}.") for target in widths) == 2
+            found = bits.get(name, set()) | (set() if whole else {config.experts.bits})
+            _check_one(name, found)
+        for name, each in layer.unfused.items():
+            _check_one(name, {schemes[linear].bits for linears in each for linear in linears})
+        parents: dict[str, set[int]] = {}
+        for linear in (n for n in layer.dense if n in schemes):
+            parents.setdefault(linear.rpartition(".")[0], set()).add(schemes[linear].bits)
+        for name, found in parents.items():
+            _check_one(name, found)
+
+
+def _check_one(name: str, bits: set[int]) -> None:
+    if len(bits) > 1:
+        raise ConfigError(
+            f"target: vLLM takes one scheme for all of {name}, and widths give it "
+            f"{' and '.join(map(str, sorted(bits)))} bits; give one width, or leave out the target"
+        )
+
+
+def stored_widths(model: nn.Module, target: str, widths: tuple[int, ...]) -> dict[str, int]:
+    """Bits of each matrix that a stack of experts is stored as, by the name of its weight."""
+    owner, _, weight = target.rpartition(".")
+    count = len(matrices_of(model.get_submodule(owner), weight))
+    marker = torch.tensor(widths)[:, None, None].expand(-1, count, 1)
+    named = packed_names(model, target, marker)
+    return {name: int(part.flatten()[0]) for name, part in named.items()}
+
+
+def _stored(model: nn.Module, linear: str) -> list[str]:
+    """Names of the matrices that a linear is stored as."""
+    target = f"{linear}.weight"
+    return list(packed_names(model, target, model.get_parameter(target)))
+
+
+def _check_widths(source: Source, config: QuantConfig) -> None:
+    """Every matrix with bits of its own is one that is quantized, and no expert is left out."""
+    counts: dict[str, int] = {}
+    for layer in source.structure.layers:
+        for name in schemes_of(source, layer, config):
+            shapes = weight_shapes(source.model, name)
+            experts = name in layer.experts
+            counts |= {target if experts else name: s[0] if experts else 1 for target, s in shapes}
+    for name, digits in config.widths.items():
+        if name not in counts:
+            nearest = get_close_matches(name, counts, 1)
+            hint = f"; the nearest is {nearest[0]}" if nearest else ""
+            raise ConfigError(f"widths: nothing that is quantized is called {name}{hint}")
+        if len(digits) != counts[name]:
+            raise ConfigError(
+                f"widths: {name} has {counts[name]} matrices, and {len(digits)} digits were given"
+            )
 
 
 def weight_shapes(model: nn.Module, name: str) -> list[tuple[str, tuple[int, ...]]]:

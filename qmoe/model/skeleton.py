@@ -30,6 +30,7 @@ from qmoe.format.compressed_tensors import SUFFIXES
 from qmoe.model.adapters import adapt
 from qmoe.model.leftovers import left_out
 from qmoe.model.precision import keep_in_float32
+from qmoe.model.stacked import Stacked, padded
 from qmoe.model.tensor_names import matrix_names, original_names, packed_names
 
 
@@ -85,14 +86,10 @@ def _compute_buffers(model: Any) -> None:
     model.initialize_weights()
 
 
-Stacked = tuple[str, int | None, int]
-
-
 class WeightMap:
     """Which checkpoint tensors make up which parameters of a model.
 
-    stacks: what is packed: the weight's parameter, its experts (None for a linear), and of how many
-    matrices its rows (per expert) are made.
+    stacks: what is packed.
     """
 
     def __init__(self, model: Any, checkpoint: Checkpoint, stacks: Iterable[Stacked] = ()):
@@ -102,9 +99,12 @@ class WeightMap:
         # Packed tensors, which transformers' rules do not know: their parameter, and the place of
         # each among the matrices stacked there.
         self.packed: dict[str, tuple[str, int]] = {}
-        for target, experts_count, count in stacks:
-            for i, name in enumerate(matrix_names(model, target, experts_count, count)):
-                self.packed |= {f"{name}{s}": (f"{target}{s}", i) for s in SUFFIXES}
+        self._shorter: dict[str, tuple[int, int]] = {}
+        for each in stacks:
+            for i, name in enumerate(matrix_names(model, each.target, each.experts, each.parts)):
+                self.packed |= {f"{name}{s}": (f"{each.target}{s}", i) for s in SUFFIXES}
+                shapes = {f"{name}{s}": of[i // each.parts] for s, of in each.shorter.items()}
+                self._shorter |= shapes
         expected = model.state_dict()
         self.targets: dict[str, list[str]] = {}
         unknown: dict[str, str] = {}
@@ -186,7 +186,7 @@ class WeightMap:
                 continue
             stored = self.targets.get(target, [])
             named = self._named(target, parameter)
-            wanted = {name: tuple(part.shape) for name, part in named.items()}
+            wanted = {n: self._shorter.get(n, tuple(part.shape)) for n, part in named.items()}
             if set(stored) != set(wanted):
                 if not any(target.endswith(s) for s in SUFFIXES):
                     found += self._otherwise(target, parameter, stored)
@@ -271,7 +271,10 @@ class WeightMap:
             owner, _, parameter = target.rpartition(".")
             module = self.model.get_submodule(owner)
             like = getattr(module, parameter)
-            whole = torch.cat([self.checkpoint.tensor(name) for name in matrices]).view(like.shape)
+            tensors = [self.checkpoint.tensor(name) for name in matrices]
+            if any(name in self._shorter for name in matrices):
+                tensors = padded(tensors)
+            whole = torch.cat(tensors).view(like.shape)
             module._parameters[parameter] = nn.Parameter(whole, requires_grad=False)
 
     def tie(self) -> None:

@@ -187,8 +187,17 @@ def check_routing(model: Any, structure: Structure) -> None:
 
 
 def schemes_of(source: Source, layer: Layer, config: QuantConfig) -> dict[str, Scheme]:
-    """Scheme of every weight to quantize in a layer: experts modules and dense linears by name."""
-    found = dict.fromkeys([*layer.experts, *layer.unfused_linears()], config.experts)
+    """Scheme of every weight to quantize in a layer: experts modules and linears by name. That of
+    an experts module is its experts' but for their bits, which may differ (`widths_of`)."""
+    found = dict.fromkeys(layer.experts, config.experts)
+    found |= {n: config.scheme_of(n, config.experts) for n in layer.unfused_linears()}
     if config.dense is not None:
-        found |= dict.fromkeys(layer.dense, config.dense)
+        found |= {n: config.scheme_of(n, config.dense) for n in layer.dense}
     return found
+
+
+def widths_of(layer: Layer, config: QuantConfig) -> dict[str, tuple[int, ...]]:
+    """Bits of each expert's matrix, by stack, where the settings have some of their own."""
+    owned = tuple(f"{name}." for name in layer.experts)
+    stacks = {name: digits for name, digits in config.widths.items() if name.startswith(owned)}
+    return {name: tuple(map(int, digits)) for name, digits in stacks.items()}

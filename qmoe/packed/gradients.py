@@ -50,7 +50,7 @@ class ExpandedStack:
 
     def __init__(self, module: Any, weight: str, expand: Expand):
         """weight: the name of the stack in the module, for which expand(e) gives matrix e."""
-        shape, scheme, *_ = module._qmoe_stored[weight]
+        shape = module._qmoe_stored[weight].shape
         self.shape, self.expand = shape, expand
         self.module, self.weight = module, weight
 
@@ -162,6 +162,6 @@ def add_placeholders(model: nn.Module) -> None:
     modules: list[Any] = list(model.modules())
     for module in modules:
         for weight, shape in getattr(module, "_qmoe_family_shapes", {}).items():
-            dtype = module._qmoe_stored[weight][3]
+            dtype = module._qmoe_stored[weight].dtype
             device = next(module.buffers()).device
             module.register_parameter(weight, Placeholder(shape, dtype, device))

@@ -24,7 +24,7 @@ from qmoe.kernels.cpu.cache import StaleCache
 from qmoe.kernels.cpu.layout import Packed, arrange
 from qmoe.kernels.cpu.stack import CpuStack, uses_cpu_kernels
 from qmoe.kernels.moe import moe_forward
-from qmoe.kernels.stack import PackedStack
+from qmoe.kernels.stack import MixedStack, PackedStack, packed_stack
 from qmoe.model import experts
 from qmoe.packed.gradients import (
     ExpandedStack,
@@ -36,7 +36,7 @@ from qmoe.packed.gradients import (
     unchangeable,
 )
 from qmoe.packed.run_on import RunOn
-from qmoe.packed.stored import declare, take_to_run
+from qmoe.packed.stored import Declared, declare, take_to_run
 
 NAME = "qmoe_packed"
 
@@ -87,14 +87,8 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias, self.rotation = linear.bias, scheme.rotation
-        declare(
-            self,
-            "weight",
-            (linear.out_features, linear.in_features),
-            scheme,
-            parts,
-            linear.weight.dtype,
-        )
+        shape = (linear.out_features, linear.in_features)
+        declare(self, "weight", Declared(shape, scheme, parts, linear.weight.dtype))
 
     def forward(self, x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
         rows = rotate(x, self.rotation).reshape(-1, self.in_features)
@@ -122,28 +116,31 @@ class PackedLinear(nn.Linear):
             self.stack = PackedStack(quantized, quantized.scale.dtype)
 
 
-def declare_experts(module: Any, scheme: Scheme) -> None:
-    """Replace the weight stacks of an experts module by empty stored tensors on the meta device."""
+def declare_experts(module: Any, schemes: dict[str, tuple[Scheme, tuple[int, ...]]]) -> None:
+    """Replace the weight stacks of an experts module by empty stored tensors on the meta device.
+    schemes: by stack, with bits of each expert's matrix where they differ."""
     names = experts.expert_weights(module)
     module._qmoe_family_shapes = {name: tuple(getattr(module, name).shape) for name in names}
     for name in names:
         weight = experts.stack(module, name)
         delattr(module, name)
         parts = len(experts.matrices_of(module, name))
-        declare(module, name, tuple(weight.shape), scheme, parts, weight.dtype)
+        scheme, widths = schemes[name]
+        shape = tuple(weight.shape)
+        declare(module, name, Declared(shape, scheme, parts, weight.dtype, widths))
 
 
 def finish_experts(module: Any, where: str, run: RunOn) -> None:
     """Turn the loaded tensors into the runtime's form, route the forward to it."""
     first, second = experts.expert_weights(module)
     declared = module._qmoe_stored
-    module.qmoe_rotations = (declared[first][1].rotation, declared[second][1].rotation)
+    module.qmoe_rotations = (declared[first].scheme.rotation, declared[second].scheme.rotation)
     for name, ours in ((first, "qmoe_first_bias"), (second, "qmoe_second_bias")):
         values = experts.bias_stack(module, name)
         if values is not None:
             delattr(module, f"{name}_bias")
             setattr(module, ours, nn.Parameter(values.contiguous(), requires_grad=False))
-    activation = _fused(module, declared[first][0][1])
+    activation = _fused(module, declared[first].shape[1])
     if uses_cpu_kernels(run.device) and not uses_arena(run.device):
         module.qmoe_arena = _cpu_stack(module, where, run, activation)
     else:
@@ -153,7 +150,7 @@ def finish_experts(module: Any, where: str, run: RunOn) -> None:
             module.qmoe_arena = _arena_stack(stacks, run, activation)
         else:
             module.qmoe_first, module.qmoe_second = (
-                PackedStack(stack, stack.scale.dtype) for stack in stacks
+                packed_stack(stack, stack.scale.dtype) for stack in stacks
             )
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
     module.config._experts_implementation = NAME
@@ -171,7 +168,7 @@ def _cpu_stack(module: Any, where: str, run: RunOn, activation: Activation | Non
     """The form of the C kernels, of the stored tensors or of buffers that are prepared."""
     declared = module._qmoe_stored
     if run.prepared is None:
-        stacks: list[Any] = [*take_to_run(module, where).values()]
+        stacks: list[Any] = [stored.runs() for stored in take_to_run(module, where).values()]
     else:
         paired = [activation is not None and i == 0 for i in range(len(declared))]
         stacks = [
@@ -181,18 +178,17 @@ def _cpu_stack(module: Any, where: str, run: RunOn, activation: Activation | Non
         for name in declared:
             for suffix in SUFFIXES:
                 module._parameters.pop(name + suffix, None)
-    shape, scheme, _, dtype = next(iter(declared.values()))
-    stack = CpuStack(stacks, dtype, activation, run.exact or dtype == torch.float32)
-    stack.scheme = scheme
+    one: Declared = next(iter(declared.values()))
+    stack = CpuStack(stacks, one.dtype, activation, run.exact or one.dtype == torch.float32)
+    stack.scheme = one.scheme
     return stack
 
 
-def _as_prepared(
-    declared: tuple[tuple[int, ...], Scheme, int, torch.dtype], buffer: Tensor, paired: bool
-) -> Packed:
+def _as_prepared(declared: Declared, buffer: Tensor, paired: bool) -> Packed:
     """A declared weight whose bytes are in the kernels' layout; StaleCache if they cannot be."""
-    (*stack, n, k), scheme, _, dtype = declared
-    kinds = [(scheme.bits, scheme.groups(k), not scheme.symmetric)] * (stack[0] if stack else 1)
+    (*stack, n, k), scheme, dtype = declared.shape, declared.scheme, declared.dtype
+    each = declared.widths or (scheme.bits,) * (stack[0] if stack else 1)
+    kinds = [(bits, scheme.groups(k), not scheme.symmetric) for bits in each]
     shape, table, size = arrange(kinds, n, k, dtype, paired)
     if buffer.numel() != size:
         raise StaleCache(
@@ -238,6 +234,8 @@ def packed_experts(module: nn.Module) -> list[Any]:
 def packed_stacks(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Every packed stack in a model, of experts and of linears, by name; each tells `nbytes()`.
     Forms are told by that: PackedStack, ArenaStack, Nf4Stack."""
+    inside: tuple[str, ...] = ()  # of mixed stacks, which are made of others
     for name, module in model.named_modules():
-        if hasattr(module, "nbytes"):
+        if hasattr(module, "nbytes") and not name.startswith(inside):
+            inside = (*inside, f"{name}.") if isinstance(module, MixedStack) else inside
             yield name, module

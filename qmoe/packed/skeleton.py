@@ -1,5 +1,6 @@
 """A quantized folder as a model skeleton with places for its packed tensors."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from qmoe.checkpoint.reader import Checkpoint
 from qmoe.config import Scheme
 from qmoe.errors import CheckpointError
 from qmoe.format.compressed_tensors import Schemes
-from qmoe.model.experts import expert_weights, stack
+from qmoe.format.quantized import common
+from qmoe.model.experts import expert_weights, matrices_of
 from qmoe.model.skeleton import WeightMap, build, settle
 from qmoe.model.source import Source, check_routing
 from qmoe.model.structure import find
-from qmoe.model.tensor_names import packed_names
+from qmoe.model.tensor_names import matrix_names, packed_names
 from qmoe.packed.modules import PackedLinear, declare_experts
 from qmoe.packed.stored import stored_stacks
 
@@ -52,8 +54,10 @@ def _with_places(
     check_routing(model, structure)
     for layer in structure.layers:
         for name in layer.experts:
-            scheme = _stack_scheme(model, name, schemes, where)
-            declare_experts(model.get_submodule(name), scheme)
+            module = model.get_submodule(name)
+            names = expert_weights(module)
+            found = {w: _stack_scheme(model, name, w, schemes, where) for w in names}
+            declare_experts(module, found)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             stored = _module_names(model, f"{name}.weight", module.weight)
@@ -75,19 +79,28 @@ def _module_names(model: nn.Module, target: str, weight: torch.Tensor) -> list[s
     return [n.removesuffix(".weight") for n in packed_names(model, target, weight)]
 
 
-def _stack_scheme(model: Any, experts: str, schemes: Schemes, where: str) -> Scheme:
-    """The one scheme of all matrices of an experts module."""
-    module = model.get_submodule(experts)
-    found = {
-        schemes.of(name)
-        for weight in expert_weights(module)
-        for name in _module_names(model, f"{experts}.{weight}", stack(module, weight))
-    }
-    if None in found:
+def _stack_scheme(
+    model: Any, experts: str, weight: str, schemes: Schemes, where: str
+) -> tuple[Scheme, tuple[int, ...]]:
+    """The scheme of a stack of experts, and bits of each expert's matrix where they differ."""
+    module, target = model.get_submodule(experts), f"{experts}.{weight}"
+    E, parts = module.num_experts, len(matrices_of(module, weight))
+    names = [n.removesuffix(".weight") for n in matrix_names(model, target, E, parts)]
+    found = [schemes.of(name) for name in names]
+    known = [scheme for scheme in found if scheme is not None]
+    if len(known) < len(found):
         raise CheckpointError(f"{where}: the experts of {experts} are not quantized")
-    if len(found) > 1:
-        raise CheckpointError(
-            f"{where}: the experts of {experts} use several schemes, qmoe runs one per layer: "
-            + ", ".join(map(str, found))
-        )
-    return found.pop()  # type: ignore[return-value]
+    for name, scheme in zip(names, known, strict=True):
+        if replace(scheme, bits=known[0].bits) != known[0]:
+            raise CheckpointError(
+                f"{where}: {names[0]} is {known[0]} and {name} is {scheme}; qmoe runs experts of a "
+                "layer that differ in their bits alone"
+            )
+    each = [known[i : i + parts] for i in range(0, len(known), parts)]
+    for e, matrices in enumerate(each):
+        if len(set(matrices)) > 1:
+            raise CheckpointError(
+                f"{where}: expert {e} of {target} is in {' and '.join(map(str, matrices))}; qmoe "
+                "multiplies with gate and up at once, which takes equal bits"
+            )
+    return common(known[0], [matrices[0].bits for matrices in each])

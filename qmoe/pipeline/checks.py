@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from qmoe.checkpoint.tokenizer import check_vocabulary, has_tokenizer
 from qmoe.config import CalibrationConfig, QuantConfig
 from qmoe.errors import ConfigError, OutputError
 from qmoe.model.schemes import weight_shapes
-from qmoe.model.source import Source, schemes_of
+from qmoe.model.source import Source, schemes_of, widths_of
 from qmoe.system import distributed
 from qmoe.system.sizes import format_size
 
@@ -120,11 +121,13 @@ def estimate_bytes(source: Source, config: QuantConfig) -> int:
     total = source.checkpoint.nbytes()
     total -= sum(map(source.checkpoint.tensor_bytes, source.weights.ignored))
     for layer in source.structure.layers:
+        widths = widths_of(layer, config)
         for name, scheme in schemes_of(source, layer, config).items():
             for target, shape in weight_shapes(source.model, name):
                 size = sum(map(source.checkpoint.tensor_bytes, source.weights.targets[target]))
-                numel = torch.Size(shape).numel()
-                total += int(numel * scheme.bits_per_weight(shape[-1]) / 8) - size
+                own = widths.get(target) or (scheme.bits,)
+                bits = [replace(scheme, bits=b).bits_per_weight(shape[-1]) for b in own]
+                total += int(torch.Size(shape).numel() * sum(bits) / len(bits) / 8) - size
     if source.adds_lm_head(config):
         embedding = source.weights.sources(source.embedding())
         total += sum(map(source.checkpoint.tensor_bytes, embedding))

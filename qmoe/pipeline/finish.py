@@ -1,13 +1,15 @@
 """What is written beside the shards, once all of them are there: config.json, the files that belong
 to the model, and the report, after an audit."""
 
+import re
 from copy import deepcopy
 from typing import Any
 
 from qmoe._version import __version__
 from qmoe.calibration.batches import fingerprint
 from qmoe.checkpoint.model_folder import ModelFolder
-from qmoe.format.compressed_tensors import quantization_config
+from qmoe.format.compressed_tensors import EXPERTS_TARGET, quantization_config
+from qmoe.model.schemes import exact_schemes
 from qmoe.packed.audit import audit_folder
 from qmoe.packed.card import read_card, write_card
 from qmoe.packed.report import REPORT, build_report, left_behind
@@ -53,7 +55,11 @@ def new_config(plan: Plan) -> dict[str, Any]:
         for part in (config, config.get("text_config")):
             if isinstance(part, dict):
                 part["tie_word_embeddings"] = False
-    config["quantization_config"] = quantization_config(c.experts, c.dense, c.lm_head, unquantized)
+    exact = exact_schemes(plan.source, c)
+    mixed = c.target == "qmoe" and any(re.fullmatch(EXPERTS_TARGET[3:], name) for name in exact)
+    config["quantization_config"] = quantization_config(
+        c.experts, c.dense, c.lm_head, unquantized, exact, mixed
+    )
     return config
 
 
@@ -64,6 +70,8 @@ def _fallbacks(plan: Plan, text: CalibrationText) -> list[str]:
         lines.append(text.fallback)
     if plan.config.refit and plan.config.method == "gptq" and not plan.refits:
         lines.append("matrices are not refitted: statistics come from files or go to files")
+    if plan.config.target == "vllm" and exact_schemes(plan.source, plan.config):
+        lines.append("layers differ in their bits: plain transformers would decode them wrongly")
     if plan.rotation is not None and (lm_head := plan.rotation.untied) is not None:
         untied = f"{lm_head}: stored apart from the embedding, from which the rotation sets it off"
         lines.insert(0, untied)

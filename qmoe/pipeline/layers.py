@@ -20,7 +20,7 @@ from qmoe.layer.quantize import quantize_layer, solve_layer
 from qmoe.model.experts import packed_parameters
 from qmoe.model.layerwise import Call, Finished, Forward, Waiting, suspended
 from qmoe.model.skeleton import inputs_of
-from qmoe.model.source import schemes_of
+from qmoe.model.source import schemes_of, widths_of
 from qmoe.model.structure import Layer
 from qmoe.pipeline.finish import new_config
 from qmoe.pipeline.lm_head import solve_lm_head
@@ -62,7 +62,7 @@ def quantize_layers(plan: Plan, text: CalibrationText, out: OutputFolder) -> Ite
     """Quantize every layer on what reaches it in the quantized model; yields the shard of each as
     soon as it is final, on the process that writes, but for those that `out` has already."""
     source, layers = plan.source, plan.source.structure.layers
-    settings, schemes = _settings(plan, text, out), Schemes(new_config(plan), str(out.dst))
+    settings, schemes = layer_settings(plan, text, out), Schemes(new_config(plan), str(out.dst))
     bar, reached = iter(progress(layers, "quantizing layers")), set[int]()
     for event in _passes(plan, text):
         if not isinstance(event, Waiting):
@@ -90,7 +90,9 @@ def quantize_layers(plan: Plan, text: CalibrationText, out: OutputFolder) -> Ite
     next(bar, None)  # lets the progress bar close
 
 
-def _settings(plan: Plan, text: CalibrationText, out: OutputFolder) -> LayerSettings:
+def layer_settings(plan: Plan, text: CalibrationText, out: OutputFolder | None) -> LayerSettings:
+    """What all layers of a run share. out: where activations wait and solved experts are kept, if
+    anywhere."""
     config = plan.config
     return LayerSettings(
         config,
@@ -99,8 +101,8 @@ def _settings(plan: Plan, text: CalibrationText, out: OutputFolder) -> LayerSett
         stored_dtype=partial(stored_dtype, plan.source),
         refits=plan.refits,
         needs_all_hessians=plan.save_statistics is not None or config.applies_awq,
-        scratch=Scratch(out.path if plan.spills else None),
-        solved_cache=out.solved_cache if config.method == "gptq" else None,
+        scratch=Scratch(out.path if out is not None and plan.spills else None),
+        solved_cache=out.solved_cache if out is not None and config.method == "gptq" else None,
     )
 
 
@@ -147,10 +149,11 @@ def _quantize(
     source, structure = plan.source, plan.source.structure.layers[i]
     schemes, outputs = schemes_of(source, structure, plan.config), list[Any]()
     with source.loaded(structure.name, torch.float32, plan.experts_dtype) as module:
-        changed = _rotate(plan, structure)
+        changed = rotate_layer(plan, structure)
         _read_ahead(plan, out, i + 1)
         move_to(module, plan.device)
-        layer = LayerAtHand.of(source.model, structure, forward, schemes, _is_last(plan, i))
+        widths, last = widths_of(structure, plan.config), _is_last(plan, i)
+        layer = LayerAtHand.of(source.model, structure, forward, schemes, last, widths)
         if calls:
             originals, calls = _streams(plan, calls)
             save = _saving(plan, out, i)
@@ -181,7 +184,7 @@ def _run_again(
     outputs: list[Any] = []
     if originals:
         with source.loaded(layer.name, torch.float32, plan.experts_dtype):
-            _rotate(plan, structure)
+            rotate_layer(plan, structure)
             move_to(layer.module, plan.device)
             outputs += [scratch.keep(output) for output in layer.run(originals)]
     with source.freed_after(layer.name):
@@ -199,7 +202,7 @@ def _read_ahead(plan: Plan, out: OutputFolder, i: int) -> None:
         read_ahead(source.checkpoint.files(names))
 
 
-def _rotate(plan: Plan, layer: Layer) -> set[str]:
+def rotate_layer(plan: Plan, layer: Layer) -> set[str]:
     """Rotate a layer that was loaded, if that is asked for; returns the parameters that are not as
     they are stored any more, and that are not to be packed."""
     if plan.rotation is None:

@@ -19,7 +19,7 @@ from qmoe.errors import CheckpointError, OutputError, QmoeError
 from qmoe.layer.records import LayerRecord
 from qmoe.layer.solved_cache import SolvedCache
 from qmoe.system import distributed
-from qmoe.system.files import CONTENT, content_sha256, sha256, write_safetensors
+from qmoe.system.files import CONTENT, content_sha256, sha256, write_json, write_safetensors
 from qmoe.system.lock import NAME, Lock
 
 MARKER = ".qmoe-partial"  # what is being written
@@ -266,8 +266,7 @@ class OutputFolder:
         temporary.rename(self.path / name)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        (self.path / name).write_text(text, encoding="utf-8")
+        write_json(self.path / name, value)
 
     def write_index(self) -> None:
         if self.shards > 1:

@@ -1,6 +1,8 @@
 """What a run does: the model, the settings and the text, all checked before the long work."""
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,6 +95,7 @@ class Plan:
             "device": self.device.type,
             "statistics": f"from {given} to {self.save_statistics}",
             **{name: str(value) for name, value in vars(self.config).items()},
+            "widths": _digest(self.config.widths),
             "code": code_digest(self.source.checkpoint.path),
             "versions": f"qmoe {__version__}, torch {torch.__version__}, "
             f"transformers {transformers.__version__}",
@@ -157,6 +160,12 @@ def check(
         max_memory,
         spill,
     )  # fmt: skip
+
+
+def _digest(widths: Mapping[str, str]) -> str:
+    """Of bits of single matrices, which are too many to be shown."""
+    text = json.dumps(dict(widths), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16] if widths else "none"
 
 
 def _check_statistics(given: list[Path], source: Source, about: dict[str, str]) -> list[str]:

@@ -45,11 +45,16 @@ def _packed(source: Source, target: str, quantized: Quantized) -> dict[str, Tens
     def named(tensor: Tensor) -> dict[str, Tensor]:
         return packed_names(source.model, target, tensor[0] if single else tensor)
 
+    count = 1 if single else len(quantized.q)
+    bits = [quantized.scheme_of(e).bits for e in range(count)]
+    marker = torch.tensor(bits)[:, None, None].expand(-1, quantized.q.shape[1], 1)
+    widths = named(marker)
     scales = named(quantized.scale)
     zeros = named(quantized.zero) if quantized.zero is not None else {}
     out: dict[str, Tensor] = {}
     for name, q in named(quantized.q).items():
-        out |= packed_tensors(name, q, scales[name], zeros.get(name), quantized.scheme.bits)
+        width = int(widths[name][0, 0])
+        out |= packed_tensors(name, q, scales[name], zeros.get(name), width)
     return out
 
 

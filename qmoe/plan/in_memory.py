@@ -7,6 +7,7 @@ points take a byte each. So this is a little more than what the files take (size
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +15,9 @@ from qmoe.config import QuantConfig
 from qmoe.kernels.cpu.layout import ROWS, STEP, arrange
 from qmoe.model.source import Source
 from qmoe.plan.sizes import Stack, unquantized
+
+if TYPE_CHECKING:
+    from qmoe.kernels.arena import Matrix
 
 CPU_ROW = 6 * 8  # bytes of a matrix in the table of the CPU kernels
 GPU_ROW = 4 * 4  # and in that of the GPU kernels
@@ -128,7 +132,17 @@ def _paired(parts: Sequence[Stack]) -> bool:
 def _on_gpu(parts: Sequence[Stack], dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of an expert's integers and of its scales (kernels/arena.py)."""
     # Here, because only machines that have Triton can import the layout of its kernels.
-    from qmoe.kernels.arena import Matrix, expert_bytes
+    from qmoe.kernels.arena import expert_bytes
+
+    matrices = gpu_matrices(parts)
+    bits = [part.scheme.bits for part in parts]
+    integers = sum(m.weight_bytes(b) for m, b in zip(matrices, bits, strict=True))
+    return integers, expert_bytes(matrices, bits, dtype) - integers
+
+
+def gpu_matrices(parts: Sequence[Stack]) -> "list[Matrix]":
+    """The matrices of one module as the kernels of GPUs lay them out."""
+    from qmoe.kernels.arena import Matrix
     from qmoe.kernels.layout import pair_rows
 
     matrices = []
@@ -137,9 +151,7 @@ def _on_gpu(parts: Sequence[Stack], dtype: torch.dtype) -> tuple[int, int]:
         rows = len(pair_rows(N)) if i == 0 and _paired(parts) else N
         group, zero = (0 if groups == 1 else K // groups), not part.scheme.symmetric
         matrices.append(Matrix(N, K, rows, part.scheme.bits, group, zero, rows != N))
-    bits = [part.scheme.bits for part in parts]
-    integers = sum(m.weight_bytes(b) for m, b in zip(matrices, bits, strict=True))
-    return integers, expert_bytes(matrices, bits, dtype) - integers
+    return matrices
 
 
 def _on_cpu(parts: Sequence[Stack], dtype: torch.dtype) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from torch import nn
 from qmoe.config import QuantConfig, Scheme
 from qmoe.format.packing import packed_words
 from qmoe.model.experts import expert_weights, matrices_of, stack
-from qmoe.model.source import Source, schemes_of
+from qmoe.model.source import Source, schemes_of, widths_of
 from qmoe.model.tensor_names import packed_names
 
 SHAPE = 16  # bytes of a matrix's weight_shape: two int64
@@ -23,7 +23,7 @@ class Stack:
 
     name: of the parameter. layer: of the decoder layer it is in, empty for lm_head. matrices: that
     the rows of one expert are stored as, such as gate and up. routed: whether tokens choose among
-    them, or among linears like this one."""
+    them, or among linears like this one. widths: bits of each, where they are not the scheme's."""
 
     name: str
     layer: str
@@ -31,6 +31,7 @@ class Stack:
     matrices: int
     scheme: Scheme
     routed: bool
+    widths: tuple[int, ...] = ()
 
     @property
     def module(self) -> str:
@@ -39,8 +40,12 @@ class Stack:
     @property
     def weights(self) -> int:
         """Bytes of packed integers."""
-        E, N, K = self.shape
-        return E * N * packed_words(K, self.scheme.bits) * 4
+        _, N, K = self.shape
+        return sum(N * packed_words(K, bits) * 4 for bits in self.each_width())
+
+    def each_width(self) -> tuple[int, ...]:
+        """Bits of each matrix."""
+        return self.widths or (self.scheme.bits,) * self.shape[0]
 
     def scales(self, scale_bytes: int) -> int:
         """Bytes of scales, of `scale_bytes` each, zero points and shapes."""
@@ -49,7 +54,8 @@ class Stack:
         total = E * N * groups * scale_bytes + E * self.matrices * SHAPE
         if not self.scheme.symmetric:
             rows = N // self.matrices
-            total += E * self.matrices * packed_words(rows, self.scheme.bits) * 4 * groups
+            each = sum(packed_words(rows, bits) for bits in self.each_width())
+            total += self.matrices * each * 4 * groups
         return total
 
     def tensors(self) -> int:
@@ -103,7 +109,7 @@ def with_experts(parts: Sequence[Stack], scheme: Scheme) -> list[Stack]:
 
 def _in_layers(source: Source, config: QuantConfig) -> Iterator[Stack]:
     for layer in source.structure.layers:
-        unfused = set(layer.unfused_linears())
+        unfused, widths = set(layer.unfused_linears()), widths_of(layer, config)
         for name, scheme in schemes_of(source, layer, config).items():
             module = source.model.get_submodule(name)
             if isinstance(module, nn.Linear):
@@ -112,7 +118,8 @@ def _in_layers(source: Source, config: QuantConfig) -> Iterator[Stack]:
             for weight in expert_weights(module):
                 E, N, K = stack(module, weight).shape
                 rows = len(matrices_of(module, weight))
-                yield Stack(f"{name}.{weight}", layer.name, (E, N, K), rows, scheme, True)
+                own = widths.get(f"{name}.{weight}", ())
+                yield Stack(f"{name}.{weight}", layer.name, (E, N, K), rows, scheme, True, own)
 
 
 def _linear(source: Source, name: str, layer: str, scheme: Scheme, routed: bool) -> Stack:

@@ -9,7 +9,7 @@ from torch import Tensor
 from qmoe.config import Method, Scheme
 from qmoe.format.grid import dequantize, rows_at_bounds
 from qmoe.format.hadamard import rotate, rotate_moments
-from qmoe.format.quantized import Quantized
+from qmoe.format.quantized import Quantized, common
 from qmoe.solvers.awq import output_error
 from qmoe.solvers.gptq import gptq
 from qmoe.solvers.rtn import rtn
@@ -80,6 +80,25 @@ def solve(
     return Solved(made, ratio.sqrt().tolist(), damped, rounded, bounded)
 
 
+def in_order(parts: list[tuple[list[int], Solved]]) -> Solved:
+    """The solution of a stack from those of some of its matrices each, with their places in it."""
+    places = [e for some, _ in parts for e in some]
+    joined = join([solved for _, solved in parts])
+    made = joined.quantized
+    order = torch.tensor(places).argsort()
+    widths = made.widths or (made.scheme.bits,) * len(places)
+    scheme, differing = common(made.scheme, [widths[i] for i in order])
+    zero = None if made.zero is None else made.zero[order]
+    ordered = Quantized(made.q[order], made.scale[order], zero, scheme, differing)
+    return Solved(
+        ordered,
+        [joined.error[i] for i in order] if joined.error else [],
+        {places[i]: amount for i, amount in sorted(joined.damped.items())},
+        sorted(places[i] for i in joined.rounded),
+        {places[i]: rows for i, rows in sorted(joined.bounded.items())},
+    )
+
+
 def experts_at_once(in_features: int) -> int:
     """How many matrices of a stack to solve in one call."""
     return max(1, CHUNK_BYTES // (4 * in_features**2))
@@ -104,9 +123,10 @@ def join(parts: list[Solved]) -> Solved:
 
 def _join(parts: list[Quantized]) -> Quantized:
     zeros = [part.zero for part in parts if part.zero is not None]
+    widths = [part.scheme_of(e).bits for part in parts for e in range(len(part.q))]
     return Quantized(
         torch.cat([part.q for part in parts]),
         torch.cat([part.scale for part in parts]),
         torch.cat(zeros) if zeros else None,
-        parts[0].scheme,
+        *common(parts[0].scheme, widths),
     )

@@ -1,4 +1,4 @@
-"""Writing one safetensors file so that it is either whole or absent; and JSON."""
+"""Writing one safetensors file so that it is either whole or absent, and JSON."""
 
 import errno
 import hashlib
@@ -34,6 +34,11 @@ def _sort_metadata(path: Path) -> None:
         assert len(made) <= length, "safetensors writes its header in another form"
         file.seek(8)
         file.write(made.ljust(length))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file as people read it."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def content_sha256(tensors: dict[str, Tensor]) -> str:

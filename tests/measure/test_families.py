@@ -5,7 +5,6 @@ Here one family of each kind of layout and routing; `make families` runs all of 
 
 import json
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -28,7 +27,6 @@ from qmoe.packed.audit import audit_model
 REFUSED = {
     "diffusion_gemma": "tied to another part",
     "ernie4_5_vl_moe": "together with those of another module",
-    "inkling_mm_model": "scipy",
 }
 # No search, which knows no families; `make families` has it.
 TEXT = replace(CONFIG.calibration, text=ONE_DOMAIN)
@@ -109,8 +107,6 @@ def test_experts_in_another_form_of_another_size_are_refused(cut, tmp_path):
 def test_every_other_family_is_known_or_refused_by_name(name):
     if name not in REFUSED:
         assert layout(FAMILIES[name])
-    elif name == "inkling_mm_model" and find_spec("scipy"):
-        pytest.skip("what it lacks is installed here")
     else:
         with pytest.raises(UnsupportedModelError, match=REFUSED[name]):
             layout(FAMILIES[name])

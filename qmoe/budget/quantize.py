@@ -1,0 +1,209 @@
+"""`quantize_to_size`: the best model of a number of bytes that was found.
+
+Every matrix is measured once (measure.py), widths are chosen (choose.py), the planned model is made
+beside the uniform one of the same bytes, and the one that is nearer to the original on held-out
+text gets the destination's name (guard.py).
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qmoe.budget.choose import Chosen, all_in, choose, uniform
+from qmoe.budget.guard import GuardText, batches_of, divergences
+from qmoe.budget.measure import measure
+from qmoe.budget.measurements import FILE, Measurements
+from qmoe.budget.memory import Disk, Gpu, Memory, average_bits, bytes_for
+from qmoe.checkpoint.folders import read_json
+from qmoe.config import BITS, QuantConfig, expect
+from qmoe.config.quant import DENSE
+from qmoe.errors import ConfigError, OutputError
+from qmoe.packed.report import REPORT
+from qmoe.pipeline.checks import check_destination
+from qmoe.pipeline.output import OutputFolder
+from qmoe.pipeline.plan import Plan, check
+from qmoe.pipeline.quantize import quantize
+from qmoe.pipeline.self_text import calibration_text
+from qmoe.system import distributed
+from qmoe.system.files import write_json
+from qmoe.system.progress import shown
+from qmoe.system.sizes import format_size, parse_size
+
+ANY = 4  # bits of the settings that are measured with; widths take their place
+
+
+@dataclass(frozen=True)
+class Budget:
+    """size: bytes of the weight files, as a number or a size ("14GB"). bits: instead, of a
+    quantized weight on average, scales and zero points counted. vram: instead, of a GPU's memory
+    that holds all of the model, and the cache of a sequence of `context` tokens."""
+
+    size: str | int | None = None
+    bits: float | None = None
+    vram: str | int | None = None
+    context: int = 8192
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.size, self.bits, self.vram)) != 1:
+            raise ConfigError("budget: give one of a size, an average of bits, or a GPU's memory")
+        if self.bits is not None:
+            expect("bits", self.bits, float, int)
+
+    def of(self, plan: Plan) -> tuple[Memory, int]:
+        """Where bytes are counted, and how many may be taken there."""
+        if self.vram is not None:
+            memory = Gpu(plan.source, self.context)
+            return memory, memory.usable(parse_size("vram", self.vram))
+        disk = Disk(plan.source)
+        if self.bits is not None:
+            return disk, bytes_for(plan.source, plan.config, self.bits)
+        assert self.size is not None
+        return disk, parse_size("size", self.size)
+
+
+@torch.no_grad()
+def quantize_to_size(
+    src: str | Path,
+    dst: str | Path,
+    budget: Budget,
+    config: QuantConfig | None = None,
+    *,
+    measurements: str | Path | None = None,
+    guard_text: str | list[str] = "heldout",
+    device: str | torch.device = "cpu",
+    max_memory: str | int | None = None,
+    progress: bool = True,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Quantize the MoE model in `src` into the new folder `dst` so that it takes at most a number
+    of bytes, with bits chosen for every expert, matrix and linear.
+
+    config: as for `quantize`, with the method "gptq". Bits in it are not used. Dense linears get
+        the experts' groups, unless the scheme of `dense` is not the default.
+    measurements: a folder for what is measured; `dst.measurements` by default. Where it is there
+        already, nothing is measured again, so that another budget takes no calibration pass.
+    guard_text: held-out text on which the result is compared with the uniform one of the same
+        bytes.
+    All else is as for `quantize`.
+
+    Returns the report. Its "budget" says what was predicted and measured, and which of the two was
+    written. Raises a QmoeError before any long work if the budget is too small or something cannot
+    work; a run that was stopped goes on when it is called again.
+    """
+    if distributed.count() > 1:
+        raise ConfigError(f"budget: runs in one process, this is one of {distributed.count()}")
+    dst = Path(os.path.expanduser(dst))
+    base = base_config(config or QuantConfig())
+    how: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+    how["max_memory"] = None if max_memory is None else parse_size("max_memory", max_memory)
+    folder = dst.with_name(dst.name + ".measurements") if measurements is None else measurements
+    with shown(progress):
+        plan = check(src, dst, base, statistics_from=(), save_statistics=None, **how)
+        text = GuardText(guard_text, base.calibration.seqlen)
+        batches_of(plan.source.folder, text)
+        memory, limit = budget.of(plan)
+        _check_budget(memory, plan.config, limit)
+        copy = partial(quantize, progress=False, **how)
+        found = measured(plan, Path(os.path.expanduser(folder)), copy)
+        chosen = choose(memory, base, found, limit)
+        rival = uniform(memory, base, limit)
+        make = partial(quantize, src, progress=progress, **how)
+        return _guarded(plan, chosen, rival, text, make)
+
+
+def base_config(config: QuantConfig) -> QuantConfig:
+    """The settings that matrices are measured with."""
+    if config.method != "gptq":
+        raise ConfigError(f"budget: matrices are measured as gptq solves them, not {config.method}")
+    if config.widths:
+        raise ConfigError("widths: a budget chooses them; leave them out")
+    experts = replace(config.experts, bits=ANY)
+    dense = experts if config.dense == DENSE else config.dense
+    dense = None if dense is None else replace(dense, bits=ANY)
+    return replace(config, experts=experts, dense=dense)
+
+
+def _check_budget(memory: Memory, config: QuantConfig, limit: int) -> None:
+    """Refuse one that nothing fits, before the measuring."""
+    narrow = all_in(config, replace(config.experts, bits=min(BITS)))
+    least = memory.total(narrow)
+    if least > limit:
+        average = average_bits(memory.source, narrow)
+        raise ConfigError(
+            f"budget: at {min(BITS)} bits ({average:.3f} on average with scales) the model takes "
+            f"{least} bytes ({format_size(least)}), which is {least - limit} more than the {limit} "
+            "that can be used"
+        )
+
+
+def measured(plan: Plan, folder: Path, quantize_copy: Callable[..., Any]) -> Measurements:
+    """The measurements in a folder, made first if they are not there. Raises ConfigError for those
+    of another model, text or settings."""
+    told = plan.fingerprint()
+    left = ("statistics", "widths", "target", "tune", "refit")  # which play no part
+    about = {key: value for key, value in told.items() if key not in left}
+    if not folder.exists():
+        check_destination(folder, 0)
+        with OutputFolder(folder, 0, about) as out:
+            text = calibration_text(plan, out, quantize_copy)
+            out.write_json(FILE, measure(plan, text, about).to_json())
+    found = Measurements.read(folder)
+    found.check(about, folder)
+    return found
+
+
+def _guarded(
+    plan: Plan,
+    chosen: Chosen,
+    rival: QuantConfig | None,
+    text: GuardText,
+    make: Callable[..., Any],
+) -> dict[str, Any]:
+    """Make the planned model and the uniform one, and keep the better. make: quantizes into a
+    folder."""
+    configs = {"planned": chosen.config} | ({} if rival is None else {"uniform": rival})
+    folders = {name: plan.dst.with_name(f"{plan.dst.name}.{name}") for name in configs}
+    for name, path in folders.items():
+        if not path.exists():
+            make(path, configs[name])
+        elif read_json(path / REPORT).get("config") != _as_read(configs[name]):
+            raise OutputError(f"{path}: is in the way and was made with other settings; remove it")
+    kl = divergences(plan.source.folder, folders, text)
+    best = min(kl, key=lambda name: kl[name]["overall"])
+    told = {
+        "bytes": chosen.nbytes,
+        "written": best,
+        "predicted_kl": chosen.predicted,
+        "gap": chosen.gap,
+        "kl": kl,
+        "bits": {name: average_bits(plan.source, config) for name, config in configs.items()},
+        "weight_files": {name: _weight_files(path) for name, path in folders.items()},
+        "uniform": None if rival is None else str(rival.experts),
+    }
+    report = read_json(folders[best] / REPORT) | {"budget": told}
+    if best == "uniform":
+        report["fallbacks"].insert(
+            0, f"the uniform model ({told['uniform']}) was written: its KL on held-out text is "
+            f"{kl['uniform']['overall']:.5f}, the planned one's {kl['planned']['overall']:.5f}",
+        )  # fmt: skip
+    write_json(folders[best] / REPORT, report)
+    folders.pop(best).rename(plan.dst)
+    for path in folders.values():
+        shutil.rmtree(path)
+    return report
+
+
+def _weight_files(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _as_read(config: QuantConfig) -> Any:
+    """Settings as a report gives them back."""
+    return json.loads(json.dumps(config.to_dict()))

@@ -1,0 +1,99 @@
+"""Matrices of a layer solved at every width: what each loses, and the weights of PROBE bits."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qmoe.budget.measurements import PROBE, Measured
+from qmoe.calibration.coverage import average_weight
+from qmoe.calibration.routed_tokens import RoutedTokens
+from qmoe.calibration.stats import ExpertStats, check_finite
+from qmoe.config import BITS
+from qmoe.format.grid import dequantize
+from qmoe.layer.at_hand import LayerAtHand, LayerSettings
+from qmoe.layer.solve import borrow_rare, solve_as
+from qmoe.model import experts
+from qmoe.solvers.awq import output_error
+from qmoe.solvers.solve import experts_at_once
+from qmoe.system.devices import CPU
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Of a group. weights: at PROBE bits, by parameter, as the model lays them out."""
+
+    measured: list[Measured]
+    weights: dict[str, Tensor]
+
+
+def solve_linear(
+    layer: LayerAtHand,
+    settings: LayerSettings,
+    name: str,
+    hessian: Tensor | None,
+    tokens: int,
+    group: str,
+) -> Solution:
+    """A linear by its own Hessian; by none, where no token came to it. tokens: that it saw."""
+    weight = layer.linears[name].weight[None]
+    seen = torch.eye(weight.shape[-1]) if hessian is None else hessian
+    errors, probe = _at_all(layer, settings, name, weight, seen[None])
+    part = Measured(name, layer.name, group, [tokens], errors, [1.0])
+    return Solution([part], {f"{name}.weight": probe[0]})
+
+
+def solve_experts(
+    layer: LayerAtHand,
+    settings: LayerSettings,
+    name: str,
+    stats: ExpertStats | RoutedTokens | None,
+) -> Iterator[tuple[str, Solution]]:
+    """The two stacks of an experts module, each a group. Both count by their expert's output."""
+    assert stats is not None
+    module = layer.experts[name]
+    weights = experts.expert_weights(module)
+    shapes = [experts.rows(module, weight).shape for weight in weights]
+    chunk, E = experts_at_once(max(shape[2] for shape in shapes)), shapes[0][0]
+    errors: list[list[list[float]]] = [[], []]
+    probes: list[list[Tensor]] = [[], []]
+    energy: list[float] = []
+    for start in range(0, E, chunk):
+        end = min(start + chunk, E)
+        part = stats.part(start, end)
+        check_finite(name, part.first, part.second)
+        borrow_rare(module, part, average_weight(stats), settings.config.min_tokens, start)
+        for i, hessian in enumerate((part.first, part.second)):
+            stack = experts.stack(module, weights[i], start, end)
+            found, probe = _at_all(layer, settings, name, stack, hessian)
+            errors[i] += found
+            probes[i].append(probe)
+        total = output_error(stack.float(), part.second.to(stack.device))
+        energy += (total.cpu() / part.weight.double().clamp(min=1e-12)).tolist()
+    # The weights of a token's routing are in the Hessians: per token, not per unit of weight.
+    scaled = [value * average_weight(stats) for value in energy]
+    tokens = stats.tokens.tolist()
+    for i, weight in enumerate(weights):
+        target = f"{name}.{weight}"
+        laid_out = experts.family_rows(module, weight, torch.cat(probes[i]))
+        laid_out = laid_out.mT if module.is_transposed else laid_out
+        measured = Measured(target, layer.name, target, tokens, errors[i], scaled)
+        yield target, Solution([measured], {target: laid_out})
+
+
+def _at_all(
+    layer: LayerAtHand, settings: LayerSettings, name: str, weight: Tensor, hessian: Tensor
+) -> tuple[list[list[float]], Tensor]:
+    """Of matrices [E, N, K]: their squared relative errors at each of BITS, and their weights at
+    PROBE bits."""
+    config, columns, probe = settings.config, list[list[float]](), weight
+    for bits in BITS:
+        scheme = replace(layer.schemes[name], bits=bits)
+        solved = solve_as(
+            config, config.method, name, weight, hessian, scheme, settings.scale_dtype
+        )
+        columns.append([error**2 for error in solved.error])
+        if bits == PROBE:
+            probe = dequantize(solved.quantized).to(CPU)
+    return [list(row) for row in zip(*columns, strict=True)], probe

@@ -1,0 +1,173 @@
+"""`quantize_to_size`: measured once, planned for any budget, never worse than uniform."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import LITTLE_TEXT, QUICK, same_files
+
+import qmoe
+import qmoe.budget.measure
+import qmoe.budget.quantize as budget
+from qmoe import Budget, QuantConfig, Scheme
+from qmoe.budget.measurements import Measurements
+from qmoe.calibration.batches import choose_samples
+from qmoe.calibration.text import load_texts
+from qmoe.checkpoint.model_folder import ModelFolder
+from qmoe.cli.main import main
+from qmoe.errors import ConfigError
+from qmoe.measure.baselines import original
+
+SCHEME = Scheme(4, 64, symmetric=False)
+CONFIG = replace(QUICK, experts=SCHEME, dense=SCHEME, refit=False)
+GUARD = "heldout:austen"
+
+
+def size_of(folder):
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def made(short, tmp_path_factory):
+    """A planned model of 3 bits, its measurements, and each group's weights at the probe's bits."""
+    folder, tried = tmp_path_factory.mktemp("budget"), []
+    with pytest.MonkeyPatch.context() as patch:
+        inner = qmoe.budget.measure._with
+
+        def spy(layer, solution, probe):
+            tried.append(solution)
+            return inner(layer, solution, probe)
+
+        patch.setattr(qmoe.budget.measure, "_with", spy)
+        report = qmoe.quantize_to_size(
+            short, folder / "out", Budget(bits=3.0), CONFIG, guard_text=GUARD, progress=False
+        )
+    return folder, report, tried
+
+
+def test_the_budget_is_kept(made, short):
+    folder, report, _ = made
+    told = report["budget"]
+    assert told["written"] == "planned" and told["weight_files"]["planned"] <= told["bytes"]
+    assert 0.98 * told["bytes"] < size_of(folder / "out") == told["weight_files"]["planned"]
+    assert told["kl"]["planned"]["overall"] < told["kl"]["uniform"]["overall"]
+    assert 2.9 < told["bits"]["planned"] <= 3.0 and told["gap"] < 0.01
+    assert sorted(p.name for p in folder.iterdir()) == ["out", "out.measurements"]
+    model, _ = qmoe.load(folder / "out", torch.float32, progress=False)
+    assert model(input_ids=torch.arange(9)[None]).logits.isfinite().all()
+
+
+def test_a_groups_kl_is_that_of_the_original_with_its_weights(made, short):
+    """The probes of a streamed model, beside a model in memory."""
+    folder, _, tried = made
+    found = Measurements.read(folder / "out.measurements")
+    model = original(ModelFolder(short), torch.float32)
+    tokenizer = ModelFolder(short).tokenizer(model.config)
+    c = LITTLE_TEXT
+    ids, _ = choose_samples(tokenizer, load_texts(c.text), c.samples, c.seqlen, c.seed)
+
+    @torch.no_grad()
+    def predicted():
+        return model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+
+    base = predicted()
+    for group in (tried[0], tried[4], tried[-1]):
+        before = {name: model.get_parameter(name).detach().clone() for name in group.weights}
+        for name, weight in group.weights.items():
+            model.get_parameter(name).data.copy_(weight)
+        kl = (base.exp() * (base - predicted())).sum(-1).mean()
+        assert found.kl[group.measured[0].group] == pytest.approx(float(kl), rel=0.02)
+        for name, weight in before.items():
+            model.get_parameter(name).data.copy_(weight)
+
+
+def test_errors_fall_with_bits_and_are_relative(made):
+    folder, _, _ = made
+    for part in Measurements.read(folder / "out.measurements").parts:
+        for errors in part.errors:
+            assert 0 <= errors[3] < errors[2] < errors[1] < errors[0] < 1.5
+
+
+def test_another_budget_measures_nothing_again(made, short, tmp_path, monkeypatch):
+    folder, _, _ = made
+    monkeypatch.setattr(budget, "measure", None)
+    kept = folder / "out.measurements"
+    report = qmoe.quantize_to_size(
+        short, tmp_path / "out", Budget(size_of(folder / "out") + 200_000), CONFIG,
+        measurements=kept, guard_text=GUARD, progress=False,
+    )  # fmt: skip
+    assert report["budget"]["bits"]["planned"] > 3.1
+    other = replace(CONFIG, damp=0.02)
+    with pytest.raises(ConfigError, match="of another run .damp was 0.01, is 0.02"):
+        qmoe.quantize_to_size(
+            short, tmp_path / "two", Budget(bits=3.0), other, measurements=kept, progress=False
+        )
+
+
+def test_uniform_is_written_where_it_is_better(made, short, tmp_path, monkeypatch, capsys):
+    folder, _, _ = made
+    found = {"planned": {"a": 2.0, "overall": 2.0}, "uniform": {"a": 1.0, "overall": 1.0}}
+    monkeypatch.setattr(budget, "divergences", lambda *_: found)
+    command = ["quantize", str(short), str(tmp_path / "out"), "--bits", "3.0"]
+    command += ["--set", "search_grid=false", "--set", "refit=false", "--group-size", "64"]
+    command += ["--asymmetric", "--calibration", LITTLE_TEXT.text, "--samples", "4"]
+    command += ["--seqlen", "128", "--self-samples", "0", "--guard-text", GUARD]
+    command += ["--measurements", str(folder / "out.measurements")]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "the uniform model was written" in said and "its KL on held-out text is 1.0" in said
+    plain = replace(CONFIG, experts=replace(SCHEME, bits=2, group_size=32),
+                    dense=replace(SCHEME, bits=2, group_size=32))  # fmt: skip
+    qmoe.quantize(short, tmp_path / "plain", plain, progress=False)
+    for file in (tmp_path / "plain").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+
+
+def test_a_run_that_was_stopped_goes_on(made, short, tmp_path, monkeypatch):
+    folder, _, _ = made
+    how = {"measurements": folder / "out.measurements", "guard_text": GUARD, "progress": False}
+    three = Budget(bits=3.0)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(budget, "divergences", stop)
+        with pytest.raises(KeyboardInterrupt):
+            qmoe.quantize_to_size(short, tmp_path / "out", three, CONFIG, **how)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.planned", "out.uniform"]
+    qmoe.quantize_to_size(short, tmp_path / "out", three, CONFIG, **how)
+    assert same_files(folder / "out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "config, given, said",
+    [
+        (CONFIG, {}, "give one of a size, an average"),
+        (CONFIG, {"size": 10**7, "bits": 3.0}, "give one of a size, an average"),
+        (CONFIG, {"bits": 2.0}, "at 2 bits .* on average with scales. the model takes"),
+        (CONFIG, {"size": "1MB"}, "more than the 1000000 that can be used"),
+        (CONFIG, {"vram": "0.8GB"}, "which is .* more than the"),
+        (QuantConfig("rtn"), {"bits": 3.0}, "as gptq solves them, not rtn"),
+        (replace(CONFIG, widths={"a": "2"}), {"bits": 3.0}, "a budget chooses them"),
+    ],
+)
+def test_refused_before_any_work(tmp_path, short, config, given, said):
+    with pytest.raises(ConfigError, match=said):
+        qmoe.quantize_to_size(
+            short, tmp_path / "out", Budget(**given, context=128), config, progress=False
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--bits", "3", "--measurements", "m"], "goes with --size"),
+        (["--bits", "3", "--size", "1GB"], "leave out --bits"),
+        (["--size", "1GB", "--save-statistics", "s"], "measured on text"),
+    ],
+)
+def test_options_that_do_not_go_together(short, tmp_path, capsys, options, said):
+    assert main(["quantize", str(short), str(tmp_path / "out"), *options]) == 1
+    assert said in capsys.readouterr().err
