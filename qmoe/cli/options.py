@@ -9,7 +9,7 @@ from qmoe.cli.completion import Completion
 from qmoe.cli.help_texts import SIZE_HELP, TEXT_HELP
 from qmoe.cli.measure_options import bench_options, eval_options, loading_options
 from qmoe.cli.measured import METHODS
-from qmoe.cli.options_export import export_options, target_option
+from qmoe.cli.options_export import export_options
 from qmoe.cli.renamed import add_renamed
 from qmoe.config import (
     BITS,
@@ -136,13 +136,15 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
         choices=list(PRESETS),
         help="settings to start from, described below; balanced is the default of every setting",
     )
-    target_option(p)
     given = p.add_argument_group("settings", SETTINGS)
     method = "how weights are rounded, described below"
     _setting(given, "--method", "method", d.method, get_args(Method), help=method)
     _scheme_options(given, averages=True)
-    vllm = "what is to run the result; vllm takes one scheme for all routed experts of a layer"
-    _setting(given, "--target", "target", d.target, get_args(Target), help=vllm)
+    engine = "what is to run the result: vllm takes one scheme for all routed experts of a layer; "
+    engine += (
+        "llama.cpp takes groups of 32 and scales that `qmoe export --to gguf` writes as they are"
+    )
+    _setting(given, "--target", "target", d.target, get_args(Target), help=engine)
     tune = "steps of tuning each layer towards the original's output"
     _setting(given, "--tune", "tune", d.tune, metavar="STEPS", help=tune)
     _text_options(given)

@@ -1,8 +1,6 @@
-"""Options about other engines: the command `export`, and `quantize --target`."""
+"""Options of `qmoe export`."""
 
 import argparse
-
-from qmoe.config import TARGETS
 
 
 def export_options(p: argparse.ArgumentParser) -> None:
@@ -14,14 +12,4 @@ def export_options(p: argparse.ArgumentParser) -> None:
         "--no-tokenizer",
         action="store_true",
         help="leave the tokenizer out, if llama.cpp does not have its kind",
-    )
-
-
-def target_option(p: argparse.ArgumentParser) -> None:
-    """`qmoe quantize --target`."""
-    p.add_argument(
-        "--target",
-        choices=list(TARGETS),
-        help="settings that another engine holds exactly, on top of the preset: for llama.cpp, "
-        "groups of 32 and scales that `qmoe export --to gguf` writes as they are",
     )

@@ -10,7 +10,6 @@ from typing import Any
 from qmoe.calibration.text import merged
 from qmoe.config import (
     PRESETS,
-    TARGETS,
     UNQUANTIZED,
     QuantConfig,
     check_preset,
@@ -21,15 +20,13 @@ from qmoe.errors import ConfigError
 
 
 def config_from(args: argparse.Namespace) -> QuantConfig:
-    """The settings of a `quantize` command: of the preset, the target, the config file, options and
-    `--set`, of which later ones win. Raises ConfigError for settings that contradict each other."""
+    """The settings of a `quantize` command: of the preset, the config file, options and `--set`,
+    of which later ones win. Raises ConfigError for settings that contradict each other."""
     values = given(args)
     text = values.get("calibration")
     if args.statistics and text:
         named = f"calibration.{next(iter(text))}" if isinstance(text, dict) else "calibration"
         raise ConfigError(f"{named}: with --statistics no text is run; leave out one of the two")
-    if args.target is not None:
-        values = overlay(TARGETS[args.target], values)
     if args.preset is not None:
         check_preset(args.preset, values.get("method", QuantConfig.method))
         values = overlay(PRESETS[args.preset], values)

@@ -2,7 +2,6 @@
 
 from qmoe.config.quant import (
     PRESETS,
-    TARGETS,
     CalibrationConfig,
     Method,
     QuantConfig,
@@ -19,7 +18,6 @@ __all__ = [
     "CHANNEL",
     "GROUPS",
     "PRESETS",
-    "TARGETS",
     "UNQUANTIZED",
     "CalibrationConfig",
     "Method",

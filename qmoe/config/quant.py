@@ -10,7 +10,7 @@ from qmoe.errors import ConfigError
 
 Method = Literal["rtn", "gptq", "awq", "awq-gptq"]
 Rotate = Literal["off", "fused", "online"]
-Target = Literal["qmoe", "vllm"]
+Target = Literal["qmoe", "vllm", "llama.cpp"]
 
 
 DENSE = Scheme(8, CHANNEL)
@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {},
     "best": {"tune": 200, "calibration": {"samples": 128, "self_samples": 128}},
 }
-# What a target changes of a preset. llama.cpp: its smallest blocks have a scale for 32 inputs or
+# What a target changes of the defaults, in from_dict and preset. llama.cpp: its smallest blocks have a scale for 32 inputs or
 # fewer, so finer groups cost nothing there.
 TARGETS: dict[str, dict[str, Any]] = {
     "llama.cpp": {
@@ -115,7 +115,8 @@ class QuantConfig:
         3, 4 or 8) for each, by module for a linear and by parameter for the experts of a layer, as
         in {"model.layers.0.mlp.experts.down_proj": "2242..."}. Gate and up of an expert have one
         digit, since kernels multiply with both at once.
-    target: what is to run the result. "vllm" takes one scheme for all experts of a layer. Where the
+    target: what is to run the result. "vllm" takes one scheme for all experts of a layer, and
+        "llama.cpp" other defaults (TARGETS), which `from_dict` and `preset` know. Where the
         experts of a model differ, a result for "qmoe" has a format name that other loaders refuse:
         transformers decodes all experts by one scheme, and gives wrong weights without an error.
     calibration: the text that statistics are gathered on.
@@ -236,11 +237,11 @@ class QuantConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "QuantConfig":
-        """The inverse of `to_dict`. Keys that are left out have their defaults; those of `lm_head`
-        are then the ones of `dense`. Tables of `dense` and `lm_head` with 16 bits leave these in
+        """The inverse of `to_dict`. Keys that are left out have their target's defaults; those of
+        `lm_head` are then the ones of `dense`. Tables of `dense` and `lm_head` with 16 bits leave these in
         16 bits. Raises ConfigError on a key it does not know, naming the nearest."""
         expect("config", values, dict)
-        values = dict(values)
+        values = overlay(TARGETS.get(str(values.get("target")), {}), values)
         dense = values.get("dense")
         dense = asdict(dense) if isinstance(dense, Scheme) else dense
         like = dense if isinstance(dense, dict) else {}

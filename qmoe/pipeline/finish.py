@@ -56,7 +56,7 @@ def new_config(plan: Plan) -> dict[str, Any]:
             if isinstance(part, dict):
                 part["tie_word_embeddings"] = False
     exact = exact_schemes(plan.source, c)
-    mixed = c.target == "qmoe" and any(re.fullmatch(EXPERTS_TARGET[3:], name) for name in exact)
+    mixed = c.target != "vllm" and any(re.fullmatch(EXPERTS_TARGET[3:], name) for name in exact)
     config["quantization_config"] = quantization_config(
         c.experts, c.dense, c.lm_head, unquantized, exact, mixed
     )

@@ -163,7 +163,7 @@ def _quantize(
             parts = [statistics.load(file, about) for file in files]
             made = solve_layer(layer, settings, statistics.merge(parts))
         else:
-            config = replace(plan.config, method="rtn", tune=0)
+            config = plan.config.rounded_to_nearest()
             rounding = replace(settings, config=config, solved_cache=None, refits=False)
             made = solve_layer(layer, rounding, LayerStats())
             made.record.unreached = plan.config.method != "rtn"
