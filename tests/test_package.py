@@ -67,7 +67,8 @@ def test_solvers_and_kernels_know_no_models():
 
 
 def test_public_names():
-    names = "CalibrationConfig QmoeError QuantConfig Scheme __version__ load quantize"
+    names = "Budget CalibrationConfig QmoeError QuantConfig Scheme __version__ load quantize"
+    names += " quantize_to_size"
     assert " ".join(qmoe.__all__) == names
     assert all(hasattr(qmoe, name) for name in qmoe.__all__)
 
