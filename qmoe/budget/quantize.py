@@ -43,12 +43,14 @@ ANY = 4  # bits of the settings that are measured with; widths take their place
 class Budget:
     """size: bytes of the weight files, as a number or a size ("14GB"). bits: instead, of a
     quantized weight on average, scales and zero points counted. vram: instead, of a GPU's memory
-    that holds all of the model, and the cache of a sequence of `context` tokens."""
+    that holds all of the model, and the cache of a sequence of `context` tokens. guard_text:
+    held-out text on which the result is compared with the uniform one of the same bytes."""
 
     size: str | int | None = None
     bits: float | None = None
     vram: str | int | None = None
     context: int = 8192
+    guard_text: str | list[str] = "heldout"
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.size, self.bits, self.vram)) != 1:
@@ -76,7 +78,6 @@ def quantize_to_size(
     config: QuantConfig | None = None,
     *,
     measurements: str | Path | None = None,
-    guard_text: str | list[str] = "heldout",
     device: str | torch.device = "cpu",
     max_memory: str | int | None = None,
     progress: bool = True,
@@ -89,8 +90,6 @@ def quantize_to_size(
         the experts' groups, unless the scheme of `dense` is not the default.
     measurements: a folder for what is measured; `dst.measurements` by default. Where it is there
         already, nothing is measured again, so that another budget takes no calibration pass.
-    guard_text: held-out text on which the result is compared with the uniform one of the same
-        bytes.
     All else is as for `quantize`.
 
     Returns the report. Its "budget" says what was predicted and measured, and which of the two was
@@ -106,7 +105,7 @@ def quantize_to_size(
     folder = dst.with_name(dst.name + ".measurements") if measurements is None else measurements
     with shown(progress):
         plan = check(src, dst, base, statistics_from=(), save_statistics=None, **how)
-        text = GuardText(guard_text, base.calibration.seqlen)
+        text = GuardText(budget.guard_text, base.calibration.seqlen)
         batches_of(plan.source.folder, text)
         memory, limit = budget.of(plan)
         _check_budget(memory, plan.config, limit)

@@ -26,18 +26,17 @@ def budget_of(args: argparse.Namespace) -> Budget | None:
         raise ConfigError("--bits: are chosen for a number of bytes; leave out --bits")
     if args.statistics or args.save_statistics:
         raise ConfigError("budget: matrices are measured on text; leave out saved statistics")
-    context = {} if args.context is None else {"context": args.context}
-    return Budget(args.size, average, args.vram, **context)
+    more: dict[str, Any] = {} if args.context is None else {"context": args.context}
+    if args.guard_text:
+        more["guard_text"] = merged(args.guard_text)
+    return Budget(args.size, average, args.vram, **more)
 
 
 def to_size(args: argparse.Namespace, budget: Budget, how: dict[str, Any]) -> dict[str, Any]:
     """The report. how: the device, the memory and the like."""
     setattr(args, "experts.bits", None)
-    text = merged(args.guard_text) if args.guard_text else "heldout"
     config, kept = config_from(args), args.measurements
-    return quantize_to_size(
-        args.src, args.dst, budget, config, measurements=kept, guard_text=text, **how
-    )
+    return quantize_to_size(args.src, args.dst, budget, config, measurements=kept, **how)
 
 
 def show_budget(told: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ def made(short, tmp_path_factory):
 
         patch.setattr(qmoe.budget.measure, "_with", spy)
         report = qmoe.quantize_to_size(
-            short, folder / "out", Budget(bits=3.0), CONFIG, guard_text=GUARD, progress=False
+            short, folder / "out", Budget(bits=3.0, guard_text=GUARD), CONFIG, progress=False
         )
     return folder, report, tried
 
@@ -92,9 +92,10 @@ def test_another_budget_measures_nothing_again(made, short, tmp_path, monkeypatc
     folder, _, _ = made
     monkeypatch.setattr(budget, "measure", None)
     kept = folder / "out.measurements"
+    more = Budget(size_of(folder / "out") + 200_000, guard_text=GUARD)
     report = qmoe.quantize_to_size(
-        short, tmp_path / "out", Budget(size_of(folder / "out") + 200_000), CONFIG,
-        measurements=kept, guard_text=GUARD, progress=False,
+        short, tmp_path / "out", more, CONFIG,
+        measurements=kept, progress=False,
     )  # fmt: skip
     assert report["budget"]["bits"]["planned"] > 3.1
     other = replace(CONFIG, damp=0.02)
@@ -125,8 +126,8 @@ def test_uniform_is_written_where_it_is_better(made, short, tmp_path, monkeypatc
 
 def test_a_run_that_was_stopped_goes_on(made, short, tmp_path, monkeypatch):
     folder, _, _ = made
-    how = {"measurements": folder / "out.measurements", "guard_text": GUARD, "progress": False}
-    three = Budget(bits=3.0)
+    how = {"measurements": folder / "out.measurements", "progress": False}
+    three = Budget(bits=3.0, guard_text=GUARD)
 
     def stop(*_):
         raise KeyboardInterrupt
