@@ -118,6 +118,11 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         from qmoe.packed.run_on import RunOn
         from qmoe.packed.skeleton import open_packed_in
 
+        if model.is_custom_code():  # transformers loses what its constructors compute
+            raise UnsupportedModelError(
+                f"{self.folder}: the model is code of its own; load it with "
+                "qmoe.load(..., trust_remote_code=True)"
+            )
         self.shown.remove()
         del model._keys_to_ignore_on_load_unexpected
         # Noted by transformers of a state dict without tensors; names on disk depend on it.
