@@ -75,7 +75,7 @@ def without(folder: Path, work: Path) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     ours = packed(folder, dtype="float32")(IDS).logits
     expected = torch.load(work / "p.pt")
-    error = float((ours - expected).norm() / expected.norm())
+    error = distance(ours, expected)
     if error > 0.02:  # it rounds dequantized weights to the checkpoint's bfloat16
         raise AssertionError(f"logits differ by {error}")
     size = f"{int(done.stdout) / 1e6:.1f} MB in float32"
@@ -114,7 +114,8 @@ def generated(folder: Path, work: Path) -> str:
 
 
 def piped(folder: Path, work: Path) -> str:
-    said = pipeline("text-generation", model=str(folder))("The capital of", max_new_tokens=4)
+    said = pipeline("text-generation", model=str(folder))
+    said = said("The capital of", max_new_tokens=4, do_sample=False)
     return f"{said[0]['generated_text']!r}"
 
 
@@ -176,14 +177,50 @@ def adapted(folder: Path, work: Path) -> str:
 
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, init_lora_weights=False, **EXPERTS | ATTENTION)
-    original = peft.get_peft_model(packed(DEMO), config)
+    original, model = packed(DEMO, dtype="float32"), packed(folder, dtype="float32")
+    plain, before = original(IDS).logits, model(IDS).logits
+    original = peft.get_peft_model(original, config)
     original.save_pretrained(work / "adapter")
-    model = packed(folder)
-    before = model(IDS).logits
+    expected = original(IDS).logits
     moved = peft.PeftModel.from_pretrained(model, work / "adapter")(IDS).logits
-    if torch.equal(moved, before):
-        raise AssertionError("the adapter does nothing")
-    return "loads and runs"
+    away, apart = distance(expected, plain), distance(moved, expected)
+    if apart > away / 4:
+        raise AssertionError(f"{apart} from the adapted original, which moved by {away}")
+    return (
+        f"the adapter moves the original's logits by {away:.0%}; the packed model is then "
+        f"{apart:.1%} from it, without the adapter {distance(before, plain):.1%}"
+    )
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def prompted(folder: Path, work: Path) -> str:
+    import peft
+
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(packed(folder), config)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    (prompt,) = [p for p in model.parameters() if p.requires_grad]
+    if not prompt.grad.abs().max() > 0:
+        raise AssertionError("no gradient")
+    return "has gradients"
+
+
+def by_trainer(folder: Path, work: Path) -> str:
+    import peft
+    from transformers import Trainer, TrainingArguments
+
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", **ATTENTION)
+    model = peft.get_peft_model(packed(folder), config)
+    how = TrainingArguments(
+        str(work / "trainer"), max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="no", logging_strategy="no",
+    )  # fmt: skip
+    rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 16
+    done = Trainer(model=model, args=how, train_dataset=rows).train()
+    return f"{done.global_step} steps, loss {done.training_loss:.2f}"
 
 
 EXPERTS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
@@ -202,6 +239,8 @@ ROWS = [
     Row('LoraConfig(target_modules="all-linear")', trained(target_modules="all-linear"), "peft"),
     Row('LoraConfig(target_parameters=["experts.gate_up_proj", ..])', trained(**EXPERTS), "peft"),
     Row("PeftModel.from_pretrained(model, adapter of the original)", adapted, "peft"),
+    Row("PromptTuningConfig(..)", prompted, "peft"),
+    Row("Trainer(model=get_peft_model(model, LoraConfig(..)), ..)", by_trainer, "peft"),
 ]  # fmt: skip
 
 

@@ -122,6 +122,13 @@ class _Unchangeable(Tensor):
             raise _no_merge()
         Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
 
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any tensor; one zero that stands for many is moved or cast as one."""
+        if self.numel() > 1 and not any(self.stride()):
+            one = self.as_subclass(Tensor)[(0,) * self.dim()]
+            return one.to(*args, **kwargs).expand(self.shape)
+        return super().to(*args, **kwargs)
+
     def __iadd__(self, other: Any) -> Any:  # type: ignore[misc]
         raise _no_merge()
 

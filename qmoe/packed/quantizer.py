@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import CompressedTensorsConfig, Quan
 
 from qmoe.errors import ConfigError, UnsupportedModelError
 
-METHOD, PRODUCER = "qmoe", "qmoe"
+METHOD = "qmoe"  # also the producer that folders name (format/compressed_tensors.py)
 CHOICES = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that leave it to us
 
 
@@ -50,7 +50,7 @@ class ByProducer(CompressedTensorsConfig):  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        ours = config_dict.get("producer") == PRODUCER
+        ours = config_dict.get("producer") == METHOD
         kind = PackedConfig if ours else CompressedTensorsConfig
         return kind.from_dict(config_dict, *args, **kwargs)
 
@@ -124,6 +124,11 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         from qmoe.packed.run_on import RunOn
         from qmoe.packed.skeleton import open_packed_in
 
+        if model.is_custom_code():  # transformers loses what its constructors compute
+            raise UnsupportedModelError(
+                f"{self.folder}: the model is code of its own; load it with "
+                "qmoe.load(..., trust_remote_code=True)"
+            )
         self.shown.remove()
         del model._keys_to_ignore_on_load_unexpected
         # Noted by transformers of a state dict without tensors; names on disk depend on it.

@@ -50,6 +50,17 @@ def test_a_model_through_the_kernels_equals_torchs_form(quantized_short, through
     assert_close(logits(packed), logits(plain))
 
 
+@pytest.mark.slow
+def test_gradients_through_the_kernels_layout_equal_torchs_form(quantized_short, through_kernels):
+    plain, _ = qmoe.load(quantized_short, torch.float32, progress=False)
+    found = []
+    for model in (through_kernels(quantized_short), plain):
+        x = model.get_input_embeddings()(IDS.to(model.device)).detach().requires_grad_()
+        model(inputs_embeds=x, use_cache=False).logits.square().mean().backward()
+        found.append(x.grad.cpu())
+    assert_close(*found)
+
+
 def test_a_model_with_too_little_memory_for_its_experts(quantized_short, through_kernels):
     whole = through_kernels(quantized_short)
     need = sum(layer.mlp.experts.qmoe_arena.nbytes() for layer in whole.model.layers)

@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import remote_models
 import torch
 from helpers import same_files
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TextStreamer, pipeline
@@ -209,3 +210,14 @@ def test_compile_takes_a_model_in_one_graph(quantized_short):
     command = [sys.executable, "-P", "-c", COMPILE, str(quantized_short)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.strip() == "same", done.stderr[-2000:]
+
+
+def test_a_model_of_its_own_code_is_left_to_load(tmp_path, demo, own_cache):
+    remote_models.save("grok", tmp_path / "source", demo)
+    qmoe.quantize(
+        tmp_path / "source", tmp_path / "q", qmoe.QuantConfig("rtn", qmoe.Scheme(4, 32)),
+        trust_remote_code=True, progress=False,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="qmoe.load"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "q", trust_remote_code=True)
+    assert qmoe.load(tmp_path / "q", trust_remote_code=True, progress=False)[0].can_generate()
