@@ -31,6 +31,8 @@ ROOMS = [
     "calibration",
     "plan",
     "layer",
+    "rotation",
+    "runtime",
     "packed",
     "export",
     "pipeline",

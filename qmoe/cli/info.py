@@ -5,7 +5,7 @@ from typing import Any
 
 from qmoe.cli import tables
 from qmoe.measure.environment import environment
-from qmoe.packed.prepared import remove_prepared
+from qmoe.runtime.prepared import remove_prepared
 from qmoe.system.sizes import format_size
 
 

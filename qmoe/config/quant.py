@@ -25,8 +25,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {},
     "best": {"tune": 200, "calibration": {"samples": 128, "self_samples": 128}},
 }
-# What a target changes of the defaults, in from_dict and preset. llama.cpp: its smallest blocks have a scale for 32 inputs or
-# fewer, so finer groups cost nothing there.
+# What a target changes of the defaults, in from_dict and preset. llama.cpp: its smallest blocks have
+# a scale for 32 inputs or fewer, so finer groups cost nothing there.
 TARGETS: dict[str, dict[str, Any]] = {
     "llama.cpp": {
         "experts": {"group_size": 32, "gguf": True},
@@ -108,7 +108,7 @@ class QuantConfig:
         largest blocks that fit, which is work at run time (qmoe/format/hadamard.py). "fused"
         rotates the residual stream alone, which is no work, as all weights around it are rotated
         too and a tied head is untied; models for which that is not the same function are refused
-        (qmoe/pipeline/find_rotation.py). Neither goes with AWQ.
+        (qmoe/rotation/find_rotation.py). Neither goes with AWQ.
     min_tokens: an expert with fewer calibration tokens borrows tokens of its layer (see
         calibration/coverage.py).
     widths: bits of single matrices, where they are not those of `experts` or `dense`: a digit (2,
@@ -238,8 +238,8 @@ class QuantConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "QuantConfig":
         """The inverse of `to_dict`. Keys that are left out have their target's defaults; those of
-        `lm_head` are then the ones of `dense`. Tables of `dense` and `lm_head` with 16 bits leave these in
-        16 bits. Raises ConfigError on a key it does not know, naming the nearest."""
+        `lm_head` are then the ones of `dense`. Tables of `dense` and `lm_head` with 16 bits leave
+        these in 16 bits. Raises ConfigError on a key it does not know, naming the nearest."""
         expect("config", values, dict)
         values = overlay(TARGETS.get(str(values.get("target")), {}), values)
         dense = values.get("dense")

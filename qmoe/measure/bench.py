@@ -35,7 +35,7 @@ from qmoe.model.experts import is_experts
 from qmoe.model.hooks import hooked
 from qmoe.model.skeleton import build
 from qmoe.packed.load import Loading
-from qmoe.packed.modules import packed_stacks
+from qmoe.runtime.modules import packed_stacks
 from qmoe.system.progress import progress
 
 KINDS: dict[str, Callable[..., Any]] = {

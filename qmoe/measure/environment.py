@@ -12,7 +12,7 @@ import torch
 
 from qmoe._version import __version__
 from qmoe.kernels.cpu.library import OFF, VARIABLE, library, tier_name
-from qmoe.packed.prepared import cache_folder, prepared_files
+from qmoe.runtime.prepared import cache_folder, prepared_files
 from qmoe.system.host_memory import room
 
 PACKAGES = (

@@ -27,11 +27,11 @@ from qmoe.model.source import open_source
 from qmoe.model.structure import find
 from qmoe.packed.audit import audit_model
 from qmoe.packed.load import load
-from qmoe.packed.modules import held
 from qmoe.packed.skeleton import open_packed
-from qmoe.packed.stored import take_stored
-from qmoe.pipeline.find_rotation import find_fused_rotation
 from qmoe.pipeline.quantize import quantize
+from qmoe.rotation.find_rotation import find_fused_rotation
+from qmoe.runtime.modules import held
+from qmoe.runtime.stored import take_stored
 
 CONFIG = QuantConfig(
     experts=Scheme(4, 32),

@@ -1,1 +1,1 @@
-"""A finished folder: loaded to run packed, offloaded, audited, reported on."""
+"""A finished folder: loaded, saved, audited, reported on."""

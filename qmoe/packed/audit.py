@@ -17,10 +17,10 @@ from qmoe.model.experts import is_experts
 from qmoe.model.precision import in_float32
 from qmoe.model.source import Source
 from qmoe.model.tensor_names import all_original_names
-from qmoe.packed.gradients import Placeholder
-from qmoe.packed.modules import PackedLinear, held, packed_experts
 from qmoe.packed.skeleton import open_packed
-from qmoe.packed.stored import take_stored
+from qmoe.runtime.gradients import Placeholder
+from qmoe.runtime.modules import PackedLinear, held, packed_experts
+from qmoe.runtime.stored import take_stored
 from qmoe.system.progress import progress
 
 KINDS = (

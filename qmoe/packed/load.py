@@ -13,13 +13,13 @@ from qmoe.checkpoint.tokenizer import has_tokenizer
 from qmoe.errors import ConfigError
 from qmoe.kernels import uses_arena
 from qmoe.model.source import check_complete
-from qmoe.packed.attention import fuse_attention
 from qmoe.packed.audit import audit_model, audit_unpacked
-from qmoe.packed.fill import fill
 from qmoe.packed.loaded import guard
 from qmoe.packed.quantizer import attach
-from qmoe.packed.run_on import RunOn, usable_device
 from qmoe.packed.skeleton import open_packed
+from qmoe.runtime.attention import fuse_attention
+from qmoe.runtime.fill import fill
+from qmoe.runtime.run_on import RunOn, usable_device
 from qmoe.system.host_memory import return_freed
 from qmoe.system.progress import is_shown, shown
 from qmoe.system.sizes import parse_size
@@ -67,12 +67,12 @@ def load(
         "auto" is a GPU if there is one.
     expert_memory: the GPU's memory for routed experts, in bytes or as a size ("6GB"). If they need
         more they stay in pinned host memory, and those in use are copied to the GPU
-        (qmoe/packed/offload.py). None keeps all of them on the GPU.
+        (qmoe/runtime/offload.py). None keeps all of them on the GPU.
     activations: "int8" rounds the inputs of packed products on a CPU to 8 bits per token and 32
         features, which is several times faster; "bf16" takes them as they are. Models in float32
         and models on a GPU always do.
     cache: on a CPU, keep the weights of large models in the kernels' layout in the user's cache
-        directory, so that the next load is ready in seconds (packed/prepared.py).
+        directory, so that the next load is ready in seconds (runtime/prepared.py).
     progress: show a bar on standard error, if that is a terminal.
     trust_remote_code: allow code that lies beside the weights to run, where transformers has no
         class for the model.

@@ -9,8 +9,8 @@ import torch
 
 from qmoe.errors import ConfigError
 from qmoe.model.source import Source
-from qmoe.packed.gradients import add_placeholders
 from qmoe.packed.save import files_of, save
+from qmoe.runtime.gradients import add_placeholders
 
 
 def guard(source: Source) -> None:

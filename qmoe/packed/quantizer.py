@@ -65,7 +65,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     that `from_pretrained` was asked for.
 
     transformers loads no tensor by itself, since none of its rules knows packed experts: it is
-    shown an empty state dict, and everything is filled in afterwards (packed/fill.py). Raises what
+    shown an empty state dict, and everything is filled in afterwards (runtime/fill.py). Raises what
     `qmoe.load` raises, but for the audit.
     """
 
@@ -82,7 +82,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_device_map(self, device_map: Any) -> dict[str, Any] | None:
         """One device for the whole model; ConfigError for a map that names several."""
-        from qmoe.packed.run_on import usable_device
+        from qmoe.runtime.run_on import usable_device
 
         if device_map is None:
             return None
@@ -118,11 +118,11 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         from qmoe.checkpoint.model_config import model_class
         from qmoe.checkpoint.model_folder import ModelFolder
         from qmoe.model.source import check_complete
-        from qmoe.packed.attention import fuse_attention
-        from qmoe.packed.fill import fill
         from qmoe.packed.loaded import guard
-        from qmoe.packed.run_on import RunOn
         from qmoe.packed.skeleton import open_packed_in
+        from qmoe.runtime.attention import fuse_attention
+        from qmoe.runtime.fill import fill
+        from qmoe.runtime.run_on import RunOn
 
         if model.is_custom_code():  # transformers loses what its constructors compute
             raise UnsupportedModelError(
@@ -150,7 +150,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Gradients go through packed weights to adapters (packed/gradients.py)."""
+        """Gradients go through packed weights to adapters (runtime/gradients.py)."""
         return True
 
     @property

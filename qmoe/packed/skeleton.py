@@ -17,8 +17,8 @@ from qmoe.model.skeleton import WeightMap, build, settle
 from qmoe.model.source import Source, check_routing
 from qmoe.model.structure import find
 from qmoe.model.tensor_names import matrix_names, packed_names
-from qmoe.packed.modules import PackedLinear, declare_experts
-from qmoe.packed.stored import stored_stacks
+from qmoe.runtime.modules import PackedLinear, declare_experts
+from qmoe.runtime.stored import stored_stacks
 
 
 def open_packed(

@@ -28,9 +28,9 @@ from qmoe.pipeline.checks import (
     choose_text,
     make_statistics_folder,
 )
-from qmoe.pipeline.find_rotation import find_fused_rotation
-from qmoe.pipeline.fused_rotation import FusedRotation
 from qmoe.pipeline.memory import check_fits, needed, spills
+from qmoe.rotation.find_rotation import find_fused_rotation
+from qmoe.rotation.fused_rotation import FusedRotation
 from qmoe.system.devices import find_device
 
 

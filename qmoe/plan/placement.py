@@ -1,5 +1,5 @@
 """Where the parts of a model lie, and whether they fit: in host memory alone, or on a GPU, with the
-routed experts that do not fit there in host memory (packed/offload.py).
+routed experts that do not fit there in host memory (runtime/offload.py).
 """
 
 from collections.abc import Iterator

@@ -103,7 +103,8 @@ def test_later_ones_win(tmp_path):
 def test_target():
     """It changes the preset, and what is said otherwise wins."""
     made = config("--target", "llama.cpp")
-    assert made == QuantConfig(experts=Scheme(4, 32, gguf=True), dense=Scheme(8, 32, gguf=True))
+    schemes = dict(experts=Scheme(4, 32, gguf=True), dense=Scheme(8, 32, gguf=True))
+    assert made == QuantConfig(**schemes, target="llama.cpp")
     assert config("--target", "llama.cpp", "--preset", "best").tune == 200
     made = config("--target", "llama.cpp", "--bits", "2", "--group-size", "64", "--asymmetric")
     assert made.experts == Scheme(2, 64, False, gguf=True)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import qmoe
 import qmoe.packed.load
-import qmoe.packed.modules
+import qmoe.runtime.modules
 from qmoe import QuantConfig, Scheme
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.errors import CheckpointError, ConfigError
@@ -76,14 +76,14 @@ def test_a_mixed_model_runs_as_what_its_weights_stand_for(written, reference):
 
 
 def test_without_c_kernels(written, reference, monkeypatch):
-    monkeypatch.setattr(qmoe.packed.modules, "uses_cpu_kernels", lambda device: False)
+    monkeypatch.setattr(qmoe.runtime.modules, "uses_cpu_kernels", lambda device: False)
     model, _ = qmoe.load(written, torch.float32, progress=False)
     assert model.model.layers[0].mlp.experts.qmoe_first.scheme.bits == 8
     assert_close(logits(model), logits(reference))
 
 
 def test_in_the_triton_kernels(written, reference, monkeypatch):
-    for module in (qmoe.packed.load, qmoe.packed.modules):
+    for module in (qmoe.packed.load, qmoe.runtime.modules):
         monkeypatch.setattr(module, "uses_arena", lambda device: True)
     model, _ = qmoe.load(written, torch.float32, progress=False)
     assert isinstance(model.model.layers[0].mlp.experts.qmoe_arena, ArenaStack)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qmoe
-import qmoe.packed.modules
+import qmoe.runtime.modules
 from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.errors import CheckpointError, ConfigError
@@ -191,7 +191,7 @@ def test_the_kernels_give_what_torchs_form_gives(folder, monkeypatch):
     """The activation is not fused into a kernel, as a rotation follows it."""
     ids = torch.arange(60, 65)[None]
     plain, _ = qmoe.load(folder, torch.float32, progress=False)
-    monkeypatch.setattr(qmoe.packed.modules, "uses_arena", lambda device: True)
+    monkeypatch.setattr(qmoe.runtime.modules, "uses_arena", lambda device: True)
     packed, _ = qmoe.load(folder, torch.float32, progress=False)
     assert packed.model.layers[0].mlp.experts.qmoe_arena.activation is None
     with torch.no_grad():

@@ -19,7 +19,7 @@ from qmoe.errors import ConfigError, OutputError, UnsupportedModelError
 from qmoe.kernels.cpu.library import tier
 from qmoe.model.experts import is_experts
 from qmoe.packed.audit import audit_model
-from qmoe.packed.modules import packed_experts
+from qmoe.runtime.modules import packed_experts
 
 IDS = torch.arange(60, 72)[None]
 

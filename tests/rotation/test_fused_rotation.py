@@ -27,8 +27,8 @@ from qmoe.measure.families import families, save_tiny
 from qmoe.measure.family_check import check
 from qmoe.model.source import open_source
 from qmoe.pipeline.checks import estimate_bytes
-from qmoe.pipeline.find_rotation import find_fused_rotation
-from qmoe.pipeline.fused_rotation import turn
+from qmoe.rotation.find_rotation import find_fused_rotation
+from qmoe.rotation.fused_rotation import turn
 
 LITTLE = CalibrationConfig(text=ONE_DOMAIN, samples=4, seqlen=64, batch=2, self_samples=0)
 CONFIG = QuantConfig(
@@ -226,7 +226,7 @@ def test_what_matters_to_no_token_at_hand_gets_more_of_them(tmp_path, monkeypatc
     with torch.no_grad():
         assert "lm_head" in find_fused_rotation(source).outside.norms["model.norm"].readers
         assert all(p.is_meta for p in source.model.parameters())
-        monkeypatch.setattr("qmoe.pipeline.find_rotation.LENGTHS", (32,))
+        monkeypatch.setattr("qmoe.rotation.find_rotation.LENGTHS", (32,))
         with pytest.raises(UnsupportedModelError, match="indexer.*does not matter to 32 tokens"):
             find_fused_rotation(source)
 
@@ -252,6 +252,6 @@ def test_a_wrong_guess_is_noticed(tmp_path, demo, monkeypatch):
     """What is found is proved: with a writer left out, the layer is named."""
     folder = save_random("mixtral", tmp_path / "s", demo, torch.float32)
     source = open_source(ModelFolder(folder), torch.float32)
-    monkeypatch.setattr("qmoe.pipeline.find_rotation.is_experts", lambda module: False)
+    monkeypatch.setattr("qmoe.rotation.find_rotation.is_experts", lambda module: False)
     with torch.no_grad(), pytest.raises(UnsupportedModelError, match=r"layers\.0: .*differs"):
         find_fused_rotation(source)

@@ -7,8 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import qmoe
 from qmoe.kernels.cpu.library import library
-from qmoe.packed.attention import NAME, attention_forward, fuse_attention
-from qmoe.packed.run_on import RunOn
+from qmoe.runtime.attention import NAME, attention_forward, fuse_attention
+from qmoe.runtime.run_on import RunOn
 
 CPU = RunOn(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(library() is None, reason="installed without a C compiler")
@@ -57,7 +57,7 @@ def test_a_family_without_sdpa_keeps_eager():
 
 
 def test_what_is_left_to_torch(monkeypatch):
-    import qmoe.packed.attention as module
+    import qmoe.runtime.attention as module
 
     calls = []
 

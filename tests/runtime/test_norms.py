@@ -11,7 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 from qmoe.kernels.cpu.library import library
-from qmoe.packed.norms import fuse_norms, recognize_norm
+from qmoe.runtime.norms import fuse_norms, recognize_norm
 
 pytestmark = pytest.mark.skipif(library() is None, reason="installed without a C compiler")
 FAMILIES = [(MixtralRMSNorm, 0.0, True), (GptOssRMSNorm, 0.0, False), (Gemma2RMSNorm, 1.0, False)]

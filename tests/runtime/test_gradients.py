@@ -11,7 +11,7 @@ import qmoe
 from qmoe import QuantConfig, Scheme
 from qmoe.errors import ConfigError
 from qmoe.measure.family_check import dequantize_into
-from qmoe.packed.gradients import Placeholder, expanding, product, unchangeable
+from qmoe.runtime.gradients import Placeholder, expanding, product, unchangeable
 
 IDS = torch.arange(60, 84).view(2, 12)
 
@@ -70,8 +70,8 @@ def test_gradients_are_those_of_the_dequantized_model(family, tmp_path, demo):
 
 def test_inference_does_not_take_the_way_of_gradients(quantized_short, monkeypatch):
     model, _ = qmoe.load(quantized_short, progress=False)
-    monkeypatch.setattr("qmoe.packed.modules.product", None)
-    monkeypatch.setattr("qmoe.packed.modules.moe_forward", None)
+    monkeypatch.setattr("qmoe.runtime.modules.product", None)
+    monkeypatch.setattr("qmoe.runtime.modules.moe_forward", None)
     model(input_ids=IDS)  # nothing here wants a gradient, though gradients are on
 
 

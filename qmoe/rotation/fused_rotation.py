@@ -5,7 +5,7 @@ its scale is in the matrices that read it. These become W diag(scale) R, those t
 stream R' W, and the embedding E R (SliceGPT, Ashkboos et al., 2024, arXiv 2401.15024, section 3.1;
 QuaRot, 2024, arXiv 2404.00456, section 4, stage 1a, whose R this is: a Hadamard matrix with signs
 of its rows drawn). A tied output projection then is no longer the embedding. Which modules these
-are is found by qmoe/pipeline/find_rotation.py.
+are is found by qmoe/rotation/find_rotation.py.
 """
 
 from dataclasses import dataclass

@@ -13,11 +13,11 @@ from qmoe.system.devices import find_device
 @dataclass(frozen=True)
 class RunOn:
     """device: where products are computed.
-    home: the memory that routed experts stay in, if it is another (packed/offload.py).
+    home: the memory that routed experts stay in, if it is another (runtime/offload.py).
     exact: on a CPU, take activations as they are instead of rounding them to 8 bits.
     cache: on a CPU, keep large models in the kernels' layout for the next load.
     prepared: on a CPU, the buffers in the kernels' layout, if they need not be made from the stored
-        tensors (packed/prepared.py), by the module's name and the place of the matrix in it."""
+        tensors (runtime/prepared.py), by the module's name and the place of the matrix in it."""
 
     device: torch.device
     home: torch.device | None = None

@@ -25,7 +25,7 @@ from qmoe.model.norm_readers import NormReaders, find_norm_readers, origins_of, 
 from qmoe.model.skeleton import free, inputs_of
 from qmoe.model.source import Source
 from qmoe.model.structure import Layer
-from qmoe.pipeline.fused_rotation import FusedRotation, Norm, Part, block_of, rotate_part, turn
+from qmoe.rotation.fused_rotation import FusedRotation, Norm, Part, block_of, rotate_part, turn
 
 LENGTHS = (32, 512, 4096)  # in tokens; the next one if something does not matter to fewer
 TOLERANCE = 1e-3  # relative, of 19 in 20 tokens: float32 rounding may explain that

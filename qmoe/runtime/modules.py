@@ -26,7 +26,7 @@ from qmoe.kernels.cpu.stack import CpuStack, uses_cpu_kernels
 from qmoe.kernels.moe import moe_forward
 from qmoe.kernels.stack import MixedStack, PackedStack, packed_stack
 from qmoe.model import experts
-from qmoe.packed.gradients import (
+from qmoe.runtime.gradients import (
     ExpandedStack,
     Placeholder,
     expanding,
@@ -35,8 +35,8 @@ from qmoe.packed.gradients import (
     product,
     unchangeable,
 )
-from qmoe.packed.run_on import RunOn
-from qmoe.packed.stored import Declared, declare, take_to_run
+from qmoe.runtime.run_on import RunOn
+from qmoe.runtime.stored import Declared, declare, take_to_run
 
 NAME = "qmoe_packed"
 

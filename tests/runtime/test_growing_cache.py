@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
-from qmoe.packed.growing_cache import GrowingLayer
+from qmoe.runtime.growing_cache import GrowingLayer
 
 
 def pair():

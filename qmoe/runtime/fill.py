@@ -11,12 +11,12 @@ import torch
 from qmoe.kernels import uses_arena
 from qmoe.kernels.cpu.stack import uses_cpu_kernels
 from qmoe.model.source import Source
-from qmoe.packed.growing_cache import let_caches_grow
-from qmoe.packed.modules import PackedLinear, finish_experts
-from qmoe.packed.norms import fuse_norms
-from qmoe.packed.offload import offload_experts
-from qmoe.packed.prepared import keep_prepared, open_prepared, prepared_file
-from qmoe.packed.run_on import RunOn
+from qmoe.runtime.growing_cache import let_caches_grow
+from qmoe.runtime.modules import PackedLinear, finish_experts
+from qmoe.runtime.norms import fuse_norms
+from qmoe.runtime.offload import offload_experts
+from qmoe.runtime.prepared import keep_prepared, open_prepared, prepared_file
+from qmoe.runtime.run_on import RunOn
 from qmoe.system.host_memory import return_freed
 from qmoe.system.progress import progress
 

@@ -8,9 +8,9 @@ import torch
 
 import qmoe
 import qmoe.packed.load
-import qmoe.packed.prepared
+import qmoe.runtime.prepared
 from qmoe.kernels.cpu.library import tier
-from qmoe.packed.prepared import cache_folder, prepared_files, remove_prepared
+from qmoe.runtime.prepared import cache_folder, prepared_files, remove_prepared
 
 IDS = torch.arange(60, 70)[None]
 
@@ -20,12 +20,12 @@ def test_a_second_load_maps_the_file_and_a_damaged_one_is_made_again(
     quantized_short, tmp_path, monkeypatch, capfd
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(qmoe.packed.prepared, "WORTH", 0)
+    monkeypatch.setattr(qmoe.runtime.prepared, "WORTH", 0)
     first = qmoe.load(quantized_short, torch.bfloat16, progress=False)[0](input_ids=IDS).logits
     (file,) = (tmp_path / "qmoe").iterdir()
     assert str(file) in capfd.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr("qmoe.packed.modules.take_to_run", None)  # nothing is read to be packed
+        patch.setattr("qmoe.runtime.modules.take_to_run", None)  # nothing is read to be packed
         again = qmoe.load(quantized_short, torch.bfloat16, progress=False)[0]
     assert torch.equal(again(input_ids=IDS).logits, first)
     file.write_bytes(file.read_bytes()[:-5000])

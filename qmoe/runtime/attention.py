@@ -15,7 +15,7 @@ from qmoe.kernels import uses_arena
 from qmoe.kernels.cpu.attention import WIDEST, attention
 from qmoe.kernels.cpu.layout import TYPES
 from qmoe.kernels.cpu.stack import uses_cpu_kernels
-from qmoe.packed.run_on import RunOn
+from qmoe.runtime.run_on import RunOn
 
 NAME = "qmoe_cpu"
 

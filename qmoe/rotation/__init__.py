@@ -1,0 +1,1 @@
+"""Rotating a model's residual stream: whether it can be, and doing it."""
