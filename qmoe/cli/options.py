@@ -1,13 +1,13 @@
 """The subcommands of `qmoe` and their options. What `quantize`'s stand for is in settings.py."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from qmoe._version import __version__
 from qmoe.cli.measured import METHODS
 from qmoe.cli.renamed import add_renamed
-from qmoe.config import BITS, CHANNEL, GROUPS, PRESETS, UNQUANTIZED, Method, QuantConfig, Rotate
+from qmoe.config import CHANNEL, GROUPS, PRESETS, Format, Method, QuantConfig, Rotate
 
 STORED = "checkpoint"  # a dtype: the one that is stored
 TEXT_HELP = (
@@ -153,19 +153,28 @@ def _setting(
     choices: Sequence[int | str] | None = None,
     *,
     help: str,
+    kind: Callable[[str], Any] | None = None,
     **more: Any,
 ) -> None:
-    """An option of the default's type that sets `name`; its help ends with both."""
-    help = f"{help} [{name}, {default} by default]"
-    group.add_argument(option, dest=name, type=type(default), choices=choices, help=help, **more)
+    """An option that sets `name`, of the default's type or read by `kind`; its help ends with
+    both."""
+    help, kind = f"{help} [{name}, {default} by default]", kind or type(default)
+    group.add_argument(option, dest=name, type=kind, choices=choices, help=help, **more)
+
+
+def _bits(text: str) -> int | float:
+    """A whole number, or the half of one."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def _scheme_options(p: Any) -> None:
     d = QuantConfig()
     assert d.dense is not None
-    widths = [*BITS, UNQUANTIZED]
     dense = "bits of attention, shared experts and dense MLPs; 16 leaves them"
-    _setting(p, "--bits", "experts.bits", d.experts.bits, BITS, help="bits of routed experts")
+    _setting(p, "--format", "format", d.format, get_args(Format), help="what is written")
+    bits = "bits of routed experts; of the format exl3 1 to 8 in halves"
+    _setting(p, "--bits", "experts.bits", d.experts.bits, help=bits, kind=_bits)
     _setting(
         p,
         "--group-size",
@@ -182,8 +191,8 @@ def _scheme_options(p: Any) -> None:
         help="give experts zero points: less loss, but the result loads in qmoe only "
         "[experts.symmetric, true by default]",
     )
-    _setting(p, "--dense-bits", "dense.bits", d.dense.bits, widths, help=dense)
-    _setting(p, "--lm-head-bits", "lm_head.bits", 16, widths, help="bits of lm_head; 16 leaves it")
+    _setting(p, "--dense-bits", "dense.bits", d.dense.bits, help=dense, kind=_bits)
+    _setting(p, "--lm-head-bits", "lm_head.bits", 16, help="bits of lm_head; 16 leaves it", kind=_bits)
     _setting(
         p,
         "--rotate",

@@ -3,13 +3,14 @@
 from qmoe.config.quant import (
     PRESETS,
     CalibrationConfig,
+    Format,
     Method,
     QuantConfig,
     Rotate,
     check_preset,
     setting_names,
 )
-from qmoe.config.scheme import BITS, CHANNEL, GROUPS, UNQUANTIZED, Scheme, expect
+from qmoe.config.scheme import BITS, CHANNEL, GROUPS, RATES, UNQUANTIZED, Scheme, expect
 from qmoe.config.tables import overlay
 
 __all__ = [
@@ -17,8 +18,10 @@ __all__ = [
     "CHANNEL",
     "GROUPS",
     "PRESETS",
+    "RATES",
     "UNQUANTIZED",
     "CalibrationConfig",
+    "Format",
     "Method",
     "QuantConfig",
     "Rotate",

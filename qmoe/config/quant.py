@@ -10,9 +10,12 @@ from qmoe.errors import ConfigError
 
 Method = Literal["rtn", "gptq", "awq", "awq-gptq"]
 Rotate = Literal["off", "fused", "online"]
+Format = Literal["compressed-tensors", "exl3"]
 
 
 DENSE = Scheme(8, CHANNEL)
+CODED = Scheme(4, CHANNEL, codebook="mul1")
+DENSE_CODED = Scheme(6, CHANNEL, codebook="mul1")
 # What each preset changes of the defaults. fast: GPTQ on min-max grids, without text that the model
 # writes. best: more text of both kinds, and each layer tuned.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -100,6 +103,10 @@ class QuantConfig:
         rotates the residual stream alone, which is no work, as all weights around it are rotated
         too and a tied head is untied; models for which that is not the same function are refused
         (qmoe/pipeline/find_rotation.py). Neither goes with AWQ.
+    format: what is written: integers in "compressed-tensors", or trellis codes in "exl3"
+        (qmoe/format/exl3.py).
+    beam: how many ways to continue the search for EXL3's codes follows at each weight; 0 searches
+        all of them, which takes two hundred times as long as 256 (kernels/cpu/trellis.py).
     min_tokens: an expert with fewer calibration tokens borrows tokens of its layer (see
         calibration/coverage.py).
     calibration: the text that statistics are gathered on.
@@ -116,6 +123,8 @@ class QuantConfig:
     refit: bool = BY_METHOD
     tune: int = 0
     rotate: Rotate = "off"
+    format: Format = "compressed-tensors"
+    beam: int = 256
     min_tokens: int = 256
     calibration: CalibrationConfig = CalibrationConfig()
 
@@ -132,10 +141,11 @@ class QuantConfig:
             raise ConfigError(f"method: expected one of {get_args(Method)}, got {self.method!r}")
         for name in ("search_grid", "refit"):
             if getattr(self, name) is None:
-                object.__setattr__(self, name, self.method in STEPS[name])
+                has = self.method in STEPS[name] and (self.format != "exl3" or name == "refit")
+                object.__setattr__(self, name, has)
         for name in ("act_order", "routing_weighted", "search_grid", "refit"):
             expect(name, getattr(self, name), bool)
-        for name in ("min_tokens", "tune"):
+        for name in ("min_tokens", "tune", "beam"):
             expect(name, getattr(self, name), int)
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
@@ -154,8 +164,28 @@ class QuantConfig:
             raise ConfigError("rotate: a scheme that is rotated is online, not fused")
         if self.applies_awq and (self.rotate != "off" or any(s.rotation for s in self._schemes())):
             raise ConfigError(f"rotate: not with AWQ's scales, the method is {self.method}")
+        self._check_format()
         if not 0 < self.damp < 1:
             raise ConfigError(f"damp: expected a share between 0 and 1, got {self.damp}")
+
+    def _check_format(self) -> None:
+        if self.format not in get_args(Format):
+            raise ConfigError(f"format: expected one of {get_args(Format)}, got {self.format!r}")
+        coded = self.format == "exl3"
+        if any(bool(scheme.codebook) != coded for scheme in self._schemes()):
+            raise ConfigError(
+                f"format: {self.format} needs schemes {'with' if coded else 'without'} a codebook; "
+                "QuantConfig.preset and QuantConfig.from_dict make them from the format"
+            )
+        if not coded:
+            return
+        wanted = {"method": ("gptq", "rtn"), "rotate": ("off",), "tune": (0,), "search_grid": (False,)}
+        for name, values in wanted.items():
+            if getattr(self, name) not in values:
+                raise ConfigError(
+                    f"{name}: EXL3's codes are solved with {values[0]!r}, got "
+                    f"{getattr(self, name)!r}"
+                )
 
     @property
     def applies_awq(self) -> bool:
@@ -215,7 +245,13 @@ class QuantConfig:
         dense = values.get("dense")
         dense = asdict(dense) if isinstance(dense, Scheme) else dense
         like = dense if isinstance(dense, dict) else {}
-        defaults = {"experts": asdict(Scheme()), "dense": asdict(DENSE)}
+        coded = values.get("format") == "exl3"
+        defaults = {
+            "experts": asdict(CODED if coded else Scheme()),
+            "dense": asdict(DENSE_CODED if coded else DENSE),
+        }
+        if coded:
+            values = {"experts": {}, "dense": {}} | values
         defaults["lm_head"] = defaults["dense"] | like | {"bits": UNQUANTIZED}
         for name, default in defaults.items():
             if isinstance(values.get(name), dict):

@@ -13,15 +13,15 @@ from qmoe.calibration.routed_tokens import RoutedTokens
 from qmoe.calibration.stats import ExpertStats, check_finite
 from qmoe.config import Method, QuantConfig, Scheme
 from qmoe.errors import CalibrationError
-from qmoe.format.grid import dequantize
-from qmoe.format.quantized import Quantized
+from qmoe.format.stacks import dequantize
+from qmoe.format.trellis import Stack
 from qmoe.layer.at_hand import LayerAtHand, LayerSettings, QuantizedLayer
 from qmoe.layer.records import ExpertsRecord, MatrixRecord
 from qmoe.layer.solved_cache import SolvedExperts
 from qmoe.layer.statistics import CollectedStats
 from qmoe.model import experts
 from qmoe.solvers.refit import refit
-from qmoe.solvers.solve import Solved, experts_at_once, join, solve
+from qmoe.solvers.solve import Solved, experts_at_once, join, solve, solve_codes
 from qmoe.system import distributed
 from qmoe.system.devices import CPU
 
@@ -43,7 +43,7 @@ def solve_modules(
             _solve_linear(layer, settings, name, hessian, made)
 
 
-def hold(layer: LayerAtHand, target: str, quantized: Quantized) -> None:
+def hold(layer: LayerAtHand, target: str, quantized: Stack) -> None:
     """Have the layer hold the dequantized weights of parameter `target`."""
     name, _, weight = target.rpartition(".")
     if name in layer.experts:
@@ -53,7 +53,7 @@ def hold(layer: LayerAtHand, target: str, quantized: Quantized) -> None:
         parameter.data.copy_(dequantize(quantized.to(parameter.device))[0])
 
 
-def _put(module: Any, weight: str, quantized: Quantized, start: int) -> None:
+def _put(module: Any, weight: str, quantized: Stack, start: int) -> None:
     there = quantized.to(getattr(module, weight).device)
     experts.put(module, weight, dequantize(there), start)
 
@@ -152,7 +152,9 @@ def _solve_part(
         check_finite(name, part.first, part.second)
         if not config.applies_awq:
             borrowed = borrow_rare(module, part, average_weight(stats), config.min_tokens, start)
-    solved = _solve(layer, settings, name, first, None if part is None else part.first)
+    parts = [len(experts.matrices_of(module, w)) for w in experts.expert_weights(module)]
+    given = None if part is None else part.first
+    solved = _solve(layer, settings, name, first, given, parts[0])
     hessian = None if part is None else part.second
     if routed is not None:
         there = dequantize(solved.quantized.to(first.device))
@@ -161,7 +163,7 @@ def _solve_part(
         second = refit(second, cross, hessian, config.damp)
         # Contiguous: some families keep their experts transposed, and so is what is fitted then.
         refitted = second.to(CPU).contiguous() if config.tune else None
-    both = [solved, _solve(layer, settings, name, second, hessian)]
+    both = [solved, _solve(layer, settings, name, second, hessian, parts[1])]
     made = SolvedExperts(both, borrowed, refitted)
     if cache is not None:
         cache.save(name, start, end, made)
@@ -184,12 +186,30 @@ def borrow_rare(
 
 
 def _solve(
-    layer: LayerAtHand, settings: LayerSettings, name: str, weight: Tensor, hessian: Tensor | None
+    layer: LayerAtHand,
+    settings: LayerSettings,
+    name: str,
+    weight: Tensor,
+    hessian: Tensor | None,
+    parts: int = 1,
 ) -> Solved:
-    config = settings.config
-    return solve_as(
-        config, config.method, name, weight, hessian, layer.schemes[name], settings.scale_dtype
-    )
+    config, scheme = settings.config, layer.schemes[name]
+    if scheme.codebook:
+        return solve_coded(config, name, weight, hessian, scheme, parts)
+    return solve_as(config, config.method, name, weight, hessian, scheme, settings.scale_dtype)
+
+
+def solve_coded(
+    config: QuantConfig,
+    name: str,
+    weight: Tensor,
+    hessian: Tensor | None,
+    scheme: Scheme,
+    parts: int = 1,
+) -> Solved:
+    """`solve_codes` with these settings; CalibrationError unless what was lost is known."""
+    solved = solve_codes(weight, hessian, scheme, parts, damp=config.damp, beam=config.beam)
+    return _known(name, solved)
 
 
 def solve_as(
@@ -212,6 +232,10 @@ def solve_as(
         damp=config.damp,
         search_grid=config.search_grid,
     )
+    return _known(name, solved)
+
+
+def _known(name: str, solved: Solved) -> Solved:
     if not all(map(math.isfinite, solved.error)):
         raise CalibrationError(
             f"{name}: its weights times its inputs are too large for float32, so that nothing can "

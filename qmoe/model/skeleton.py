@@ -5,7 +5,7 @@ and tensor_names.py touch it (tested with the range pinned in pyproject.toml). I
 family's renames and merges, in both directions, without code per model.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -86,16 +86,26 @@ class WeightMap:
     """Which checkpoint tensors make up which parameters of a model.
 
     stacks: what is packed: the weight's parameter, its experts (None for a linear), and of how many
-    matrices its rows (per expert) are made.
+    matrices its rows (per expert) are made. places: of EXL3's tensors, by stored name, the parameter
+    and the place in it (packed/coded.py).
     """
 
-    def __init__(self, model: Any, checkpoint: Checkpoint, stacks: Iterable[Stacked] = ()):
+    def __init__(
+        self,
+        model: Any,
+        checkpoint: Checkpoint,
+        stacks: Iterable[Stacked] = (),
+        places: Mapping[str, tuple[str, int]] | None = None,
+    ):
         self.model = model
         self.checkpoint = checkpoint
         self.rules = get_model_conversion_mapping(model)
         # Packed tensors, which transformers' rules do not know: their parameter, and the place of
         # each among the matrices stacked there.
-        self.packed: dict[str, tuple[str, int]] = {}
+        self.packed: dict[str, tuple[str, int]] = dict(places or {})
+        self._placed: dict[str, list[str]] = {}
+        for name, (target, _) in self.packed.items():
+            self._placed.setdefault(target, []).append(name)
         for target, experts_count, count in stacks:
             for i, name in enumerate(matrix_names(model, target, experts_count, count)):
                 self.packed |= {f"{name}{s}": (f"{target}{s}", i) for s in SUFFIXES}
@@ -214,6 +224,10 @@ class WeightMap:
 
     def _named(self, target: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """A parameter split and named as it is stored."""
+        if target in self._placed:
+            names = self._placed[target]
+            rank = len(self.checkpoint.lazy(names[0]).get_shape())
+            return dict(zip(names, tensor.view(len(names), *tensor.shape[tensor.dim() - rank :]), strict=True))
         suffix = next((s for s in SUFFIXES if target.endswith(s)), "")
         if not suffix or not self.packed:
             return original_names(self.model, target, tensor)
@@ -265,7 +279,8 @@ class WeightMap:
             owner, _, parameter = target.rpartition(".")
             module = self.model.get_submodule(owner)
             like = getattr(module, parameter)
-            whole = torch.cat([self.checkpoint.tensor(name) for name in matrices]).view(like.shape)
+            read = [self.checkpoint.tensor(name) for name in matrices]
+            whole = (torch.cat(read) if read[0].dim() else torch.stack(read)).view(like.shape)
             module._parameters[parameter] = nn.Parameter(whole, requires_grad=False)
 
     def tie(self) -> None:

@@ -11,6 +11,7 @@ from qmoe.checkpoint.model_config import generation_config
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.checkpoint.tokenizer import has_tokenizer
 from qmoe.errors import ConfigError, OutputError
+from qmoe.format.exl3_checkpoint import METHOD
 from qmoe.kernels import uses_arena
 from qmoe.kernels.cpu.stack import uses_cpu_kernels
 from qmoe.model.source import Source, check_complete
@@ -19,7 +20,7 @@ from qmoe.packed.modules import PackedLinear, finish_experts
 from qmoe.packed.offload import offload_experts
 from qmoe.packed.prepared import keep_prepared, open_prepared, prepared_file
 from qmoe.packed.run_on import RunOn
-from qmoe.packed.skeleton import open_packed
+from qmoe.packed.skeleton import open_packed, quantized_by
 from qmoe.system.devices import find_device
 from qmoe.system.host_memory import return_freed
 from qmoe.system.progress import is_shown, progress, shown
@@ -102,7 +103,8 @@ def _load(
     source = open_packed(folder, dtype)
     check_complete(source.weights)
     file = None
-    if cache and uses_cpu_kernels(run.device) and not uses_arena(run.device):
+    coded = quantized_by(source.checkpoint.config) == METHOD  # which runs from the file's bytes
+    if cache and not coded and uses_cpu_kernels(run.device) and not uses_arena(run.device):
         file = prepared_file(source.checkpoint, source.model.config.dtype)
     if file is not None:
         run = replace(run, prepared=open_prepared(*file))
@@ -185,9 +187,13 @@ def _finish(source: Source, prefix: str, run: RunOn) -> None:
     for name, module in source.model.named_modules():
         if prefix and not name.startswith(prefix + "."):
             continue
-        if name in experts and hasattr(module, "down_proj_packed"):
+        if name in experts and (
+            hasattr(module, "down_proj_packed") or hasattr(module, "down_proj_trellis")
+        ):
             finish_experts(module, name, run)
-        elif isinstance(module, PackedLinear) and hasattr(module, "weight_packed"):
+        elif isinstance(module, PackedLinear) and (
+            hasattr(module, "weight_packed") or hasattr(module, "weight_trellis")
+        ):
             module.finish(name, run)
         for parameter in module.parameters(recurse=False):
             if parameter.device.type != "meta":

@@ -22,10 +22,13 @@ from qmoe.kernels import uses_arena
 from qmoe.kernels.activation import Activation, recognize
 from qmoe.kernels.cpu.cache import StaleCache
 from qmoe.kernels.cpu.layout import Packed, arrange
+from qmoe.errors import ConfigError
 from qmoe.kernels.cpu.stack import CpuStack, uses_cpu_kernels
+from qmoe.kernels.cpu.trellis_stack import TrellisStack
 from qmoe.kernels.moe import moe_forward
 from qmoe.kernels.stack import PackedStack
 from qmoe.model import experts
+from qmoe.packed.coded import take_coded
 from qmoe.packed.run_on import RunOn
 from qmoe.packed.stored import declare, take_to_run
 
@@ -103,6 +106,30 @@ class PackedLinear(nn.Module):
             self.stack = PackedStack(quantized, quantized.scale.dtype)
 
 
+class CodedLinear(PackedLinear):
+    """A linear whose weight is in EXL3's codes; its places are declared (packed/coded.py)."""
+
+    def __init__(self, linear: nn.Linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias, self.rotation = linear.bias, 0
+        self._parameters |= linear._parameters
+        self._qmoe_coded = linear._qmoe_coded
+
+    def finish(self, where: str, run: RunOn) -> None:
+        _check_cpu(run)
+        (stored,) = take_coded(self, where).values()
+        self.stack = TrellisStack(stored, self._qmoe_coded["weight"].dtype)
+
+
+def _check_cpu(run: RunOn) -> None:
+    if uses_arena(run.device):
+        raise ConfigError(
+            f"device: qmoe runs EXL3's codes on the CPU, the device is {run.device}; exllamav3 runs "
+            "them on GPUs"
+        )
+
+
 def declare_experts(module: Any, scheme: Scheme) -> None:
     """Replace the weight stacks of an experts module by empty stored tensors on the meta device."""
     for name in experts.expert_weights(module):
@@ -115,13 +142,19 @@ def declare_experts(module: Any, scheme: Scheme) -> None:
 def finish_experts(module: Any, where: str, run: RunOn) -> None:
     """Turn the loaded tensors into the runtime's form, route the forward to it."""
     first, second = experts.expert_weights(module)
-    declared = module._qmoe_stored
-    module.qmoe_rotations = (declared[first][1].rotation, declared[second][1].rotation)
+    coded = getattr(module, "_qmoe_coded", None)
+    declared = getattr(module, "_qmoe_stored", {})
+    module.qmoe_rotations = tuple(
+        declared[name][1].rotation if coded is None else 0 for name in (first, second)
+    )
     for name, ours in ((first, "qmoe_first_bias"), (second, "qmoe_second_bias")):
         values = experts.bias_stack(module, name)
         if values is not None:
             delattr(module, f"{name}_bias")
             setattr(module, ours, nn.Parameter(values.contiguous(), requires_grad=False))
+    if coded is not None:
+        _finish_coded(module, where, run)
+        return
     activation = _fused(module, declared[first][0][1])
     if uses_cpu_kernels(run.device) and not uses_arena(run.device):
         module.qmoe_arena = _cpu_stack(module, where, run, activation)
@@ -134,6 +167,18 @@ def finish_experts(module: Any, where: str, run: RunOn) -> None:
             module.qmoe_first, module.qmoe_second = (
                 PackedStack(stack, stack.scale.dtype) for stack in stacks
             )
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    module.config._experts_implementation = NAME
+
+
+def _finish_coded(module: Any, where: str, run: RunOn) -> None:
+    _check_cpu(run)
+    dtype = next(iter(module._qmoe_coded.values())).dtype
+    stacks = take_coded(module, where)
+    first, second = experts.expert_weights(module)
+    module.qmoe_first, module.qmoe_second = (
+        TrellisStack(stacks[name], dtype) for name in (first, second)
+    )
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
     module.config._experts_implementation = NAME
 
