@@ -26,7 +26,9 @@ class TrellisStack(nn.Module):
         """The matrices of expert e, one of each part."""
         found = []
         for p, kind in enumerate(self.kinds):
-            tensors = (self.get_buffer(f"{name}{p}")[e : e + 1] for name in ("trellis", "suh", "svh"))
+            tensors = (
+                self.get_buffer(f"{name}{p}")[e : e + 1] for name in ("trellis", "suh", "svh")
+            )
             found.append(Codes(*tensors, *kind))
         return found
 

@@ -192,7 +192,9 @@ def _scheme_options(p: Any) -> None:
         "[experts.symmetric, true by default]",
     )
     _setting(p, "--dense-bits", "dense.bits", d.dense.bits, help=dense, kind=_bits)
-    _setting(p, "--lm-head-bits", "lm_head.bits", 16, help="bits of lm_head; 16 leaves it", kind=_bits)
+    _setting(
+        p, "--lm-head-bits", "lm_head.bits", 16, help="bits of lm_head; 16 leaves it", kind=_bits
+    )
     _setting(
         p,
         "--rotate",

@@ -179,7 +179,12 @@ class QuantConfig:
             )
         if not coded:
             return
-        wanted = {"method": ("gptq", "rtn"), "rotate": ("off",), "tune": (0,), "search_grid": (False,)}
+        wanted = {
+            "method": ("gptq", "rtn"),
+            "rotate": ("off",),
+            "tune": (0,),
+            "search_grid": (False,),
+        }
         for name, values in wanted.items():
             if getattr(self, name) not in values:
                 raise ConfigError(

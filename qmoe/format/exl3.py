@@ -102,8 +102,6 @@ def from_tiles(tiles: Float[Tensor, "*any k n 256"]) -> Float[Tensor, "*any K N"
     return matrix.flatten(-4, -3).flatten(-2)
 
 
-def decode(
-    trellis: Int16[Tensor, "*any k n W"], codebook: Codebook
-) -> Float[Tensor, "*any K N"]:
+def decode(trellis: Int16[Tensor, "*any k n W"], codebook: Codebook) -> Float[Tensor, "*any K N"]:
     """The matrices [K, N] that stored tiles stand for, float32, without scales and rotations."""
     return from_tiles(codebook_values(codebook)[states_of(trellis)])

@@ -38,7 +38,9 @@ def coded_tensors(name: str, codes: Codes, e: int) -> dict[str, Tensor]:
     return out if said is None else out | {f"{key}.{codes.codebook}": said}
 
 
-def decoded_tensors(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+def decoded_tensors(
+    tensors: dict[str, Tensor], shapes: dict[str, tuple[int, int]]
+) -> dict[str, Tensor]:
     """Stored tensors with every coded matrix as the float32 one it stands for, under the name of
     its weight. shapes: by that name, without what sizes are filled up with."""
     coded = (*CODED, *(f".{codebook}" for codebook in MULTIPLIERS))

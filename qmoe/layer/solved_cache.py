@@ -87,7 +87,13 @@ class SolvedCache:
 def _solved(tensors: dict[str, Tensor], i: int, entry: dict[str, Any], scheme: Scheme) -> Solved:
     damped = {int(e): amount for e, amount in entry["damped"].items()}
     bounded = {int(e): rows for e, rows in entry["bounded"].items()}
-    return Solved(_stack(tensors, i, entry["sizes"], scheme), entry["error"], damped, entry["rounded"], bounded)
+    return Solved(
+        _stack(tensors, i, entry["sizes"], scheme),
+        entry["error"],
+        damped,
+        entry["rounded"],
+        bounded,
+    )
 
 
 def _tensors(stack: Stack) -> dict[str, Tensor]:
@@ -106,7 +112,9 @@ def _stack(tensors: dict[str, Tensor], i: int, sizes: list[Any], scheme: Scheme)
     if scheme.codebook:
         codebook: Any = scheme.codebook
         parts = [
-            Codes(*(tensors[f"{i}.{p}.{name}"] for name in ("trellis", "suh", "svh")), codebook, n, k)
+            Codes(
+                *(tensors[f"{i}.{p}.{name}"] for name in ("trellis", "suh", "svh")), codebook, n, k
+            )
             for p, (n, k) in enumerate(sizes)
         ]
         return Trellis(tuple(parts), scheme)

@@ -227,7 +227,13 @@ class WeightMap:
         if target in self._placed:
             names = self._placed[target]
             rank = len(self.checkpoint.lazy(names[0]).get_shape())
-            return dict(zip(names, tensor.view(len(names), *tensor.shape[tensor.dim() - rank :]), strict=True))
+            return dict(
+                zip(
+                    names,
+                    tensor.view(len(names), *tensor.shape[tensor.dim() - rank :]),
+                    strict=True,
+                )
+            )
         suffix = next((s for s in SUFFIXES if target.endswith(s)), "")
         if not suffix or not self.packed:
             return original_names(self.model, target, tensor)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qmoe.config import Scheme
+from qmoe.errors import ConfigError
 from qmoe.format.compressed_tensors import SUFFIXES
 from qmoe.format.hadamard import rotate
 from qmoe.format.quantized import Quantized
@@ -22,7 +23,6 @@ from qmoe.kernels import uses_arena
 from qmoe.kernels.activation import Activation, recognize
 from qmoe.kernels.cpu.cache import StaleCache
 from qmoe.kernels.cpu.layout import Packed, arrange
-from qmoe.errors import ConfigError
 from qmoe.kernels.cpu.stack import CpuStack, uses_cpu_kernels
 from qmoe.kernels.cpu.trellis_stack import TrellisStack
 from qmoe.kernels.moe import moe_forward

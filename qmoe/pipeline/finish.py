@@ -4,9 +4,9 @@ to the model, and the report, after an audit."""
 from copy import deepcopy
 from typing import Any
 
-from qmoe._version import __version__
 from torch import Tensor
 
+from qmoe._version import __version__
 from qmoe.calibration.batches import fingerprint
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.format.compressed_tensors import Schemes, quantization_config, unpacked_tensors

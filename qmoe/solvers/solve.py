@@ -14,7 +14,7 @@ from qmoe.format.trellis import Stack, Trellis, join_trellis
 from qmoe.solvers.awq import output_error
 from qmoe.solvers.gptq import gptq
 from qmoe.solvers.rtn import rtn
-from qmoe.solvers.trellis import code_matrix
+from qmoe.solvers.trellis import code_stack
 from qmoe.system.devices import CPU
 
 CHUNK_BYTES = 1 << 27  # of Hessians solved at once; the solver's peak is about eight times that
@@ -93,25 +93,16 @@ def solve_codes(
 ) -> Solved:
     """Quantize a stack to EXL3's codes, in the machine's own memory. parts: matrices that an
     expert's rows are made of, each coded on its own."""
-    made: list[list[Trellis]] = []
-    errors, damped, rounded = list[float](), dict[int, float](), list[int]()
-    for e, matrix in enumerate(weight):
-        H = None if hessian is None else hessian[e].to(CPU, torch.float32)
-        coded = [
-            code_matrix(part, H, scheme, damp=damp, beam=beam)
-            for part in matrix.to(CPU, torch.float32).chunk(parts)
-        ]
-        made.append([Trellis((part.codes,), scheme) for part in coded])
-        lost, total = (sum(getattr(part, key) for part in coded) for key in ("lost", "total"))
-        errors.append((max(lost, 0.0) / total) ** 0.5 if total else 0.0)
-        used = [part.damp for part in coded]
-        if H is not None and None in used:
-            rounded.append(e)
-        elif H is not None and max(used) > damp:  # type: ignore[type-var]
-            damped[e] = max(used)  # type: ignore[assignment,type-var]
-    joined = [join_trellis(list(same)).parts[0] for same in zip(*made, strict=True)]
-    whole = Trellis(tuple(joined), scheme)
-    return Solved(whole, [] if hessian is None else errors, damped, rounded)
+    H = None if hessian is None else hessian.to(CPU, torch.float32)
+    coded = [
+        code_stack(part, H, scheme, damp=damp, beam=beam)
+        for part in weight.to(CPU, torch.float32).chunk(parts, dim=1)
+    ]
+    lost, total = (sum(getattr(part, key) for part in coded) for key in ("lost", "total"))
+    error = torch.where(total == 0, 0.0, lost.clamp(min=0) / total).sqrt()
+    damped = {e: amount for part in coded for e, amount in part.damped.items()}
+    whole = Trellis(tuple(part.codes for part in coded), scheme)
+    return Solved(whole, [] if H is None else error.tolist(), damped, coded[0].alone)
 
 
 def experts_at_once(in_features: int) -> int:

@@ -9,13 +9,22 @@ the Hessian.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Int16
 from torch import Tensor
 
 from qmoe.config import Scheme
-from qmoe.format.exl3 import SIDE, codebook_values, decode, tiles_of, to_tiles
+from qmoe.format.exl3 import (
+    SIDE,
+    Codebook,
+    codebook_values,
+    decode,
+    from_tiles,
+    tiles_of,
+    to_tiles,
+)
 from qmoe.format.hadamard import rotate, rotate_moments
 from qmoe.format.trellis import BLOCK, Codes, padded
 from qmoe.kernels.cpu.encode import encode
@@ -25,167 +34,172 @@ from qmoe.kernels.cpu.encode import encode
 SHARE = {1.0: 1.0, 1.5: 0.97, 2.0: 0.95, 2.5: 0.91, 3.0: 0.89}
 MOST_SHARE = 0.87
 SEED = 0x45584C33  # of the signs
+RIDGE = 1e-4  # that keeps fitted input scales near those before
 
 
 @dataclass(frozen=True)
-class CodedPart:
-    """codes: of one matrix. lost, total: tr(D H D') and tr(W H W') of error D and weights W. damp:
-    the damping that worked, None if none did and the matrix was coded without its Hessian."""
+class Coded:
+    """lost, total [E]: tr(D H D') and tr(W H W') of errors D and weights W, float64. damped: by
+    matrix, the damping that it took where the usual was not enough. alone: matrices that were coded
+    without their Hessian, which none made usable."""
 
     codes: Codes
-    lost: float
-    total: float
-    damp: float | None
+    lost: Float[Tensor, " E"]
+    total: Float[Tensor, " E"]
+    damped: dict[int, float]
+    alone: list[int]
 
 
-def code_matrix(
-    weight: Float[Tensor, "N K"],
-    hessian: Float[Tensor, "K K"] | None,
+def code_stack(
+    weight: Float[Tensor, "E N K"],
+    hessian: Float[Tensor, "E K K"] | None,
     scheme: Scheme,
     *,
     damp: float,
     beam: int,
-) -> CodedPart:
-    """One matrix in EXL3's codes. hessian: of its inputs; None codes every tile for itself."""
-    (n, k), wide = weight.shape, (padded(weight.shape[0]), padded(weight.shape[1]))
-    W = torch.zeros(wide)
-    W[:n, :k] = weight
-    H = torch.zeros(wide[1], wide[1])
+) -> Coded:
+    """Matrices in EXL3's codes, all at once. hessian: of their inputs; without it every tile is
+    coded for itself. Takes some twelve copies of the Hessians."""
+    (E, n, k), codebook = weight.shape, cast(Codebook, scheme.codebook)
+    N, K = padded(n), padded(k)
+    W = torch.zeros(E, N, K)
+    W[:, :n, :k] = weight
+    rows, columns = scales_of(W)
+    turned = rotate(rotate((W / columns[:, None] / rows[..., None]).mT, BLOCK).mT, BLOCK).mT
+    share = SHARE.get(float(scheme.bits), MOST_SHARE) * codebook_values(codebook).std()
+    size = turned.square().mean((1, 2)).sqrt().clamp(min=1e-30) / share
+    order, factor = torch.arange(K).expand(E, K), _Factor(None, {}, [])
+    H = torch.zeros(E, K, K)
     if hessian is not None:
-        H[:k, :k] = hessian
-    rows, columns = scales_of(W, H)
-    turned = rotate(rotate((W / columns / rows[:, None]).T, BLOCK).T, BLOCK).T  # [K, N]
-    values = codebook_values(scheme.codebook)  # type: ignore[arg-type]
-    share = SHARE.get(float(scheme.bits), MOST_SHARE)
-    size = turned.square().mean().sqrt().clamp(min=1e-30) / (values.std() * share)
-    factor, used = None, damp
-    if hessian is not None and (diagonal := H.diagonal().mean()) > 0:
-        rotated = rotate_moments(H * columns * columns[:, None] / diagonal, BLOCK)
+        H[:, :k, :k] = hessian
+        rotated = rotate_moments(H * columns[:, None] * columns[..., None], BLOCK)
         order = _order(rotated)
-        factor, used = _factor(rotated[order][:, order], damp)
-    if factor is None:
-        order, used = torch.arange(wide[1]), None
-    trellis = _code(turned[order] / size, factor, scheme, beam)
-    trellis = trellis[torch.argsort(order[::SIDE] // SIDE)]
-    rows = rows * size
-    made = rotate(rotate(decode(trellis, scheme.codebook).T, BLOCK).T, BLOCK)  # type: ignore[arg-type]
-    if factor is not None:
+        each = torch.arange(E)[:, None, None]
+        factor = _factor(rotated[each, order[..., None], order[:, None]], damp)
+    there = torch.arange(E)[:, None]
+    trellis = _code(turned[there, order] / size[:, None, None], factor.unit, scheme, beam)
+    trellis = trellis[there, torch.argsort(order[:, ::SIDE] // SIDE)]
+    rows = rows * size[:, None]
+    made = torch.stack([rotate(rotate(decode(t, codebook).T, BLOCK).T, BLOCK) for t in trellis])
+    if hessian is not None:
         columns, rows = fit_scales(made, W, H, columns, rows, damp)
-    return _finished(trellis, columns, rows, made, weight, H[:k, :k], scheme, used)
+    # Both sides of equal size, so that neither leaves the range of float16.
+    balance = (rows.abs().mean(1) / columns.abs().mean(1)).sqrt()[:, None]
+    suh, svh = (columns * balance).half().contiguous(), (rows / balance).half().contiguous()
+    D = (suh.float()[..., None] * made * svh.float()[:, None]).mT - W
+    lost, total = (((M @ H) * M).sum((1, 2), dtype=torch.float64) for M in (D, W))
+    return Coded(Codes(trellis, suh, svh, codebook, n, k), lost, total, factor.damped, factor.alone)
 
 
-def scales_of(
-    W: Float[Tensor, "N K"], H: Float[Tensor, "K K"]
-) -> tuple[Float[Tensor, " N"], Float[Tensor, " K"]]:
+def scales_of(W: Float[Tensor, "E N K"]) -> tuple[Float[Tensor, "E N"], Float[Tensor, "E K"]]:
     """Scales of outputs and inputs with random signs, ahead of the rotations. With outputs scaled
     by the root of their size the error is least; inputs are scaled to equal size."""
     generator = torch.Generator().manual_seed(SEED)
-    signs = [torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1 for size in W.shape]
-    columns = _even(W.square().mean(0).sqrt())
-    rows = _even((W / columns).square().mean(1).sqrt()).sqrt()
+    signs = [torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1 for size in W.shape[1:]]
+    columns = _even(W.square().mean(1).sqrt())
+    rows = _even((W / columns[:, None]).square().mean(2).sqrt()).sqrt()
     return rows * signs[0], columns * signs[1]
 
 
-def _even(size: Tensor) -> Tensor:
-    """Sizes over their mean; those of empty rows, and all others far below it, are taken larger."""
-    mean = size[size > 0].mean() if bool((size > 0).any()) else torch.ones(())
+def _even(size: Float[Tensor, "E n"]) -> Float[Tensor, "E n"]:
+    """Sizes over the mean of those that are not zero; the least of them are taken larger."""
+    count = (size > 0).sum(1, keepdim=True).clamp(min=1)
+    mean = (size.sum(1, keepdim=True) / count).clamp(min=torch.finfo(size.dtype).tiny)
     return (size / mean).clamp(min=1e-2)
 
 
-def _order(H: Float[Tensor, "K K"]) -> Tensor:
+def _order(H: Float[Tensor, "E K K"]) -> Int[Tensor, "E K"]:
     """Inputs in blocks of 128 by falling energy."""
-    energy = H.diagonal().view(-1, BLOCK).sum(1)
-    blocks = torch.argsort(energy, descending=True, stable=True)
-    return (blocks[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
+    energy = H.diagonal(dim1=1, dim2=2).unflatten(1, (-1, BLOCK)).sum(2)
+    blocks = torch.argsort(energy, dim=1, descending=True, stable=True)
+    return (blocks[..., None] * BLOCK + torch.arange(BLOCK)).flatten(1)
 
 
-def _factor(H: Float[Tensor, "K K"], damp: float) -> tuple[Tensor | None, float | None]:
-    """The unit upper block factor U of H = U D U' with blocks of 16, and the damping that worked.
-    Row block b of U holds what of the error of later blocks is still to come back in b."""
-    amount = damp
-    while amount <= 1:
-        damped = H.flip(0, 1) + amount * H.diagonal().mean() * torch.eye(len(H))
-        L, info = torch.linalg.cholesky_ex(damped)
-        if info == 0 and L.isfinite().all():
-            blocks = torch.stack([L[i : i + SIDE, i : i + SIDE] for i in range(0, len(L), SIDE)])
-            inverse = torch.linalg.solve_triangular(
-                blocks, torch.eye(SIDE).expand_as(blocks), upper=False
-            )
-            unit = (L.unflatten(1, (-1, SIDE)).transpose(0, 1) @ inverse).transpose(0, 1).flatten(1)
-            return unit.flip(0, 1), amount
-        amount *= 10
-    return None, None
+@dataclass
+class _Factor:
+    """unit [E, K, K]: upper U of H = U D U', D in blocks of 16, U of ones on its diagonal blocks."""
+
+    unit: Tensor | None
+    damped: dict[int, float]
+    alone: list[int]
+
+
+def _factor(H: Float[Tensor, "E K K"], damp: float) -> _Factor:
+    unit = torch.zeros_like(H)
+    out = _Factor(unit, {}, [])
+    for e, matrix in enumerate(H):
+        mean, amount = matrix.diagonal().mean(), damp
+        while mean > 0 and amount <= 1:
+            damped = matrix / mean + amount * torch.eye(len(matrix))
+            # L L' of the reversed matrix, reversed again, is U U'.
+            L, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+            if info == 0 and L.isfinite().all():
+                unit[e] = _unit_blocks(L).flip(0, 1)
+                break
+            amount *= 10
+        else:
+            out.alone.append(e)
+        if damp < amount <= 1:
+            out.damped[e] = amount
+    return out
+
+
+def _unit_blocks(L: Float[Tensor, "K K"]) -> Float[Tensor, "K K"]:
+    """Lower L with its diagonal blocks of 16 made ones: each block of columns times their inverse."""
+    blocks = torch.stack([L[i : i + SIDE, i : i + SIDE] for i in range(0, len(L), SIDE)])
+    ones = torch.eye(SIDE).expand_as(blocks)
+    inverse = torch.linalg.solve_triangular(blocks, ones, upper=False)
+    made = L.unflatten(1, (-1, SIDE)).transpose(0, 1) @ inverse
+    return made.transpose(0, 1).flatten(1)
 
 
 def _code(
-    W: Float[Tensor, "K N"], factor: Tensor | None, scheme: Scheme, beam: int
-) -> Tensor:
-    """Tiles [K/16, N/16, W] of a matrix in the order in which it is coded."""
-    K, N = W.shape
-    rate, codebook = float(scheme.bits), scheme.codebook
-    error = torch.zeros_like(W)
-    out = []
-    for start in range(0, K, SIDE):
+    W: Float[Tensor, "E K N"], unit: Tensor | None, scheme: Scheme, beam: int
+) -> Int16[Tensor, "E k n w"]:
+    """Tiles of matrices whose inputs lie in the order in which they are coded."""
+    rate, codebook = float(scheme.bits), cast(Codebook, scheme.codebook)
+    values, error, out = codebook_values(codebook), torch.zeros_like(W), list[Tensor]()
+    for start in range(0, W.shape[1], SIDE):
         block = slice(start, start + SIDE)
-        target = W[block]
-        if factor is not None and start:
-            # W - Q of the blocks before, times H's factor: LDLQ's feedback.
-            target = target + factor[:start, block].T @ error[:start]
-        tiles = to_tiles(target)[0]
-        states, _ = encode(tiles, rate, codebook, beam)  # type: ignore[arg-type]
-        trellis = tiles_of(states, rate)
-        error[block] = W[block] - decode(trellis[None], codebook)  # type: ignore[arg-type]
-        out.append(trellis)
-    return torch.stack(out)
+        target = W[:, block]
+        if unit is not None and start:
+            # LDLQ's feedback: what was lost in the blocks before comes back here.
+            target = target + unit[:, :start, block].mT @ error[:, :start]
+        states, _ = encode(to_tiles(target), rate, codebook, beam)
+        error[:, block] = W[:, block] - from_tiles(values[states])
+        out.append(states[:, 0])
+    return tiles_of(torch.stack(out, dim=1), rate)
 
 
 def fit_scales(
-    P: Float[Tensor, "K N"],
-    W: Float[Tensor, "N K"],
-    H: Float[Tensor, "K K"],
-    columns: Float[Tensor, " K"],
-    rows: Float[Tensor, " N"],
+    P: Float[Tensor, "E K N"],
+    W: Float[Tensor, "E N K"],
+    H: Float[Tensor, "E K K"],
+    columns: Float[Tensor, "E K"],
+    rows: Float[Tensor, "E N"],
     damp: float,
-) -> tuple[Float[Tensor, " K"], Float[Tensor, " N"]]:
+) -> tuple[Float[Tensor, "E K"], Float[Tensor, "E N"]]:
     """The scales with the least output error for given codes P: outputs, inputs, outputs again,
     each by least squares under the damped H with the other as it is."""
-    H = H + damp * H.diagonal().mean() * torch.eye(len(H))
-    wanted = H @ W.T  # [K, N]
+    mean = H.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(H.dtype).tiny
+    H = H / mean[:, None, None] + damp * torch.eye(H.shape[1])
+    wanted = H @ W.mT  # [E, K, N]
 
     def outputs() -> Tensor:
-        coded = columns[:, None] * P
-        fitted = (coded * wanted).sum(0) / (coded * (H @ coded)).sum(0)
-        sound = (fitted / rows > 0.5) & (fitted / rows < 2)
-        return torch.where(sound, fitted, rows)
+        coded = columns[..., None] * P
+        return _near((coded * wanted).sum(1) / (coded * (H @ coded)).sum(1), rows)
 
     rows = outputs()
-    coded = P * rows
-    system = H * (coded @ coded.T)
-    ridge = 1e-4 * system.diagonal()
-    system = system + torch.diag(ridge + torch.finfo(torch.float32).tiny)
-    right = (coded * wanted).sum(1) + ridge * columns
-    fitted, bad = torch.linalg.solve_ex(system, right)
-    if int(bad) == 0:
-        sound = (fitted / columns > 0.5) & (fitted / columns < 2)
-        columns = torch.where(sound, fitted, columns)
+    coded = P * rows[:, None]
+    system = H * (coded @ coded.mT)
+    ridge = RIDGE * system.diagonal(dim1=1, dim2=2) + torch.finfo(H.dtype).tiny
+    right = (coded * wanted).sum(2) + ridge * columns
+    fitted, bad = torch.linalg.solve_ex(system + torch.diag_embed(ridge), right)
+    columns = torch.where((bad == 0)[:, None], _near(fitted, columns), columns)
     return columns, outputs()
 
 
-def _finished(
-    trellis: Tensor,
-    columns: Tensor,
-    rows: Tensor,
-    made: Float[Tensor, "K N"],
-    weight: Tensor,
-    H: Tensor,
-    scheme: Scheme,
-    damp: float | None,
-) -> CodedPart:
-    """The codes with scales as they are stored, both sides of equal size, and what they lose."""
-    (n, k), balance = weight.shape, (rows.abs().mean() / columns.abs().mean()).sqrt()
-    suh, svh = (columns * balance).half(), (rows / balance).half()
-    error = (suh.float()[:, None] * made * svh.float()).T[:n, :k] - weight
-    lost = float((error @ H * error).sum(dtype=torch.float64))
-    total = float((weight @ H * weight).sum(dtype=torch.float64))
-    codes = Codes(trellis[None], suh[None], svh[None], scheme.codebook, n, k)  # type: ignore[arg-type]
-    return CodedPart(codes, lost, total, damp)
+def _near(fitted: Tensor, before: Tensor) -> Tensor:
+    """A scale that would change by half or to twice stays as it is."""
+    share = fitted / before
+    return torch.where((share > 0.5) & (share < 2), fitted, before)
