@@ -119,7 +119,8 @@ class CodedLinear(PackedLinear):
     def finish(self, where: str, run: RunOn) -> None:
         _check_cpu(run)
         (stored,) = take_coded(self, where).values()
-        self.stack = TrellisStack(stored, self._qmoe_coded["weight"].dtype)
+        dtype = self._qmoe_coded["weight"].dtype
+        self.stack = TrellisStack([stored], dtype, exact=run.exact)
 
 
 def _check_cpu(run: RunOn) -> None:
@@ -173,12 +174,12 @@ def finish_experts(module: Any, where: str, run: RunOn) -> None:
 
 def _finish_coded(module: Any, where: str, run: RunOn) -> None:
     _check_cpu(run)
-    dtype = next(iter(module._qmoe_coded.values())).dtype
+    first = experts.expert_weights(module)[0]
+    declared = module._qmoe_coded[first]
     stacks = take_coded(module, where)
-    first, second = experts.expert_weights(module)
-    module.qmoe_first, module.qmoe_second = (
-        TrellisStack(stacks[name], dtype) for name in (first, second)
-    )
+    ordered = [stacks[name] for name in experts.expert_weights(module)]
+    activation = _fused(module, declared.shape[1])
+    module.qmoe_arena = TrellisStack(ordered, declared.dtype, activation, run.exact)
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
     module.config._experts_implementation = NAME
 
