@@ -83,11 +83,15 @@ class TrellisStack(nn.Module):
         ]
         for i, stack in enumerate(stacks):
             for p, part in enumerate(stack.parts):
-                for name, tensor in zip(TENSORS, part.tensors(), strict=True):
+                # Tiles that share their outputs one behind the other, as a product reads them.
+                tensors = (part.trellis.transpose(1, 2), part.suh, part.svh)
+                for name, tensor in zip(TENSORS, tensors, strict=True):
                     self.register_buffer(f"{name}{i}{p}", tensor.contiguous(), persistent=False)
 
-    def _codes(self, i: int, p: int) -> Codes:
-        return Codes(*(self.get_buffer(f"{name}{i}{p}") for name in TENSORS), *self.kinds[i][p])
+    def _codes(self, i: int, p: int, e: int) -> Codes:
+        """Part p of matrix e of stack i as it is stored."""
+        trellis, suh, svh = (self.get_buffer(f"{name}{i}{p}")[e : e + 1] for name in TENSORS)
+        return Codes(trellis.transpose(1, 2), suh, svh, *self.kinds[i][p])
 
     def _structs(self, i: int, bias: Tensor | None) -> list[CodedStruct]:
         """The matrices of stack i as C takes them."""
@@ -143,9 +147,8 @@ class TrellisStack(nn.Module):
 
     def expand(self, e: int, i: int = 0) -> Float[Tensor, "N K"]:
         """Matrix e of stack i in floating point."""
-        parts = [self._codes(i, p) for p in range(len(self.kinds[i]))]
-        one = [Codes(*(t[e : e + 1] for t in c.tensors()), c.codebook, c.n, c.k) for c in parts]
-        return torch.cat([codes.dequantize()[0] for codes in one]).to(self.dtype)
+        parts = [self._codes(i, p, e) for p in range(len(self.kinds[i]))]
+        return torch.cat([codes.dequantize()[0] for codes in parts]).to(self.dtype)
 
     def packed_bytes(self) -> int:
         """Bytes of the codes alone."""

@@ -3,6 +3,7 @@
 // like a matrix of 8 bits; the rotations come before and after. As in run.c, the number of threads changes nothing.
 #include "trellis_run.h"
 
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -98,10 +99,18 @@ static void pack_between(void *argument, int64_t slot) {
     pack_row(job, job->mid + slot * m->k, FLOAT32, slot, m, job->between, job->mid_sums);
 }
 
+// Blocks [block, block + count) of 16 outputs of an expert to 8-bit codes.
+static void expand(const Job *job, const Coded *m, int64_t expert, int64_t block, int64_t count, uint8_t *codes) {
+    int64_t deep = m->wide_k / ROWS, size = 8 * m->twice;
+    const uint16_t *tiles = m->trellis + (expert * (m->wide_n / ROWS) + block) * deep * size;
+    (m->fast ? job->expand : qmoe_expand_scalar)(tiles, size, count * deep, m->twice, m->table, codes);
+}
+
 // y [8, rows, 16]: outputs [at, at + 128) of the rows of an expert, from slot `first` on: rotated back, with scales
-// and bias. codes: the blocks of these outputs, expanded. row_bias: where the biases of the matrix begin.
-static void multiply(const Job *job, const Coded *m, const uint8_t *codes, int64_t expert, int64_t at, int64_t first, int64_t rows,
-                     void *packed, const float *sums, int64_t row_bias, float *y) {
+// and bias. codes: the blocks of these outputs, expanded, or room for two of them if all rows of the expert are here
+// (alone). row_bias: where the biases of the matrix begin.
+static void multiply(const Job *job, const Coded *m, uint8_t *codes, int alone, int64_t expert, int64_t at, int64_t first,
+                     int64_t rows, void *packed, const float *sums, int64_t row_bias, float *y) {
     static const float ones[ROWS] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     const uint16_t *svh = m->svh + expert * m->wide_n + at;
     const Rows x = rows_at(job, packed, m, first, rows);
@@ -109,8 +118,11 @@ static void multiply(const Job *job, const Coded *m, const uint8_t *codes, int64
     job->tier->load(svh, FLOAT16, 0, SPAN, scale);
     for (int b = 0; b < BLOCKS; b += 2) {
         Block block[2];
+        // For one tile of rows the codes are used as soon as they are there, from the nearest cache.
+        uint8_t *here = codes + (alone ? 0 : ROWS * m->wide_k * b);
+        if (alone) expand(job, m, expert, at / ROWS + b, 2, here);
         for (int i = 0; i < 2; i++)
-            block[i] = (Block){(const uint8_t *)ones, 0, codes + ROWS * m->wide_k * (b + i), 1, m->wide_k / STEP, FLOAT32, 8, 128};
+            block[i] = (Block){(const uint8_t *)ones, 0, here + ROWS * m->wide_k * i, 1, m->wide_k / STEP, FLOAT32, 8, 128};
         job->tier->product(block, 2, &x, y + ROWS * rows * b);
     }
     for (int64_t r = 0; r < rows; r++) {
@@ -126,11 +138,26 @@ static void multiply(const Job *job, const Coded *m, const uint8_t *codes, int64
     }
 }
 
-static void expand(const Job *job, const Coded *m, int64_t expert, int64_t at, uint8_t *codes) {
-    int64_t deep = m->wide_k / ROWS, wide = m->wide_n / ROWS, size = 8 * m->twice;
-    const uint16_t *tiles = m->trellis + (expert * deep * wide + at / ROWS) * size;
-    Expand *how = m->fast ? job->expand : qmoe_expand_scalar;
-    for (int b = 0; b < BLOCKS; b++) how(tiles + b * size, wide * size, deep, m->twice, m->table, codes + ROWS * m->wide_k * b);
+// Memory that a thread keeps from item to item and from call to call: new pages cost more than what they serve.
+typedef struct {
+    size_t bytes;
+    char data[] __attribute__((aligned(64)));
+} Kept;
+
+static pthread_key_t kept;
+static pthread_once_t keeping = PTHREAD_ONCE_INIT;
+
+static void keep(void) { pthread_key_create(&kept, free); }
+
+static char *room(size_t bytes) {
+    pthread_once(&keeping, keep);
+    Kept *memory = pthread_getspecific(kept);
+    if (memory && memory->bytes >= bytes) return memory->data;
+    free(memory);
+    memory = aligned_alloc(64, (sizeof *memory + bytes + 63) & ~(size_t)63);
+    if (memory) memory->bytes = bytes;
+    pthread_setspecific(kept, memory);
+    return memory ? memory->data : 0;
 }
 
 static void first_product(void *argument, int64_t item) {
@@ -139,16 +166,20 @@ static void first_product(void *argument, int64_t item) {
     const Coded *m = call->first;
     int64_t spans = m->wide_n / SPAN, all = 0, active = item / spans, at = item % spans * SPAN;
     int64_t stop = job->start[active + 1], expert = job->expert[job->start[active]];
-    size_t deep = (size_t)(SPAN * m->wide_k);
-    uint8_t *codes = aligned_alloc(64, (size_t)call->parts * deep);
-    float *y = aligned_alloc(64, 2 * sizeof(float) * SPAN * TILE);
-    if (!codes || !y) job->failed = 1;
+    int alone = stop - job->start[active] <= TILE;
+    size_t deep = alone ? 0 : (size_t)(SPAN * m->wide_k);
+    float *y = (float *)room(2 * sizeof(float) * SPAN * TILE + 2 * (size_t)(SPAN * m->wide_k));
+    uint8_t *codes = (uint8_t *)(y + 2 * SPAN * TILE);
+    if (!y) {
+        job->failed = 1;
+        return;
+    }
     for (int64_t p = 0; p < call->parts; p++) all += m[p].n;
-    for (int64_t p = 0; p < call->parts && !job->failed; p++) expand(job, m + p, expert, at, codes + (size_t)p * deep);
-    for (int64_t first = job->start[active]; first < stop && !job->failed; first += TILE) {
+    for (int64_t p = 0; p < call->parts && !alone; p++) expand(job, m + p, expert, at / ROWS, BLOCKS, codes + (size_t)p * deep);
+    for (int64_t first = job->start[active]; first < stop; first += TILE) {
         int64_t rows = least(TILE, stop - first), row_bias = expert * all;
         for (int64_t p = 0; p < call->parts; p++, row_bias += m->n)
-            multiply(job, m + p, codes + (size_t)p * deep, expert, at, first, rows, job->in[p], job->sums[p], row_bias,
+            multiply(job, m + p, codes + (size_t)p * deep, alone, expert, at, first, rows, job->in[p], job->sums[p], row_bias,
                      y + SPAN * TILE * p);
         for (int b = 0; b < BLOCKS; b++) {
             int64_t column = at + ROWS * b, n = least(ROWS, m->n - column);
@@ -166,8 +197,6 @@ static void first_product(void *argument, int64_t item) {
                 }
         }
     }
-    free(codes);
-    free(y);
 }
 
 static void second_product(void *argument, int64_t item) {
@@ -175,12 +204,18 @@ static void second_product(void *argument, int64_t item) {
     const CodedCall *call = job->call;
     const Coded *m = &call->second;
     int64_t at = item * SPAN, width = least(SPAN, m->n - at);
-    uint8_t *codes = aligned_alloc(64, (size_t)(SPAN * m->wide_k));
-    float *y = aligned_alloc(64, sizeof(float) * SPAN * TILE), *sum = calloc((size_t)(call->tokens * SPAN), sizeof(float));
-    if (!codes || !y || !sum) job->failed = 1;
-    for (int64_t active = 0; active < job->active && !job->failed; active++) {
+    size_t sums = sizeof(float) * (size_t)(call->tokens * SPAN);
+    float *y = (float *)room(sizeof(float) * SPAN * TILE + (size_t)(SPAN * m->wide_k) + sums), *sum = y + SPAN * TILE;
+    if (!y) {
+        job->failed = 1;
+        return;
+    }
+    uint8_t *codes = (uint8_t *)sum + sums;
+    memset(sum, 0, sums);
+    for (int64_t active = 0; active < job->active; active++) {
         int64_t stop = job->start[active + 1], expert = job->expert[job->start[active]];
-        expand(job, m, expert, at, codes);
+        int alone = stop - job->start[active] <= TILE;
+        if (!alone) expand(job, m, expert, at / ROWS, BLOCKS, codes);
         for (int64_t first = job->start[active]; first < stop; first += TILE) {
             int64_t rows = least(TILE, stop - first), token[TILE];
             float gate[TILE];
@@ -188,15 +223,12 @@ static void second_product(void *argument, int64_t item) {
                 token[r] = job->assignment[first + r] / call->choices;
                 gate[r] = call->gates[job->assignment[first + r]];
             }
-            multiply(job, m, codes, expert, at, first, rows, job->between, job->mid_sums, expert * m->n, y);
+            multiply(job, m, codes, alone, expert, at, first, rows, job->between, job->mid_sums, expert * m->n, y);
             for (int b = 0; b < BLOCKS; b++) job->tier->add(sum + ROWS * b, SPAN, token, gate, y + ROWS * rows * b, rows);
         }
     }
-    for (int64_t t = 0; t < call->tokens && !job->failed; t++)
+    for (int64_t t = 0; t < call->tokens; t++)
         job->tier->store(sum + t * SPAN, (char *)call->out + (size_t)(t * m->n + at) * width_of(call->type), call->type, width);
-    free(codes);
-    free(y);
-    free(sum);
 }
 
 // Slots: assignments sorted by expert, in their order. Ids outside of [0, E) have none.

@@ -2,9 +2,10 @@
 #pragma once
 #include "qmoe_cpu.h"
 
-// The matrices [n, k] of all experts in one rate and codebook, stored transposed in tiles, filled up to wide_n, wide_k.
+// The matrices [n, k] of all experts in one rate and codebook, filled up to wide_n, wide_k. Tiles that share their
+// outputs lie one behind the other, so that they are read in one stream.
 typedef struct {
-    const uint16_t *trellis, *suh, *svh;  // [E, wide_k / 16, wide_n / 16, 8 twice], [E, wide_k], [E, wide_n]
+    const uint16_t *trellis, *suh, *svh;  // [E, wide_n / 16, wide_k / 16, 8 twice], [E, wide_k], [E, wide_n]
     const uint8_t *table;                 // [65536] of every state its 8-bit code, 128 near 0
     const float *bias;                    // [E, parts n] of the stack that it is a part of, or NULL
     int64_t n, k, wide_n, wide_k, twice, fast;  // fast: codes of mul1, which vectors compute
