@@ -7,7 +7,7 @@
 #pragma once
 #include <string.h>
 
-enum { SAMPLE = 128, SPARE = 32, MOST = 1 << MOST_BITS, WIDER = 8 };
+enum { SAMPLE = 128, MOST = 1 << MOST_BITS, SPARE = MOST + 16, WIDER = 8 };
 
 // How many survivors there may be where `beam` are wanted: a sample says which cost that is.
 static int64_t room_of(int64_t beam) { return beam + beam / 2 + 64; }
@@ -105,6 +105,7 @@ static float search(const Stretch *s, int64_t beam, void *scratch, uint16_t *sta
         }
         // Few enough, or a sample that says nothing: all of them, as far as there is room.
         if (n == 0) n = extend(cost, state, m, bits, wanted, s->values, penalty, 1e29f, next, free, room);
+        n = n < room ? n : room;
         follow(free, n, bits, state, from);
         float *costs = cost;
         uint32_t *old = state;
