@@ -1,4 +1,4 @@
-"""How fast the CPU kernels compute with EXL3's codes, beside our int4 and exllamav3's own CPU kernel.
+"""How fast the CPU kernels compute with EXL3's codes, beside int4 and exllamav3's own CPU kernel.
 
     python -P scripts/bench_trellis_kernel.py [--tier avx2] [--rates 2 3 4] [--threads 1 2]
     python -P scripts/bench_trellis_kernel.py --exllamav3 DIR
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves i
 from bench_cpu_kernel import Best, cpu_name
 from torch import Tensor
 
-H, I, E, A = 2048, 768, 64, 8
+H, I, E, A = 2048, 768, 64, 8  # noqa: E741
 PREFILL = 256
 BIND = """#include <torch/extension.h>
 #include "moe_mul1.h"
@@ -88,7 +88,9 @@ def build(folder: Path) -> Any:
     bind.write_text(BIND)
     files = [str(bind), str(source / "moe_mul1.cpp")]
     flags = ["-O2", "-std=c++20"]
-    return cpp_extension.load("ex3cpu", files, extra_include_paths=[str(source)], extra_cflags=flags)
+    return cpp_extension.load(
+        "ex3cpu", files, extra_include_paths=[str(source)], extra_cflags=flags
+    )
 
 
 def measure(runs: dict[str, Run], seconds: float) -> dict[str, float]:
@@ -127,7 +129,7 @@ def main() -> None:
 
     kernel = None if options.exllamav3 is None else build(options.exllamav3)
     print(f"{cpu_name()}; tier {tier_name()}; torch {torch.__version__}\n")
-    head = "| threads | kernel | decode us | G weights/s | prefill ms | GOPS |\n|---|---|---|---|---|---|"
+    head = "| threads | kernel | decode us | G weights/s | prefill ms | GOPS |\n" + "|---" * 6 + "|"
     weights = 3 * H * I * A
     for threads in options.threads:
         torch.set_num_threads(threads)

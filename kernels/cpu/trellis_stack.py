@@ -1,5 +1,5 @@
-"""Matrices in EXL3's codes as a model on a CPU holds them: the checkpoint's bytes, and products with
-them by the kernels in C (csrc/trellis_run.c).
+"""Matrices in EXL3's codes as a model on a CPU holds them: the checkpoint's bytes, and products
+with them by the kernels in C (csrc/trellis_run.c).
 
 Inputs are scaled and rotated, and rounded to 8 bits per token and 32 features; blocks of 16 outputs
 are expanded to 8 bits for all rows of an expert at once. With `exact`, and without the kernels, the

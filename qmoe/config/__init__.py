@@ -1,9 +1,9 @@
 """Settings: what to do to a model. A key, type or combination that cannot work is an error."""
 
+from qmoe.config.formats import Format
 from qmoe.config.quant import (
     PRESETS,
     CalibrationConfig,
-    Format,
     Method,
     QuantConfig,
     Rotate,

@@ -4,18 +4,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, cast, get_args
 
+from qmoe.config.formats import CODED, DENSE_CODED, Format, check_format
 from qmoe.config.scheme import CHANNEL, UNQUANTIZED, Scheme, expect
 from qmoe.config.tables import check_keys, overlay, strict
 from qmoe.errors import ConfigError
 
 Method = Literal["rtn", "gptq", "awq", "awq-gptq"]
 Rotate = Literal["off", "fused", "online"]
-Format = Literal["compressed-tensors", "exl3"]
 
 
 DENSE = Scheme(8, CHANNEL)
-CODED = Scheme(4, CHANNEL, codebook="mul1")
-DENSE_CODED = Scheme(6, CHANNEL, codebook="mul1")
 # What each preset changes of the defaults. fast: GPTQ on min-max grids, without text that the model
 # writes. best: more text of both kinds, and each layer tuned.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -164,33 +162,9 @@ class QuantConfig:
             raise ConfigError("rotate: a scheme that is rotated is online, not fused")
         if self.applies_awq and (self.rotate != "off" or any(s.rotation for s in self._schemes())):
             raise ConfigError(f"rotate: not with AWQ's scales, the method is {self.method}")
-        self._check_format()
+        check_format(vars(self), self._schemes())
         if not 0 < self.damp < 1:
             raise ConfigError(f"damp: expected a share between 0 and 1, got {self.damp}")
-
-    def _check_format(self) -> None:
-        if self.format not in get_args(Format):
-            raise ConfigError(f"format: expected one of {get_args(Format)}, got {self.format!r}")
-        coded = self.format == "exl3"
-        if any(bool(scheme.codebook) != coded for scheme in self._schemes()):
-            raise ConfigError(
-                f"format: {self.format} needs schemes {'with' if coded else 'without'} a codebook; "
-                "QuantConfig.preset and QuantConfig.from_dict make them from the format"
-            )
-        if not coded:
-            return
-        wanted = {
-            "method": ("gptq", "rtn"),
-            "rotate": ("off",),
-            "tune": (0,),
-            "search_grid": (False,),
-        }
-        for name, values in wanted.items():
-            if getattr(self, name) not in values:
-                raise ConfigError(
-                    f"{name}: EXL3's codes are solved with {values[0]!r}, got "
-                    f"{getattr(self, name)!r}"
-                )
 
     @property
     def applies_awq(self) -> bool:

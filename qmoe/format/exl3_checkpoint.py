@@ -1,4 +1,5 @@
-"""The checkpoint on disk as exllamav3 has it: the tensors of a coded matrix, and what is said of them.
+"""The checkpoint on disk as exllamav3 has it: the tensors of a coded matrix, and what the config
+says of them.
 
 <module>.trellis   int16 [K/16, N/16, 16 * rate]
 <module>.suh       float16 [K]

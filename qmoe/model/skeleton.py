@@ -80,14 +80,15 @@ def _compute_buffers(model: Any) -> None:
 
 
 Stacked = tuple[str, int | None, int]
+RANKS = {"trellis": 3, "suh": 1, "svh": 1}  # of EXL3's tensors; multipliers have 0
 
 
 class WeightMap:
     """Which checkpoint tensors make up which parameters of a model.
 
     stacks: what is packed: the weight's parameter, its experts (None for a linear), and of how many
-    matrices its rows (per expert) are made. places: of EXL3's tensors, by stored name, the parameter
-    and the place in it (packed/coded.py).
+    matrices its rows (per expert) are made. places: of EXL3's tensors, by stored name, the
+    parameter and the place in it (packed/coded.py).
     """
 
     def __init__(
@@ -225,15 +226,9 @@ class WeightMap:
     def _named(self, target: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """A parameter split and named as it is stored."""
         if target in self._placed:
-            names = self._placed[target]
-            rank = len(self.checkpoint.lazy(names[0]).get_shape())
-            return dict(
-                zip(
-                    names,
-                    tensor.view(len(names), *tensor.shape[tensor.dim() - rank :]),
-                    strict=True,
-                )
-            )
+            rank = RANKS.get(target.rpartition("_")[2], 0)
+            each = tensor if tensor.dim() > rank else tensor[None]
+            return dict(zip(self._placed[target], each, strict=True))
         suffix = next((s for s in SUFFIXES if target.endswith(s)), "")
         if not suffix or not self.packed:
             return original_names(self.model, target, tensor)

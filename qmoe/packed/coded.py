@@ -94,8 +94,8 @@ def _rate(checkpoint: Checkpoint, key: str, known: set[str]) -> float:
     rate = shape[-1] / SIDE if len(shape) == 3 else 0
     if rate not in RATES:
         raise CheckpointError(
-            f"{checkpoint.path}: {name} has shape {tuple(shape)}; expected 16 times 1 to 8 bits, in "
-            "halves, in the last of three dimensions"
+            f"{checkpoint.path}: {name} has shape {tuple(shape)}; expected 16 times 1 to 8 bits, "
+            "in halves, in the last of three dimensions"
         )
     return int(rate) if rate.is_integer() else rate
 
@@ -118,9 +118,10 @@ def _take(module: Any, declared: Declared, where: str) -> Trellis:
         if said is not None:
             values = _pop(module, f"{part}_{declared.codebook}")
             if not bool((values == said).all()):
+                wrong = values[values != said].flatten().tolist()[0]
                 raise CheckpointError(
-                    f"{where}: {declared.codebook} says the multiplier {values.flatten().tolist()[0]}"
-                    f", the codebook has {int(said)}"
+                    f"{where}: {part}.{declared.codebook} says the multiplier {wrong}, the "
+                    f"codebook has {int(said)}"
                 )
         trellis, suh, svh = (t.data if stack else t.data[None] for t in found)
         if not (suh.isfinite().all() and svh.isfinite().all()):

@@ -126,8 +126,8 @@ class CodedLinear(PackedLinear):
 def _check_cpu(run: RunOn) -> None:
     if uses_arena(run.device):
         raise ConfigError(
-            f"device: qmoe runs EXL3's codes on the CPU, the device is {run.device}; exllamav3 runs "
-            "them on GPUs"
+            f"device: qmoe runs EXL3's codes on the CPU, the device is {run.device}; exllamav3 "
+            "runs them on GPUs"
         )
 
 

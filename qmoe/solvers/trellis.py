@@ -117,7 +117,8 @@ def _order(H: Float[Tensor, "E K K"]) -> Int[Tensor, "E K"]:
 
 @dataclass
 class _Factor:
-    """unit [E, K, K]: upper U of H = U D U', D in blocks of 16, U of ones on its diagonal blocks."""
+    """unit [E, K, K]: upper U of H = U D U', D in blocks of 16, with ones on its diagonal blocks.
+    damped, alone: see `Coded`."""
 
     unit: Tensor | None
     damped: dict[int, float]
@@ -145,7 +146,7 @@ def _factor(H: Float[Tensor, "E K K"], damp: float) -> _Factor:
 
 
 def _unit_blocks(L: Float[Tensor, "K K"]) -> Float[Tensor, "K K"]:
-    """Lower L with its diagonal blocks of 16 made ones: each block of columns times their inverse."""
+    """Lower L with ones for its diagonal blocks of 16: columns times the inverses of these."""
     blocks = torch.stack([L[i : i + SIDE, i : i + SIDE] for i in range(0, len(L), SIDE)])
     ones = torch.eye(SIDE).expand_as(blocks)
     inverse = torch.linalg.solve_triangular(blocks, ones, upper=False)

@@ -22,19 +22,55 @@ from qmoe.format.trellis import Codes
 
 GOLDEN = {
     "mul1": (
-        "a9992f3e57d1", "00c08c2950d4", "e9479dce8b56", "d426ea5891b9", "b575b9f0eebd",
-        "62274eb17873", "f5e351b812e5", "b3d974ff80af", "00b97b849d47", "042c11c873a8",
-        "d8448319c9e3", "7774f1727d42", "23086a2747b5", "5f5c6bf7f6da", "05f8dcd35797",
+        "a9992f3e57d1",
+        "00c08c2950d4",
+        "e9479dce8b56",
+        "d426ea5891b9",
+        "b575b9f0eebd",
+        "62274eb17873",
+        "f5e351b812e5",
+        "b3d974ff80af",
+        "00b97b849d47",
+        "042c11c873a8",
+        "d8448319c9e3",
+        "7774f1727d42",
+        "23086a2747b5",
+        "5f5c6bf7f6da",
+        "05f8dcd35797",
     ),
     "mcg": (
-        "87586c4c925e", "cc08cfeeec6a", "2555e1ae934f", "72e0bee00026", "f970e51e42d1",
-        "0724f2481a47", "b56f19962048", "d5add82b7ef7", "17b6798e750f", "8a2c0cc06db9",
-        "30febff22306", "b3b89453ea7a", "c8ec127b33c9", "c81d6934b09d", "6d27a2390aa7",
+        "87586c4c925e",
+        "cc08cfeeec6a",
+        "2555e1ae934f",
+        "72e0bee00026",
+        "f970e51e42d1",
+        "0724f2481a47",
+        "b56f19962048",
+        "d5add82b7ef7",
+        "17b6798e750f",
+        "8a2c0cc06db9",
+        "30febff22306",
+        "b3b89453ea7a",
+        "c8ec127b33c9",
+        "c81d6934b09d",
+        "6d27a2390aa7",
     ),
     "3inst": (
-        "8b3e61c6a163", "c2308a8f2c27", "c49502a51cc5", "30f1c83e561b", "88ac4ad039fc",
-        "fd12c06aa173", "5734595178b9", "540c467c77d9", "17f42ed84d10", "fe8444bee1cd",
-        "5502325b3a9a", "91c734612703", "65af908d5c60", "a163be7e1ed5", "667c9fd3cb5b",
+        "8b3e61c6a163",
+        "c2308a8f2c27",
+        "c49502a51cc5",
+        "30f1c83e561b",
+        "88ac4ad039fc",
+        "fd12c06aa173",
+        "5734595178b9",
+        "540c467c77d9",
+        "17f42ed84d10",
+        "fe8444bee1cd",
+        "5502325b3a9a",
+        "91c734612703",
+        "65af908d5c60",
+        "a163be7e1ed5",
+        "667c9fd3cb5b",
     ),
 }  # of rates 1, 1.5, ... 8
 
@@ -42,7 +78,9 @@ GOLDEN = {
 def some_tile(rate):
     """A tile of fixed bytes."""
     raw = b"".join(hashlib.sha256(f"{rate} {i}".encode()).digest() for i in range(16))
-    return torch.tensor(struct.unpack(f"<{int(16 * rate)}h", raw[: int(32 * rate)]), dtype=torch.int16)
+    return torch.tensor(
+        struct.unpack(f"<{int(16 * rate)}h", raw[: int(32 * rate)]), dtype=torch.int16
+    )
 
 
 def slow_states(tile, rate):
@@ -94,7 +132,9 @@ def test_the_order_of_a_tile_is_a_matrix_units():
     assert sorted(tile_order().tolist()) == list(range(256))
     matrix = torch.randn(2, 48, 32)
     assert torch.equal(from_tiles(to_tiles(matrix)), matrix)
-    assert torch.equal(to_tiles(matrix)[1, 2, 1, 8:12], matrix[1, 32 + torch.tensor([2, 3, 10, 11]), 16])
+    assert torch.equal(
+        to_tiles(matrix)[1, 2, 1, 8:12], matrix[1, 32 + torch.tensor([2, 3, 10, 11]), 16]
+    )
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)

@@ -58,7 +58,9 @@ def test_tiers_and_threads_find_the_same(rate):
 
 
 def random_codes(E, n, k, rate, codebook="mul1"):
-    tiles = torch.randint(-(1 << 15), 1 << 15, (E, padded(k) // 16, padded(n) // 16, int(16 * rate)))
+    tiles = torch.randint(
+        -(1 << 15), 1 << 15, (E, padded(k) // 16, padded(n) // 16, int(16 * rate))
+    )
     suh = torch.randn(E, padded(k)).half()
     svh = (torch.randn(E, padded(n)) / k**0.5).half()
     return Codes(tiles.to(torch.int16), suh, svh, codebook, n, k)
@@ -82,7 +84,10 @@ def near(found, wanted, most):
 
 
 CASES = {
-    "an empty expert, sentinels": lambda: (torch.tensor([[0, 3], [4, 9], [-1, 0]]), torch.rand(3, 2)),
+    "an empty expert, sentinels": lambda: (
+        torch.tensor([[0, 3], [4, 9], [-1, 0]]),
+        torch.rand(3, 2),
+    ),
     "one token": lambda: (torch.tensor([[2, 0, 3]]), torch.rand(1, 3)),
     "all on one expert": lambda: (torch.full((140, 1), 3), torch.rand(140, 1)),
     "the same expert twice": lambda: (torch.tensor([[2, 2], [1, 2]]), torch.rand(2, 2)),
