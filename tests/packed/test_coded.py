@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import LITTLE_TEXT, interrupt_after, same_files
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 import qmoe
 from qmoe import QuantConfig
@@ -15,6 +16,7 @@ from qmoe.cli.main import main
 from qmoe.errors import AuditError, CheckpointError, ConfigError, QmoeError
 from qmoe.format.exl3_checkpoint import decoded_tensors
 from qmoe.kernels.cpu import library
+from qmoe.model.skeleton import WeightMap, build
 from qmoe.packed.audit import audit_folder
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason="installed without a C compiler")
@@ -63,8 +65,8 @@ def test_it_runs_as_the_matrices_it_stands_for(coded, short):
     original = tensors_of(short)
     shapes = {name: tuple(t.shape) for name, t in original.items() if t.dim() == 2}
     plain = decoded_tensors(tensors_of(coded), shapes)
-    model = qmoe.model.skeleton.build(exact.config, torch.float32)
-    weights = qmoe.model.skeleton.WeightMap(model, ModelFolder.find(short, False).checkpoint())
+    model = build(AutoConfig.from_pretrained(short), torch.float32)
+    weights = WeightMap(model, ModelFolder.find(short, False).checkpoint())
     weights.load(weights.names(), torch.float32, plain)
     weights.tie()
     torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-3, atol=1e-3)

@@ -3,32 +3,24 @@
 #define TARGET "avx2,fma,popcnt"
 #include "target.h"
 #include <immintrin.h>
+#include <pthread.h>
 
 #include "trellis.h"
 
 // For each set of lanes, their numbers one behind the other.
-static const uint64_t *packed_lanes(void) {
-    static uint64_t table[256];
-    static _Atomic int made;
-    if (!made) {
-        // Threads that come here at once write the same.
-        for (int mask = 0; mask < 256; mask++) {
-            uint64_t lanes = 0;
-            int n = 0;
-            for (int lane = 0; lane < 8; lane++)
-                if (mask >> lane & 1) lanes |= (uint64_t)lane << 8 * n++;
-            table[mask] = lanes;
-        }
-        made = 1;
-    }
-    return table;
+static uint64_t packed_lanes[256];
+static pthread_once_t packed = PTHREAD_ONCE_INIT;
+
+static void pack_lanes(void) {
+    for (int mask = 0; mask < 256; mask++)
+        for (int lane = 0, n = 0; lane < 8; lane++)
+            if (mask >> lane & 1) packed_lanes[mask] |= (uint64_t)lane << 8 * n++;
 }
 
 static inline __attribute__((always_inline)) int64_t extend_by(const float *cost, const uint32_t *state, int64_t m, const int bits,
                                                                float wanted, const float *values, const float *penalty, float limit,
                                                                float *to, uint32_t *from, int64_t room) {
     const int B = 1 << bits, side = B < 8 ? 8 / B : 1, wide = B < 8 ? 1 : B / 8;
-    const uint64_t *lanes = packed_lanes();
     const __m256 aim = _mm256_set1_ps(wanted), most = _mm256_set1_ps(limit);
     __m256i number = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     int64_t n = 0, i = 0;
@@ -54,7 +46,7 @@ static inline __attribute__((always_inline)) int64_t extend_by(const float *cost
             __m256 d = _mm256_sub_ps(aim, value);
             c = _mm256_fmadd_ps(d, d, _mm256_add_ps(c, _mm256_loadu_ps(penalty + 8 * j)));
             unsigned good = (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(c, most, _CMP_LT_OQ));
-            __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(lanes + good)));
+            __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(packed_lanes + good)));
             _mm256_storeu_ps(to + n, _mm256_permutevar8x32_ps(c, order));
             _mm256_storeu_si256((__m256i *)(from + n), _mm256_permutevar8x32_epi32(number, order));
             number = _mm256_add_epi32(number, _mm256_set1_epi32(8));
@@ -73,6 +65,7 @@ static inline __attribute__((always_inline)) int64_t extend_by(const float *cost
 
 static int64_t extend(const float *cost, const uint32_t *state, int64_t m, int bits, float wanted, const float *values,
                       const float *penalty, float limit, float *to, uint32_t *from, int64_t room) {
+    pthread_once(&packed, pack_lanes);
 #define WITH(n) \
     case n: return extend_by(cost, state, m, n, wanted, values, penalty, limit, to, from, room)
     switch (bits) {
