@@ -6,7 +6,7 @@ from typing import Any
 from qmoe.budget.quantize import Budget, quantize_to_size
 from qmoe.calibration.text import merged
 from qmoe.cli import tables
-from qmoe.cli.settings import config_from
+from qmoe.cli.settings import config_from, given
 from qmoe.errors import ConfigError
 from qmoe.system.sizes import format_size
 
@@ -15,7 +15,10 @@ def budget_of(args: argparse.Namespace) -> Budget | None:
     """The budget that was given; None if none was. Raises ConfigError for options that do not go
     together."""
     bits = getattr(args, "experts.bits")
-    average = bits if isinstance(bits, float) else None
+    coded = given(args).get("format") == "exl3"
+    if coded and (args.size is not None or args.vram is not None):
+        raise ConfigError("--size, --vram: bits are not chosen for the format exl3; give --bits")
+    average = bits if isinstance(bits, float) and not coded else None
     if args.size is None and args.vram is None and average is None:
         for option in ("measurements", "guard_text", "context"):
             if getattr(args, option) is not None:

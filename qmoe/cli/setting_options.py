@@ -1,11 +1,11 @@
 """Options that stand for settings: of `quantize`, and those of them that `plan` has too."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from qmoe.cli.help_texts import SIZE_HELP, TEXT_HELP
-from qmoe.config import BITS, CHANNEL, GROUPS, UNQUANTIZED, QuantConfig, Rotate
+from qmoe.config import BITS, CHANNEL, GROUPS, Format, QuantConfig, Rotate
 
 SETTINGS = """\
 The name in brackets is that of the setting in --config, in --set and in the report. --config
@@ -21,11 +21,13 @@ def setting(
     choices: Sequence[int | str] | None = None,
     *,
     help: str,
+    kind: Callable[[str], Any] | None = None,
     **more: Any,
 ) -> None:
-    """An option of the default's type that sets `name`; its help ends with both."""
-    help = f"{help} [{name}, {default} by default]"
-    group.add_argument(option, dest=name, type=type(default), choices=choices, help=help, **more)
+    """An option that sets `name`, of the default's type or read by `kind`; its help ends with
+    both."""
+    help, kind = f"{help} [{name}, {default} by default]", kind or type(default)
+    group.add_argument(option, dest=name, type=kind, choices=choices, help=help, **more)
 
 
 def budget_options(p: argparse.ArgumentParser) -> None:
@@ -56,30 +58,39 @@ def budget_options(p: argparse.ArgumentParser) -> None:
 
 
 def bits_or_average(text: str) -> int | float:
-    """Bits of all experts as a whole number, an average as one with a decimal point."""
-    if text in map(str, BITS):
+    """Bits of all experts as a whole number, an average (or a rate of EXL3's codes) as one with a
+    decimal point."""
+    if text.isdigit():
         return int(text)
-    if "." in text:
+    try:
         return float(text)
-    raise argparse.ArgumentTypeError(
-        f"expected one of {BITS}, or an average with a decimal point such as 3.2, got {text!r}"
-    )
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected one of {BITS}, or an average with a decimal point such as 3.2, got {text!r}"
+        ) from None
+
+
+def rate(text: str) -> int | float:
+    """Bits as a whole number, or the half of one."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def scheme_options(p: Any, averages: bool = False) -> None:
     """averages: whether --bits may be one."""
     d = QuantConfig()
     assert d.dense is not None
-    widths = [*BITS, UNQUANTIZED]
     dense = "bits of attention, shared experts and dense MLPs; 16 leaves them"
     if averages:
+        setting(p, "--format", "format", d.format, get_args(Format), help="what is written")
         p.add_argument(
             "--bits",
             dest="experts.bits",
             type=bits_or_average,
             metavar="BITS",
             help="bits of routed experts: 2, 3, 4 or 8; or, with a decimal point, the average bits "
-            "of a quantized weight, for which bits are chosen (see --size) "
+            "of a quantized weight, for which bits are chosen (see --size); of the format exl3 1 to "
+            "8 in halves "
             f"[experts.bits, {d.experts.bits} by default]",
         )
     else:
@@ -100,8 +111,9 @@ def scheme_options(p: Any, averages: bool = False) -> None:
         help="give experts zero points: less loss, but the result loads in qmoe only "
         "[experts.symmetric, true by default]",
     )
-    setting(p, "--dense-bits", "dense.bits", d.dense.bits, widths, help=dense)
-    setting(p, "--lm-head-bits", "lm_head.bits", 16, widths, help="bits of lm_head; 16 leaves it")
+    setting(p, "--dense-bits", "dense.bits", d.dense.bits, kind=rate, help=dense)
+    head = "bits of lm_head; 16 leaves it"
+    setting(p, "--lm-head-bits", "lm_head.bits", 16, kind=rate, help=head)
     setting(
         p,
         "--rotate",

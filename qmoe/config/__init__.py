@@ -1,5 +1,6 @@
 """Settings: what to do to a model. A key, type or combination that cannot work is an error."""
 
+from qmoe.config.formats import Format
 from qmoe.config.quant import (
     PRESETS,
     CalibrationConfig,
@@ -10,7 +11,7 @@ from qmoe.config.quant import (
     check_preset,
     setting_names,
 )
-from qmoe.config.scheme import BITS, CHANNEL, GROUPS, UNQUANTIZED, Scheme, expect
+from qmoe.config.scheme import BITS, CHANNEL, GROUPS, RATES, UNQUANTIZED, Scheme, expect
 from qmoe.config.tables import overlay
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "CHANNEL",
     "GROUPS",
     "PRESETS",
+    "RATES",
     "UNQUANTIZED",
     "CalibrationConfig",
+    "Format",
     "Method",
     "QuantConfig",
     "Rotate",

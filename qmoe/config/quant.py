@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, cast, get_args
 
+from qmoe.config.formats import CODED, DENSE_CODED, Format, check_format
 from qmoe.config.scheme import BITS, CHANNEL, UNQUANTIZED, Scheme, expect
 from qmoe.config.tables import check_keys, overlay, strict
 from qmoe.errors import ConfigError
@@ -25,8 +26,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {},
     "best": {"tune": 200, "calibration": {"samples": 128, "self_samples": 128}},
 }
-# What a target changes of the defaults, in from_dict and preset. llama.cpp: its smallest blocks have
-# a scale for 32 inputs or fewer, so finer groups cost nothing there.
+# What a target changes of the defaults, in from_dict and preset. llama.cpp: its smallest blocks
+# have a scale for 32 inputs or fewer, so finer groups cost nothing there.
 TARGETS: dict[str, dict[str, Any]] = {
     "llama.cpp": {
         "experts": {"group_size": 32, "gguf": True},
@@ -109,6 +110,10 @@ class QuantConfig:
         rotates the residual stream alone, which is no work, as all weights around it are rotated
         too and a tied head is untied; models for which that is not the same function are refused
         (qmoe/rotation/find_rotation.py). Neither goes with AWQ.
+    format: what is written: integers in "compressed-tensors", or trellis codes in "exl3"
+        (qmoe/format/exl3.py).
+    beam: how many ways to continue the search for EXL3's codes follows at each weight; 0 searches
+        all of them, which takes two hundred times as long as 256 (kernels/cpu/trellis.py).
     min_tokens: an expert with fewer calibration tokens borrows tokens of its layer (see
         calibration/coverage.py).
     widths: bits of single matrices, where they are not those of `experts` or `dense`: a digit (2,
@@ -133,6 +138,8 @@ class QuantConfig:
     refit: bool = BY_METHOD
     tune: int = 0
     rotate: Rotate = "off"
+    format: Format = "compressed-tensors"
+    beam: int = 256
     min_tokens: int = 256
     widths: Mapping[str, str] = field(default_factory=dict, hash=False)
     target: Target = "qmoe"
@@ -151,10 +158,11 @@ class QuantConfig:
             raise ConfigError(f"method: expected one of {get_args(Method)}, got {self.method!r}")
         for name in ("search_grid", "refit"):
             if getattr(self, name) is None:
-                object.__setattr__(self, name, self.method in STEPS[name])
+                has = self.method in STEPS[name] and (self.format != "exl3" or name == "refit")
+                object.__setattr__(self, name, has)
         for name in ("act_order", "routing_weighted", "search_grid", "refit"):
             expect(name, getattr(self, name), bool)
-        for name in ("min_tokens", "tune"):
+        for name in ("min_tokens", "tune", "beam"):
             expect(name, getattr(self, name), int)
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
@@ -180,6 +188,7 @@ class QuantConfig:
             raise ConfigError(
                 f"widths: not with AWQ's scales, which experts share; the method is {self.method}"
             )
+        check_format(vars(self), self._schemes())
         if not 0 < self.damp < 1:
             raise ConfigError(f"damp: expected a share between 0 and 1, got {self.damp}")
 
@@ -245,7 +254,13 @@ class QuantConfig:
         dense = values.get("dense")
         dense = asdict(dense) if isinstance(dense, Scheme) else dense
         like = dense if isinstance(dense, dict) else {}
-        defaults = {"experts": asdict(Scheme()), "dense": asdict(DENSE)}
+        coded = values.get("format") == "exl3"
+        defaults = {
+            "experts": asdict(CODED if coded else Scheme()),
+            "dense": asdict(DENSE_CODED if coded else DENSE),
+        }
+        if coded:
+            values = {"experts": {}, "dense": {}} | values
         defaults["lm_head"] = defaults["dense"] | like | {"bits": UNQUANTIZED}
         for name, default in defaults.items():
             if isinstance(values.get(name), dict):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qmoe.calibration.collect import See, collecting_experts
 from qmoe.config import QuantConfig, Scheme
-from qmoe.format.quantized import Quantized
+from qmoe.format.trellis import Stack
 from qmoe.layer.records import LayerRecord
 from qmoe.layer.solved_cache import SolvedCache
 from qmoe.model.layerwise import Call, Forward
@@ -121,6 +121,6 @@ class QuantizedLayer:
     """
 
     record: LayerRecord
-    weights: dict[str, Quantized] = field(default_factory=dict)
+    weights: dict[str, Stack] = field(default_factory=dict)
     originals: dict[str, Tensor] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)

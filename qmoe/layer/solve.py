@@ -14,15 +14,15 @@ from qmoe.calibration.routed_tokens import RoutedTokens
 from qmoe.calibration.stats import ExpertStats, check_finite
 from qmoe.config import Method, QuantConfig, Scheme
 from qmoe.errors import CalibrationError
-from qmoe.format.grid import dequantize
-from qmoe.format.quantized import Quantized
+from qmoe.format.stacks import dequantize
+from qmoe.format.trellis import Stack
 from qmoe.layer.at_hand import LayerAtHand, LayerSettings, QuantizedLayer
 from qmoe.layer.records import ExpertsRecord, MatrixRecord
 from qmoe.layer.solved_cache import SolvedExperts
 from qmoe.layer.statistics import CollectedStats
 from qmoe.model import experts
 from qmoe.solvers.refit import refit
-from qmoe.solvers.solve import Solved, experts_at_once, in_order, join, solve
+from qmoe.solvers.solve import Solved, experts_at_once, in_order, join, solve, solve_codes
 from qmoe.system import distributed
 from qmoe.system.devices import CPU
 
@@ -44,7 +44,7 @@ def solve_modules(
             _solve_linear(layer, settings, name, hessian, made)
 
 
-def hold(layer: LayerAtHand, target: str, quantized: Quantized) -> None:
+def hold(layer: LayerAtHand, target: str, quantized: Stack) -> None:
     """Have the layer hold the dequantized weights of parameter `target`."""
     name, _, weight = target.rpartition(".")
     if name in layer.experts:
@@ -54,7 +54,7 @@ def hold(layer: LayerAtHand, target: str, quantized: Quantized) -> None:
         parameter.data.copy_(dequantize(quantized.to(parameter.device))[0])
 
 
-def _put(module: Any, weight: str, quantized: Quantized, start: int) -> None:
+def _put(module: Any, weight: str, quantized: Stack, start: int) -> None:
     there = quantized.to(getattr(module, weight).device)
     experts.put(module, weight, dequantize(there), start)
 
@@ -155,8 +155,9 @@ def _solve_part(
         check_finite(name, part.first, part.second)
         if not config.applies_awq:
             borrowed = borrow_rare(module, part, average_weight(stats), config.min_tokens, start)
+    parts = [len(experts.matrices_of(module, w)) for w in experts.expert_weights(module)]
     before = None if part is None else part.first
-    solved = _solve(layer, settings, name, first, before, widths[0])
+    solved = _solve(layer, settings, name, first, before, parts[0], widths[0])
     hessian = None if part is None else part.second
     if routed is not None:
         there = dequantize(solved.quantized.to(first.device))
@@ -165,7 +166,7 @@ def _solve_part(
         second = refit(second, cross, hessian, config.damp)
         # Contiguous: some families keep their experts transposed, and so is what is fitted then.
         refitted = second.to(CPU).contiguous() if config.tune else None
-    both = [solved, _solve(layer, settings, name, second, hessian, widths[1])]
+    both = [solved, _solve(layer, settings, name, second, hessian, parts[1], widths[1])]
     made = SolvedExperts(both, borrowed, refitted)
     if cache is not None:
         cache.save(name, start, end, made)
@@ -193,19 +194,36 @@ def _solve(
     name: str,
     weight: Tensor,
     hessian: Tensor | None,
-    widths: Sequence[int],
+    parts: int = 1,
+    widths: Sequence[int] = (),
 ) -> Solved:
-    """widths: bits of each matrix, empty where all have the scheme's."""
+    """parts: matrices that rows are made of. widths: bits of each matrix, empty where all have the
+    scheme's."""
     config, scheme, dtype = settings.config, layer.schemes[name], settings.scale_dtype
-    parts = []
+    if scheme.codebook:
+        return solve_coded(config, name, weight, hessian, scheme, parts)
+    solved = []
     for bits in sorted(set(widths)) or [scheme.bits]:
         alike = [e for e in range(len(weight)) if not widths or widths[e] == bits]
         every = len(alike) == len(weight)
         given = weight if every else weight[alike]
         seen = hessian if hessian is None or every else hessian[alike]
         each = replace(scheme, bits=bits)
-        parts.append((alike, solve_as(config, config.method, name, given, seen, each, dtype)))
-    return parts[0][1] if len(parts) == 1 else in_order(parts)
+        solved.append((alike, solve_as(config, config.method, name, given, seen, each, dtype)))
+    return solved[0][1] if len(solved) == 1 else in_order(solved)
+
+
+def solve_coded(
+    config: QuantConfig,
+    name: str,
+    weight: Tensor,
+    hessian: Tensor | None,
+    scheme: Scheme,
+    parts: int = 1,
+) -> Solved:
+    """`solve_codes` with these settings; CalibrationError unless what was lost is known."""
+    solved = solve_codes(weight, hessian, scheme, parts, damp=config.damp, beam=config.beam)
+    return _known(name, solved)
 
 
 def solve_as(
@@ -228,6 +246,10 @@ def solve_as(
         damp=config.damp,
         search_grid=config.search_grid,
     )
+    return _known(name, solved)
+
+
+def _known(name: str, solved: Solved) -> Solved:
     if not all(map(math.isfinite, solved.error)):
         raise CalibrationError(
             f"{name}: its weights times its inputs are too large for float32, so that nothing can "

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from qmoe.config import Scheme
 from qmoe.errors import OutputError
-from qmoe.format.quantized import Quantized, checksum, digest
+from qmoe.format.quantized import Quantized, checksum
+from qmoe.format.stacks import digest
+from qmoe.format.trellis import Codes, Stack, Trellis
 from qmoe.solvers.solve import Solved
 from qmoe.system.files import write_safetensors
 
@@ -58,14 +60,14 @@ class SolvedCache:
     def save(self, name: str, start: int, end: int, made: SolvedExperts) -> None:
         tensors: dict[str, Tensor] = {}
         for i, solved in enumerate(made.solved):
-            parts = vars(solved.quantized).items()
-            tensors |= {f"{i}.{key}": part for key, part in parts if isinstance(part, Tensor)}
+            tensors |= {f"{i}.{key}": part for key, part in _tensors(solved.quantized).items()}
         if made.refitted is not None:
             tensors["refitted"] = made.refitted
         note = {
             "solved": [{"error": s.error, "damped": s.damped, "rounded": s.rounded,
                         "bounded": s.bounded, "scheme": vars(s.quantized.scheme),
-                        "widths": s.quantized.widths} for s in made.solved],
+                        "widths": _widths(s.quantized),
+                        "sizes": _sizes(s.quantized)} for s in made.solved],
             "digests": [digest(s.quantized) for s in made.solved],
             "borrowed": made.borrowed,
             "refitted": None if made.refitted is None else checksum(made.refitted),
@@ -85,12 +87,42 @@ class SolvedCache:
 
 
 def _solved(tensors: dict[str, Tensor], i: int, entry: dict[str, Any]) -> Solved:
-    q, scale, zero = (tensors.get(f"{i}.{part}") for part in ("q", "scale", "zero"))
-    assert q is not None and scale is not None
     damped = {int(e): amount for e, amount in entry["damped"].items()}
     bounded = {int(e): rows for e, rows in entry["bounded"].items()}
-    made = Quantized(q, scale, zero, Scheme(**entry["scheme"]), tuple(entry["widths"]))
+    made = _stack(tensors, i, entry)
     return Solved(made, entry["error"], damped, entry["rounded"], bounded)
+
+
+def _tensors(stack: Stack) -> dict[str, Tensor]:
+    if isinstance(stack, Trellis):
+        names = ("trellis", "suh", "svh")
+        return {f"{p}.{n}": getattr(c, n) for p, c in enumerate(stack.parts) for n in names}
+    return {key: part for key, part in vars(stack).items() if isinstance(part, Tensor)}
+
+
+def _widths(stack: Stack) -> tuple[int, ...]:
+    return () if isinstance(stack, Trellis) else stack.widths
+
+
+def _sizes(stack: Stack) -> list[tuple[int, int]]:
+    """Of coded parts, which are stored filled up."""
+    return [(part.n, part.k) for part in stack.parts] if isinstance(stack, Trellis) else []
+
+
+def _stack(tensors: dict[str, Tensor], i: int, entry: dict[str, Any]) -> Stack:
+    scheme = Scheme(**entry["scheme"])
+    if scheme.codebook:
+        codebook: Any = scheme.codebook
+        parts = [
+            Codes(
+                *(tensors[f"{i}.{p}.{name}"] for name in ("trellis", "suh", "svh")), codebook, n, k
+            )
+            for p, (n, k) in enumerate(entry["sizes"])
+        ]
+        return Trellis(tuple(parts), scheme)
+    q, scale, zero = (tensors.get(f"{i}.{part}") for part in ("q", "scale", "zero"))
+    assert q is not None and scale is not None
+    return Quantized(q, scale, zero, scheme, tuple(entry["widths"]))
 
 
 def _damaged(path: Path, why: str) -> OutputError:

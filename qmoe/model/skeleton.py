@@ -5,7 +5,7 @@ and tensor_names.py touch it (tested with the range pinned in pyproject.toml). I
 family's renames and merges, in both directions, without code per model.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -86,19 +86,32 @@ def _compute_buffers(model: Any) -> None:
     model.initialize_weights()
 
 
+RANKS = {"trellis": 3, "suh": 1, "svh": 1}  # of EXL3's tensors; multipliers have 0
+
+
 class WeightMap:
     """Which checkpoint tensors make up which parameters of a model.
 
-    stacks: what is packed.
+    stacks: what is packed. places: of EXL3's tensors, by stored name, the parameter and the place
+    in it (runtime/coded.py).
     """
 
-    def __init__(self, model: Any, checkpoint: Checkpoint, stacks: Iterable[Stacked] = ()):
+    def __init__(
+        self,
+        model: Any,
+        checkpoint: Checkpoint,
+        stacks: Iterable[Stacked] = (),
+        places: Mapping[str, tuple[str, int]] | None = None,
+    ):
         self.model = model
         self.checkpoint = checkpoint
         self.rules = get_model_conversion_mapping(model)
         # Packed tensors, which transformers' rules do not know: their parameter, and the place of
         # each among the matrices stacked there.
-        self.packed: dict[str, tuple[str, int]] = {}
+        self.packed: dict[str, tuple[str, int]] = dict(places or {})
+        self._placed: dict[str, list[str]] = {}
+        for name, (target, _) in self.packed.items():
+            self._placed.setdefault(target, []).append(name)
         self._shorter: dict[str, tuple[int, int]] = {}
         for each in stacks:
             for i, name in enumerate(matrix_names(model, each.target, each.experts, each.parts)):
@@ -220,6 +233,10 @@ class WeightMap:
 
     def _named(self, target: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """A parameter split and named as it is stored."""
+        if target in self._placed:
+            rank = RANKS.get(target.rpartition("_")[2], 0)
+            each = tensor if tensor.dim() > rank else tensor[None]
+            return dict(zip(self._placed[target], each, strict=True))
         suffix = next((s for s in SUFFIXES if target.endswith(s)), "")
         if not suffix or not self.packed:
             return original_names(self.model, target, tensor)
@@ -274,7 +291,8 @@ class WeightMap:
             tensors = [self.checkpoint.tensor(name) for name in matrices]
             if any(name in self._shorter for name in matrices):
                 tensors = padded(tensors)
-            whole = torch.cat(tensors).view(like.shape)
+            whole = torch.cat(tensors) if tensors[0].dim() else torch.stack(tensors)
+            whole = whole.view(like.shape)
             module._parameters[parameter] = nn.Parameter(whole, requires_grad=False)
 
     def tie(self) -> None:

@@ -56,6 +56,15 @@ def matrix_names(model: Any, target: str, experts_count: int | None, count: int)
     return sorted(named, key=lambda name: int(named[name].flatten()[0]))
 
 
+def matrices_in(model: Any, target: str) -> int:
+    """How many matrices the rows (of each expert) of a weight are stored as."""
+    owner, _, weight = target.rpartition(".")
+    module = model.get_submodule(owner)
+    if is_experts(module):
+        return len(experts.matrices_of(module, weight))
+    return len(packed_names(model, target, getattr(module, weight)))
+
+
 def stored_fused(model: Any) -> bool:
     """Whether the family stores the experts of a layer in one tensor. Raises UnsupportedModelError
     for a family that stores them together with those of another module."""

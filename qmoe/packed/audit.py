@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.errors import AuditError, ConfigError
 from qmoe.format.compressed_tensors import SUFFIXES
-from qmoe.format.quantized import digest
+from qmoe.format.stacks import digest
 from qmoe.model.experts import is_experts
 from qmoe.model.precision import in_float32
 from qmoe.model.source import Source
 from qmoe.model.tensor_names import all_original_names
 from qmoe.packed.skeleton import open_packed
+from qmoe.runtime import coded
 from qmoe.runtime.gradients import Placeholder
 from qmoe.runtime.modules import PackedLinear, held, packed_experts
 from qmoe.runtime.stored import take_stored
@@ -106,20 +107,22 @@ def _decode(source: Source) -> dict[str, str]:
     for root in progress([*roots, *filter(None, [source.structure.lm_head])], "auditing"):
         with source.loaded(root, torch.float32) as module:
             for name, part in module.named_modules(prefix=root):
-                for weight, stored in take_stored(part, name).items():
+                packed: dict[str, Any] = take_stored(part, name) | coded.take_coded(part, name)
+                for weight, stored in packed.items():
                     found[f"{name}.{weight}"] = digest(stored.unpack())
     return found
 
 
 def _kind(source: Source, owner: str, parameter: str, rank: int) -> str:
     module = source.model.get_submodule(owner)
-    suffix = next((s for s in SUFFIXES if parameter.endswith(s)), None)
+    every = (*SUFFIXES, *coded.SUFFIXES)
+    suffix = next((s for s in every if parameter.endswith(s)), None)
     experts = is_experts(module)
     unfused = any(owner in layer.unfused_linears() for layer in source.structure.layers)
     if experts or unfused or isinstance(module, PackedLinear):
         tier = "experts" if experts or unfused else "dense"
         if suffix is not None:
-            return f"{tier} packed" if suffix == "_packed" else f"{tier} scales"
+            return f"{tier} packed" if suffix in ("_packed", "_trellis") else f"{tier} scales"
         # Biases of experts are a matrix [E, N], weights never less than one for each expert.
         vector = parameter == "bias" or (experts and rank < 3 and parameter.endswith("_bias"))
         return "norms and other" if vector else f"{tier} 16-bit"

@@ -11,13 +11,15 @@ from qmoe.checkpoint.reader import Checkpoint
 from qmoe.config import Scheme
 from qmoe.errors import CheckpointError
 from qmoe.format.compressed_tensors import Schemes
+from qmoe.format.exl3_checkpoint import METHOD
 from qmoe.format.quantized import common
 from qmoe.model.experts import expert_weights, matrices_of
 from qmoe.model.skeleton import WeightMap, build, settle
 from qmoe.model.source import Source, check_routing
 from qmoe.model.structure import find
-from qmoe.model.tensor_names import matrix_names, packed_names
-from qmoe.runtime.modules import PackedLinear, declare_experts
+from qmoe.model.tensor_names import matrices_in, matrix_names, packed_names
+from qmoe.runtime.coded import declare_coded
+from qmoe.runtime.modules import CodedLinear, PackedLinear, declare_experts
 from qmoe.runtime.stored import stored_stacks
 
 
@@ -27,10 +29,12 @@ def open_packed(
     """Open a quantized folder; loads no weights. dtype None is the checkpoint's own;
     attn_implementation None is transformers' choice.
 
-    Raises CheckpointError if it is not pack-quantized, or in a scheme qmoe cannot run.
+    Raises CheckpointError if it is neither pack-quantized nor EXL3, or in a scheme qmoe cannot run.
     """
-    checkpoint = folder.checkpoint()
-    schemes = Schemes(checkpoint.config, str(folder.path))
+    checkpoint, where = folder.checkpoint(), str(folder.path)
+    if quantized_by(checkpoint.config) == METHOD:
+        return _open_coded(folder, checkpoint, dtype, attn_implementation)
+    schemes = Schemes(checkpoint.config, where)
     config = folder.config(checkpoint)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton is built plain; qmoe puts the packed parts in
@@ -65,6 +69,55 @@ def _with_places(
             if linear_scheme is not None:
                 model.set_submodule(name, PackedLinear(module, linear_scheme, len(stored)))
     weights = WeightMap(model, checkpoint, stored_stacks(model))
+    return Source(folder, checkpoint, model, weights, structure)
+
+
+def quantized_by(config: dict[str, Any]) -> Any:
+    """The format that config.json says the weights are in; None if it says nothing."""
+    entry = config.get("quantization_config")
+    return entry.get("quant_method") if isinstance(entry, dict) else None
+
+
+def _open_coded(
+    folder: ModelFolder,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
+    attn_implementation: str | None,
+) -> Source:
+    """The same of a folder in EXL3's codes. Linears without codes stay as they are."""
+    config = folder.config(checkpoint)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
+    model: Any = build(config, dtype or config.dtype or torch.bfloat16, checkpoint)
+    structure = find(model)
+    check_routing(model, structure)
+    known = set(checkpoint.names())
+    run, places = model.dtype, dict[str, tuple[str, int]]()
+    for layer in structure.layers:
+        for name in layer.experts:
+            module = model.get_submodule(name)
+            for weight in expert_weights(module):
+                target = f"{name}.{weight}"
+                count = matrices_in(model, target)
+                names = matrix_names(model, target, module.num_experts, count)
+                places |= declare_coded(model, target, names, checkpoint, run)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            stored = _module_names(model, f"{name}.weight", module.weight)
+            if f"{stored[0]}.trellis" not in known:
+                continue
+            if len(stored) > 1:
+                raise CheckpointError(
+                    f"{checkpoint.path}: {name} is stored as {len(stored)} coded matrices, which "
+                    "qmoe does not put together"
+                )
+            places |= declare_coded(
+                model, f"{name}.weight", [f"{stored[0]}.weight"], checkpoint, run
+            )
+            model.set_submodule(name, CodedLinear(module))
+    weights = WeightMap(model, checkpoint, places=places)
     return Source(folder, checkpoint, model, weights, structure)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from qmoe.calibration.batches import choose_samples
 from qmoe.calibration.given import samples_of_given
@@ -19,8 +19,10 @@ from qmoe.checkpoint.model_config import generation_config
 from qmoe.checkpoint.tokenizer import check_vocabulary, has_tokenizer
 from qmoe.config import CalibrationConfig, QuantConfig
 from qmoe.errors import ConfigError, OutputError
+from qmoe.kernels.cpu.encode import check_encoder
 from qmoe.model.schemes import weight_shapes
 from qmoe.model.source import Source, schemes_of, widths_of
+from qmoe.model.tensor_names import matrices_in
 from qmoe.system import distributed
 from qmoe.system.sizes import format_size
 
@@ -56,6 +58,21 @@ def make_statistics_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{path}: cannot keep statistics there: {error}") from error
+
+
+def check_codes(source: Source, config: QuantConfig) -> None:
+    """What EXL3 needs: the kernels in C that search codes, and linears that are stored as one."""
+    if config.format != "exl3":
+        return
+    check_encoder()
+    for layer in source.structure.layers:
+        for name in schemes_of(source, layer, config):
+            module = source.model.get_submodule(name)
+            if isinstance(module, nn.Linear) and matrices_in(source.model, f"{name}.weight") > 1:
+                raise ConfigError(
+                    f"format: {name} is stored as several matrices, which qmoe does not write in "
+                    "EXL3's codes; leave dense linears out with --dense-bits 16"
+                )
 
 
 def check_companions(source: Source, uses_text: bool) -> Any:

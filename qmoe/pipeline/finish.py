@@ -5,11 +5,21 @@ import re
 from copy import deepcopy
 from typing import Any
 
+from torch import Tensor
+
 from qmoe._version import __version__
 from qmoe.calibration.batches import fingerprint
 from qmoe.checkpoint.model_folder import ModelFolder
-from qmoe.format.compressed_tensors import EXPERTS_TARGET, quantization_config
-from qmoe.model.schemes import exact_schemes
+from qmoe.format.compressed_tensors import (
+    EXPERTS_TARGET,
+    Schemes,
+    quantization_config,
+    unpacked_tensors,
+)
+from qmoe.format.exl3_checkpoint import STORAGE, decoded_tensors, exl3_config, storage_table
+from qmoe.model.schemes import exact_schemes, weight_shapes
+from qmoe.model.source import schemes_of
+from qmoe.model.tensor_names import matrices_in, matrix_names
 from qmoe.packed.audit import audit_folder
 from qmoe.packed.card import read_card, write_card
 from qmoe.packed.report import REPORT, build_report, left_behind
@@ -25,7 +35,11 @@ def finish(plan: Plan, text: CalibrationText, out: OutputFolder) -> dict[str, An
     out.write_index()
     left = out.copy_companions(source.folder.path)
     metadata, text_below, unread = read_card(out.path)
-    out.write_json("config.json", new_config(plan))
+    config = new_config(plan)
+    out.write_json("config.json", config)
+    if plan.config.format == "exl3":
+        entry = config["quantization_config"]
+        out.write_json(STORAGE, entry | {"tensor_storage": storage_table(out.stored())})
     folder = ModelFolder(out.path, source.folder.trust_remote_code)
     digests = out.digests()
     audit = audit_folder(folder, digests)
@@ -55,12 +69,30 @@ def new_config(plan: Plan) -> dict[str, Any]:
         for part in (config, config.get("text_config")):
             if isinstance(part, dict):
                 part["tie_word_embeddings"] = False
+    if c.format == "exl3":
+        config["quantization_config"] = exl3_config(c)
+        return config
     exact = exact_schemes(plan.source, c)
     mixed = c.target != "vllm" and any(re.fullmatch(EXPERTS_TARGET[3:], name) for name in exact)
     config["quantization_config"] = quantization_config(
         c.experts, c.dense, c.lm_head, unquantized, exact, mixed
     )
     return config
+
+
+def unpacked(plan: Plan, i: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of layer i's shard with every packed weight as the matrix it stands for."""
+    source = plan.source
+    if plan.config.format != "exl3":
+        return unpacked_tensors(tensors, Schemes(new_config(plan), str(plan.dst)))
+    shapes: dict[str, tuple[int, int]] = {}
+    for name in schemes_of(source, source.structure.layers[i], plan.config):
+        for target, shape in weight_shapes(source.model, name):
+            *stack, n, k = shape
+            count = matrices_in(source.model, target)
+            names = matrix_names(source.model, target, stack[0] if stack else None, count)
+            shapes |= dict.fromkeys(names, (n // count, k))
+    return decoded_tensors(tensors, shapes)
 
 
 def _fallbacks(plan: Plan, text: CalibrationText) -> list[str]:

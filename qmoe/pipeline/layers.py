@@ -13,8 +13,8 @@ import qmoe.calibration.stats as statistics
 from qmoe.calibration.stats import LayerStats, LinearStats
 from qmoe.checkpoint.prefetch import read_ahead
 from qmoe.errors import UnsupportedModelError
-from qmoe.format.compressed_tensors import Schemes, unpacked_tensors
-from qmoe.format.quantized import Quantized, digest
+from qmoe.format.stacks import digest
+from qmoe.format.trellis import Stack
 from qmoe.layer.at_hand import LayerAtHand, LayerSettings
 from qmoe.layer.quantize import quantize_layer, solve_layer
 from qmoe.model.experts import packed_parameters
@@ -22,7 +22,7 @@ from qmoe.model.layerwise import Call, Finished, Forward, Waiting, suspended
 from qmoe.model.skeleton import inputs_of
 from qmoe.model.source import schemes_of, widths_of
 from qmoe.model.structure import Layer
-from qmoe.pipeline.finish import new_config
+from qmoe.pipeline.finish import unpacked
 from qmoe.pipeline.lm_head import solve_lm_head
 from qmoe.pipeline.output import OutputFolder, Shard
 from qmoe.pipeline.plan import Plan
@@ -49,7 +49,7 @@ def load_outside(plan: Plan) -> set[str]:
 def outside_layers(plan: Plan, changed: set[str], lm_head: LinearStats | None) -> Shard:
     """The last shard: what `load_outside` loaded. changed: what it returned. lm_head: what the
     output projection was given, if it is to be quantized."""
-    quantized: dict[str, Quantized] = {}
+    quantized: dict[str, Stack] = {}
     record = None
     if lm_head is not None:
         made, record = solve_lm_head(plan, lm_head)
@@ -62,7 +62,7 @@ def quantize_layers(plan: Plan, text: CalibrationText, out: OutputFolder) -> Ite
     """Quantize every layer on what reaches it in the quantized model; yields the shard of each as
     soon as it is final, on the process that writes, but for those that `out` has already."""
     source, layers = plan.source, plan.source.structure.layers
-    settings, schemes = layer_settings(plan, text, out), Schemes(new_config(plan), str(out.dst))
+    settings = layer_settings(plan, text, out)
     bar, reached = iter(progress(layers, "quantizing layers")), set[int]()
     for event in _passes(plan, text):
         if not isinstance(event, Waiting):
@@ -71,7 +71,7 @@ def quantize_layers(plan: Plan, text: CalibrationText, out: OutputFolder) -> Ite
         next(bar)
         reached.add(i)
         if i in out.finished:
-            weights = unpacked_tensors(out.read_shard(i), schemes)
+            weights = unpacked(plan, i, out.read_shard(i))
             outputs = _run_again(plan, settings.scratch, event, weights)
         else:
             outputs = yield from _quantize(plan, settings, out, i, event.forward, event.calls)
@@ -222,5 +222,5 @@ def _saving(plan: Plan, out: OutputFolder, i: int) -> Callable[[LayerStats], Non
     return lambda stats: statistics.save(stats, path, about)
 
 
-def _digests(weights: dict[str, Quantized]) -> dict[str, str]:
+def _digests(weights: dict[str, Stack]) -> dict[str, str]:
     return {target: digest(quantized) for target, quantized in weights.items()}

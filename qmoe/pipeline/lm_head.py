@@ -9,9 +9,9 @@ from torch import Tensor
 
 from qmoe.calibration.stats import LinearStats
 from qmoe.config import Method
-from qmoe.format.quantized import Quantized
+from qmoe.format.trellis import Stack
 from qmoe.layer.records import LayerRecord, MatrixRecord
-from qmoe.layer.solve import solve_as
+from qmoe.layer.solve import solve_as, solve_coded
 from qmoe.model.hooks import hooked
 from qmoe.pipeline.plan import Plan
 from qmoe.pipeline.self_text import CalibrationText
@@ -38,7 +38,7 @@ def collecting_lm_head(plan: Plan, text: CalibrationText) -> Iterator[LinearStat
         yield stats
 
 
-def solve_lm_head(plan: Plan, stats: LinearStats) -> tuple[Quantized, LayerRecord]:
+def solve_lm_head(plan: Plan, stats: LinearStats) -> tuple[Stack, LayerRecord]:
     """All batches of all ranks ran: the projection's weights, and what the report says."""
     distributed.all_reduce(stats.tokens)
     distributed.all_reduce(stats.hessian)
@@ -48,8 +48,10 @@ def solve_lm_head(plan: Plan, stats: LinearStats) -> tuple[Quantized, LayerRecor
     method: Method = "gptq" if config.applies_awq else config.method
     weight: Tensor = plan.source.model.get_submodule(name).weight
     dtype = plan.source.weight_dtype()
-    solved = solve_as(
-        config, method, name, weight[None], stats.hessian[None], config.lm_head, dtype
-    )
+    given = (name, weight[None], stats.hessian[None], config.lm_head)
+    if config.format == "exl3":
+        solved = solve_coded(config, *given)
+    else:
+        solved = solve_as(config, method, *given, dtype)
     record = MatrixRecord.of(solved)
     return solved.quantized, LayerRecord(name, solved.error[0], dense={name: record}, method=method)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -219,6 +219,16 @@ class OutputFolder:
 
     def _note_path(self, i: int) -> Path:
         return self.path / NOTE.format(i)
+
+    def stored(self) -> dict[str, tuple[str, list[int], int]]:
+        """Of every tensor that was written: its torch dtype, shape and bytes."""
+        found = {}
+        for file in sorted(set(self._weight_map.values())):
+            with safe_open(self.path / file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118
+                    tensor = shard.get_tensor(name)
+                    found[name] = (str(tensor.dtype), list(tensor.shape), tensor.nbytes)
+        return found
 
     def read_shard(self, i: int) -> dict[str, Tensor]:
         """The tensors of a finished shard; they count as written."""

@@ -22,6 +22,7 @@ from qmoe.config import QuantConfig
 from qmoe.model.schemes import check_schemes, with_block
 from qmoe.model.source import Source, open_source
 from qmoe.pipeline.checks import (
+    check_codes,
     check_combination,
     check_companions,
     check_space,
@@ -129,6 +130,7 @@ def check(
     source = open_source(ModelFolder.find(src, trust_remote_code), torch.float32)
     config = with_block(source, config)
     check_schemes(source, config)
+    check_codes(source, config)
     check_space(source, config, dst)
     uses_text = not given and config.method != "rtn"
     tokenizer = check_companions(source, uses_text)

@@ -125,7 +125,8 @@ def _make_copy(original: Path, folder: Path, config: QuantConfig, quantize: Quan
     if distributed.rank() == 0 and folder.exists():  # a run was killed while this copy wrote
         shutil.rmtree(folder)
     distributed.all_gather_object(0)
-    experts = Scheme(4, config.experts.group_size, symmetric=False)
+    group = 32 if config.experts.codebook else config.experts.group_size
+    experts = Scheme(4, group, symmetric=False)
     quantize(original, folder, QuantConfig("rtn", experts, config.dense and Scheme(8, CHANNEL)))
 
 

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from qmoe.format.compressed_tensors import packed_tensors
+from qmoe.format.exl3_checkpoint import coded_tensors
 from qmoe.format.quantized import Quantized
+from qmoe.format.trellis import Stack, Trellis
 from qmoe.model import experts
 from qmoe.model.source import Source
 from qmoe.model.structure import Layer
@@ -13,7 +15,7 @@ from qmoe.system.devices import CPU
 
 
 def shard_tensors(
-    source: Source, names: list[str], quantized: dict[str, Quantized], changed: set[str]
+    source: Source, names: list[str], quantized: dict[str, Stack], changed: set[str]
 ) -> dict[str, Tensor]:
     """The tensors that replace the checkpoint tensors `names`: packed weights (by parameter) in the
     family's names, changed parameters in the dtype they had, all else byte for byte."""
@@ -26,7 +28,8 @@ def shard_tensors(
         for name, tensor in original_names(source.model, target, parameter).items():
             out[name] = tensor.to(CPU, dtype)
     for target, stack in quantized.items():
-        out |= _packed(source, target, stack)
+        pack = _coded if isinstance(stack, Trellis) else _packed
+        out |= pack(source, target, stack)  # type: ignore[arg-type]
     return out
 
 
@@ -55,6 +58,16 @@ def _packed(source: Source, target: str, quantized: Quantized) -> dict[str, Tens
     for name, q in named(quantized.q).items():
         width = int(widths[name][0, 0])
         out |= packed_tensors(name, q, scales[name], zeros.get(name), width)
+    return out
+
+
+def _coded(source: Source, target: str, stack: Trellis) -> dict[str, Tensor]:
+    count, E = len(stack.parts), len(stack.scale)
+    single = target.endswith(".weight")
+    names = matrix_names(source.model, target, None if single else E, count)
+    out: dict[str, Tensor] = {}
+    for i, name in enumerate(names):
+        out |= coded_tensors(name, stack.parts[i % count], i // count)
     return out
 
 

@@ -31,7 +31,8 @@ def fill(source: Source, dtype: torch.dtype | None, run: RunOn, memory: int | No
     and ConfigError for scales that the model's dtype cannot hold.
     """
     file, in_c = None, uses_cpu_kernels(run.device) and not uses_arena(run.device)
-    if run.cache and in_c:
+    coded = any(hasattr(module, "_qmoe_coded") for module in source.model.modules())
+    if run.cache and in_c and not coded:  # codes run from the file's bytes
         file = prepared_file(source.checkpoint, source.model.config.dtype)
     if file is not None:
         run = replace(run, prepared=open_prepared(*file))
@@ -64,11 +65,16 @@ def _finish(source: Source, prefix: str, run: RunOn) -> None:
     for name, module in source.model.named_modules():
         if prefix and not name.startswith(prefix + "."):
             continue
-        if name in experts and hasattr(module, "down_proj_packed"):
+        if name in experts and _holds(module, "down_proj"):
             finish_experts(module, name, run)
-        elif isinstance(module, PackedLinear) and hasattr(module, "weight_packed"):
+        elif isinstance(module, PackedLinear) and _holds(module, "weight"):
             module.finish(name, run)
         for parameter in module.parameters(recurse=False):
             if parameter.device.type != "meta":
                 # What safetensors gives may be a view into the mapped file and keep all of it.
                 parameter.data = parameter.data.clone()
+
+
+def _holds(module: object, weight: str) -> bool:
+    """Whether the stored tensors of a weight are there and not yet in the runtime's form."""
+    return hasattr(module, f"{weight}_packed") or hasattr(module, f"{weight}_trellis")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qmoe.config import Scheme
+from qmoe.errors import ConfigError
 from qmoe.format.compressed_tensors import SUFFIXES
 from qmoe.format.hadamard import rotate
 from qmoe.format.quantized import Quantized
@@ -23,9 +24,11 @@ from qmoe.kernels.activation import Activation, recognize
 from qmoe.kernels.cpu.cache import StaleCache
 from qmoe.kernels.cpu.layout import Packed, arrange
 from qmoe.kernels.cpu.stack import CpuStack, uses_cpu_kernels
+from qmoe.kernels.cpu.trellis_stack import TrellisStack
 from qmoe.kernels.moe import moe_forward
 from qmoe.kernels.stack import MixedStack, PackedStack, packed_stack
 from qmoe.model import experts
+from qmoe.runtime.coded import take_coded
 from qmoe.runtime.gradients import (
     ExpandedStack,
     Placeholder,
@@ -116,6 +119,31 @@ class PackedLinear(nn.Linear):
             self.stack = PackedStack(quantized, quantized.scale.dtype)
 
 
+class CodedLinear(PackedLinear):
+    """A linear whose weight is in EXL3's codes; its places are declared (coded.py)."""
+
+    def __init__(self, linear: nn.Linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias, self.rotation = linear.bias, 0
+        self._parameters |= linear._parameters
+        self._qmoe_coded = linear._qmoe_coded
+
+    def finish(self, where: str, run: RunOn) -> None:
+        _check_cpu(run)
+        (stored,) = take_coded(self, where).values()
+        dtype = self._qmoe_coded["weight"].dtype
+        self.stack = TrellisStack([stored], dtype, exact=run.exact)
+
+
+def _check_cpu(run: RunOn) -> None:
+    if uses_arena(run.device):
+        raise ConfigError(
+            f"device: qmoe runs EXL3's codes on the CPU, the device is {run.device}; exllamav3 "
+            "runs them on GPUs"
+        )
+
+
 def declare_experts(module: Any, schemes: dict[str, tuple[Scheme, tuple[int, ...]]]) -> None:
     """Replace the weight stacks of an experts module by empty stored tensors on the meta device.
     schemes: by stack, with bits of each expert's matrix where they differ."""
@@ -133,13 +161,19 @@ def declare_experts(module: Any, schemes: dict[str, tuple[Scheme, tuple[int, ...
 def finish_experts(module: Any, where: str, run: RunOn) -> None:
     """Turn the loaded tensors into the runtime's form, route the forward to it."""
     first, second = experts.expert_weights(module)
-    declared = module._qmoe_stored
-    module.qmoe_rotations = (declared[first].scheme.rotation, declared[second].scheme.rotation)
+    coded = getattr(module, "_qmoe_coded", None)
+    declared = getattr(module, "_qmoe_stored", {})
+    module.qmoe_rotations = tuple(
+        declared[name].scheme.rotation if coded is None else 0 for name in (first, second)
+    )
     for name, ours in ((first, "qmoe_first_bias"), (second, "qmoe_second_bias")):
         values = experts.bias_stack(module, name)
         if values is not None:
             delattr(module, f"{name}_bias")
             setattr(module, ours, nn.Parameter(values.contiguous(), requires_grad=False))
+    if coded is not None:
+        _finish_coded(module, where, run)
+        return
     activation = _fused(module, declared[first].shape[1])
     if uses_cpu_kernels(run.device) and not uses_arena(run.device):
         module.qmoe_arena = _cpu_stack(module, where, run, activation)
@@ -152,6 +186,18 @@ def finish_experts(module: Any, where: str, run: RunOn) -> None:
             module.qmoe_first, module.qmoe_second = (
                 packed_stack(stack, stack.scale.dtype) for stack in stacks
             )
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    module.config._experts_implementation = NAME
+
+
+def _finish_coded(module: Any, where: str, run: RunOn) -> None:
+    _check_cpu(run)
+    first = experts.expert_weights(module)[0]
+    declared = module._qmoe_coded[first]
+    stacks = take_coded(module, where)
+    ordered = [stacks[name] for name in experts.expert_weights(module)]
+    activation = _fused(module, declared.shape[1])
+    module.qmoe_arena = TrellisStack(ordered, declared.dtype, activation, run.exact)
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
     module.config._experts_implementation = NAME
 

@@ -10,9 +10,11 @@ from qmoe.config import Method, Scheme
 from qmoe.format.grid import dequantize, rows_at_bounds
 from qmoe.format.hadamard import rotate, rotate_moments
 from qmoe.format.quantized import Quantized, common
+from qmoe.format.trellis import Stack, Trellis, join_trellis
 from qmoe.solvers.awq import output_error
 from qmoe.solvers.gptq import gptq
 from qmoe.solvers.rtn import rtn
+from qmoe.solvers.trellis import code_stack
 from qmoe.system.devices import CPU
 
 CHUNK_BYTES = 1 << 27  # of Hessians solved at once; the solver's peak is about eight times that
@@ -24,7 +26,7 @@ class Solved:
     (0 for an expert that saw none; empty without statistics). damped, rounded: see GptqResult.
     bounded: expert -> rows for which the dtype of scales has none near (grid.rows_at_bounds)."""
 
-    quantized: Quantized
+    quantized: Stack
     error: list[float]
     damped: dict[int, float] = field(default_factory=dict)
     rounded: list[int] = field(default_factory=list)
@@ -99,6 +101,29 @@ def in_order(parts: list[tuple[list[int], Solved]]) -> Solved:
     )
 
 
+def solve_codes(
+    weight: Float[Tensor, "E N K"],
+    hessian: Float[Tensor, "E K K"] | None,
+    scheme: Scheme,
+    parts: int,
+    *,
+    damp: float,
+    beam: int,
+) -> Solved:
+    """Quantize a stack to EXL3's codes, in the machine's own memory. parts: matrices that an
+    expert's rows are made of, each coded on its own."""
+    H = None if hessian is None else hessian.to(CPU, torch.float32)
+    coded = [
+        code_stack(part, H, scheme, damp=damp, beam=beam)
+        for part in weight.to(CPU, torch.float32).chunk(parts, dim=1)
+    ]
+    lost, total = (sum(getattr(part, key) for part in coded) for key in ("lost", "total"))
+    error = torch.where(total == 0, 0.0, lost.clamp(min=0) / total).sqrt()
+    damped = {e: amount for part in coded for e, amount in part.damped.items()}
+    whole = Trellis(tuple(part.codes for part in coded), scheme)
+    return Solved(whole, [] if H is None else error.tolist(), damped, coded[0].alone)
+
+
 def experts_at_once(in_features: int) -> int:
     """How many matrices of a stack to solve in one call."""
     return max(1, CHUNK_BYTES // (4 * in_features**2))
@@ -116,12 +141,16 @@ def join(parts: list[Solved]) -> Solved:
         damped |= {start + e: amount for e, amount in part.damped.items()}
         rounded += [start + e for e in part.rounded]
         bounded |= {start + e: rows for e, rows in part.bounded.items()}
-        start += len(part.quantized.q)
+        start += len(part.quantized.scale)
     whole = _join([part.quantized for part in parts])
     return Solved(whole, errors, damped, rounded, bounded)
 
 
-def _join(parts: list[Quantized]) -> Quantized:
+def _join(stacks: list[Stack]) -> Stack:
+    coded = [stack for stack in stacks if isinstance(stack, Trellis)]
+    if coded:
+        return join_trellis(coded)
+    parts = [stack for stack in stacks if isinstance(stack, Quantized)]
     zeros = [part.zero for part in parts if part.zero is not None]
     widths = [part.scheme_of(e).bits for part in parts for e in range(len(part.q))]
     return Quantized(

@@ -91,6 +91,7 @@ METHODS = [
     ),
     _ours("gptq", "--preset", "fast"),
     *_presets(),
+    Method("balanced exl3", "ours", ("--preset", "balanced", "--format", "exl3"), writes=True),
     *_variants(),
     Method("autoround-50", "autoround", ("--iterations", "50")),
     Method("autoround-200", "autoround", ("--iterations", "200")),
@@ -123,7 +124,8 @@ def run(method: Method, task: Task, out: Path, work: Path, log: Path) -> str | N
     python = python_of(method.script, work)
     command = [str(python), "-P", str(HERE / f"{method.script}.py")]
     if method.script == "ours":
-        command += [str(task.model), str(out), *_scheme(task.bits), *method.options]
+        command += [str(task.model), str(out), *_scheme(method, task.bits)]
+        command += method.options
         if method.calibrated:
             command += ["--calibration", task.text, "--seqlen", "256", "--seed", str(task.seed)]
     else:
@@ -140,6 +142,8 @@ def run(method: Method, task: Task, out: Path, work: Path, log: Path) -> str | N
     return f"exit status {done.returncode}: {lines[-1][:300] if lines else 'no output'}"
 
 
-def _scheme(bits: int) -> list[str]:
+def _scheme(method: Method, bits: int) -> list[str]:
+    if "exl3" in method.options:
+        return ["--bits", str(bits), "--dense-bits", str(bits)]
     return ["--bits", str(bits), "--asymmetric", "--dense-bits", str(bits),
             "--set", "dense.group_size=128", "--set", "dense.symmetric=false"]  # fmt: skip

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import qmoe.cli.commands
 from qmoe.cli.main import main
 
-STORED = (".weight_packed", ".weight_scale", ".weight_zero_point")
+STORED = (".weight_packed", ".weight_scale", ".weight_zero_point", ".trellis", ".suh", ".svh")
 
 
 def quantize(arguments: list[str]) -> int:

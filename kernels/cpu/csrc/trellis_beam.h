@@ -1,0 +1,136 @@
+// The M-algorithm: at each position every survivor is continued in all ways, and about `beam` of the best go on.
+//
+// A tier defines, before it includes this,
+//   extend(cost, state, m, bits, wanted, values, penalty, limit, to, from, room): the continuations of m survivors
+//   that cost less than `limit`, in order: costs and survivor << bits | symbol. It stops once there are `room` of
+//   them, and may write SPARE more. Returns how many there are.
+#pragma once
+#include <string.h>
+
+enum { SAMPLE = 128, MOST = 1 << MOST_BITS, SPARE = MOST + 16, WIDER = 8 };
+
+// How many survivors there may be where `beam` are wanted: a sample says which cost that is.
+static int64_t room_of(int64_t beam) { return beam + beam / 2 + 64; }
+
+static int64_t scratch_bytes(int64_t beam) {
+    int64_t row = room_of(beam) + SPARE, wide = room_of(WIDER * beam) + SPARE;
+    return 4 * (4 * wide + LENGTH * row + 2 * WINDOW * wide);
+}
+
+// Costs are never negative, so as integers they have the same order.
+static int32_t order_of(float x) {
+    int32_t order;
+    memcpy(&order, &x, 4);
+    return order;
+}
+
+// About the `target`-th smallest of n costs; `guess` is tried first as a bound from above.
+static float quantile(const float *cost, int64_t n, int64_t target, float guess) {
+    int32_t order[2 * SAMPLE], low = order_of(guess), high = low, top = 0, least = low, below = 0;
+    memcpy(order, cost, 4 * (size_t)n);
+    for (int64_t i = 0; i < n; i++) {
+        below += order[i] < high;
+        top = order[i] > top ? order[i] : top;
+        least = order[i] < least ? order[i] : least;
+    }
+    if (below < target) high = top + 1;
+    else low = least;
+    for (int round = 0; round < 8; round++) {
+        int32_t middle = low + (high - low) / 2, count = 0;
+        for (int64_t i = 0; i < n; i++) count += order[i] < middle;
+        if (count < target) low = middle;
+        else high = middle;
+    }
+    float limit;
+    memcpy(&limit, &high, 4);
+    return limit;
+}
+
+// The cost that about `beam` continuations stay below, from those of evenly spaced survivors.
+static float limit_of(const float *cost, const uint32_t *state, int64_t m, int bits, float wanted, const float *values,
+                      const float *penalty, int64_t beam, float guess) {
+    float some[SAMPLE], sample[2 * SAMPLE + SPARE];
+    uint32_t of[SAMPLE], unused[2 * SAMPLE + SPARE];
+    int64_t survivors = SAMPLE >> bits, n;
+    if (survivors < 16) survivors = bits == 8 ? 1 : 16 >> (bits > 4 ? bits - 4 : 0);
+    if (survivors > m) survivors = m;
+    float stride = (float)m / (float)survivors, at = 0.5f * stride;
+    for (int64_t i = 0; i < survivors; i++, at += stride) {
+        some[i] = cost[(int32_t)at];
+        of[i] = state[(int32_t)at];
+    }
+    n = extend(some, of, survivors, bits, wanted, values, penalty, 3e38f, sample, unused, 2 * SAMPLE);
+    int64_t target = (n * beam + (m << bits) / 2) / (m << bits);
+    return quantile(sample, n, target < 1 ? 1 : target, guess);
+}
+
+// Where nothing comes before, the survivors to begin with: spread over all states.
+static uint32_t first_state(int64_t i) { return (uint32_t)(i * 40503) & (STATES - 1); }
+
+// The states that choices lead to.
+static void follow(const uint32_t *restrict choice, int64_t n, int bits, const uint32_t *restrict state, uint32_t *restrict to) {
+    const uint32_t mask = (1u << bits) - 1;
+    for (int64_t i = 0; i < n; i++) to[i] = (state[choice[i] >> bits] << bits | (choice[i] & mask)) & (STATES - 1);
+}
+
+// Ahead of symbols that are fixed there must be more survivors: one of them has to be near with what it is given.
+static int64_t widened(const Stretch *s, int64_t step, int64_t beam) {
+    uint32_t want;
+    int64_t ahead = 0;
+    if (s->after < 0) return beam;
+    while (ahead < 4 && !fixed_bits(s, step + ahead, &want)) ahead++;
+    return ahead < 2 ? WIDER * beam : ahead < 4 ? WIDER / 2 * beam >> (ahead - 2) : beam;
+}
+
+static float search(const Stretch *s, int64_t beam, void *scratch, uint16_t *states) {
+    int64_t wide = room_of(WIDER * beam) + SPARE, m = s->before >= 0 ? 1 : beam;
+    float *cost = scratch, *next = cost + wide, penalty[MOST] = {0}, limit = 1.0f;
+    uint32_t *state = (uint32_t *)(next + wide), *from = state + wide, *record[LENGTH], *free = from + wide;
+    for (int64_t i = 0; i < m; i++) {
+        cost[i] = 0;
+        state[i] = s->before >= 0 ? (uint32_t)s->before : first_state(i);
+    }
+    for (int64_t step = 0; step < s->length; step++) {
+        int64_t position = (s->start + step) % LENGTH, wanted_now = widened(s, step, beam), room = room_of(wanted_now);
+        int bits = new_bits(position, s->twice);
+        float wanted = s->wanted[position];
+        uint32_t want, fixed = fixed_bits(s, step, &want);
+        if (fixed)
+            for (uint32_t j = 0; j < MOST; j++) penalty[j] = (j ^ want) & fixed ? 1e30f : 0.0f;
+        record[step] = free;
+        int64_t ways = m << (bits - __builtin_popcount(fixed)), n = 0;
+        if (ways > wanted_now) {
+            limit = limit_of(cost, state, m, bits, wanted, s->values, penalty, wanted_now, limit);
+            n = extend(cost, state, m, bits, wanted, s->values, penalty, limit, next, free, room);
+        }
+        // Few enough, or a sample that says nothing: all of them, as far as there is room.
+        if (n == 0) n = extend(cost, state, m, bits, wanted, s->values, penalty, 1e29f, next, free, room);
+        n = n < room ? n : room;
+        follow(free, n, bits, state, from);
+        float *costs = cost;
+        uint32_t *old = state;
+        cost = next;
+        next = costs;
+        state = from;
+        from = old;
+        m = n;
+        free += n;
+    }
+    int64_t best = 0;
+    for (int64_t i = 1; i < m; i++)
+        if (cost[i] < cost[best]) best = i;
+    float error = cost[best];
+    for (int64_t step = s->length - 1; step >= 0; step--) {
+        int bits = new_bits((s->start + step) % LENGTH, s->twice);
+        uint32_t choice = record[step][best];
+        states[step] = (uint16_t)(choice & ((1u << bits) - 1));
+        best = choice >> bits;
+    }
+    // From symbols to states.
+    uint32_t at = s->before >= 0 ? (uint32_t)s->before : first_state(best);
+    for (int64_t step = 0; step < s->length; step++) {
+        at = (at << new_bits((s->start + step) % LENGTH, s->twice) | states[step]) & (STATES - 1);
+        states[step] = (uint16_t)at;
+    }
+    return error;
+}

@@ -1,0 +1,151 @@
+"""Folders in EXL3's codes: written, read back, run, refused by tensor name, and gone on with."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import LITTLE_TEXT, interrupt_after, same_files
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+import qmoe
+from qmoe import QuantConfig
+from qmoe.checkpoint.model_folder import ModelFolder
+from qmoe.cli.main import main
+from qmoe.errors import AuditError, CheckpointError, ConfigError, QmoeError
+from qmoe.format.exl3_checkpoint import decoded_tensors
+from qmoe.kernels.cpu import library
+from qmoe.model.skeleton import WeightMap, build
+from qmoe.packed.audit import audit_folder
+
+pytestmark = pytest.mark.skipif(library.library() is None, reason="installed without a C compiler")
+TEXT = vars(LITTLE_TEXT) | {"self_samples": 0}
+FEW = QuantConfig.preset(
+    "fast", format="exl3", experts={"bits": 3}, dense={"bits": 4}, beam=16, calibration=TEXT
+)
+
+
+@pytest.fixture(scope="module")
+def coded(short, tmp_path_factory):
+    path = tmp_path_factory.mktemp("coded") / "out"
+    qmoe.quantize(short, path, FEW, progress=False)
+    return path
+
+
+def tensors_of(folder):
+    return {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+def test_what_is_written_is_what_exllamav3_names(coded):
+    tensors = tensors_of(coded)
+    key = next(name for name in tensors if name.endswith("experts.0.up_proj.trellis"))[:-8]
+    assert tensors[f"{key}.trellis"].dtype == torch.int16
+    assert tensors[f"{key}.trellis"].shape[2] == 48
+    assert tensors[f"{key}.suh"].dtype == tensors[f"{key}.svh"].dtype == torch.float16
+    assert tensors[f"{key}.mul1"].tolist() == 0x83DCD12D - 2**32
+    assert f"{key}.weight" not in tensors
+    config = json.loads((coded / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "exl3" and config["bits"] == 3
+    stored = json.loads((coded / "quantization_config.json").read_text())
+    entry = stored.pop("tensor_storage")[key]
+    assert stored == config
+    assert entry["quant_format"] == "exl3" and entry["bits_per_weight"] == 3
+    assert entry["mul1_multiplier"] == 0x83DCD12D
+    assert entry["stored_tensors"][f"{key}.suh"] == {
+        "shape": list(tensors[f"{key}.suh"].shape), "n_bytes": tensors[f"{key}.suh"].nbytes,
+        "dtype": "torch.float16",
+    }  # fmt: skip
+
+
+def test_it_runs_as_the_matrices_it_stands_for(coded, short):
+    exact = qmoe.load(coded, torch.float32, progress=False)[0]
+    ids = torch.arange(24).view(1, -1)
+    wanted = exact(input_ids=ids).logits
+    original = tensors_of(short)
+    shapes = {name: tuple(t.shape) for name, t in original.items() if t.dim() == 2}
+    plain = decoded_tensors(tensors_of(coded), shapes)
+    model = build(AutoConfig.from_pretrained(short), torch.float32)
+    weights = WeightMap(model, ModelFolder.find(short, False).checkpoint())
+    weights.load(weights.names(), torch.float32, plain)
+    weights.tie()
+    torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-3, atol=1e-3)
+    rounded = qmoe.load(coded, torch.bfloat16, progress=False)[0](input_ids=ids).logits.float()
+    assert (rounded - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_the_commands_know_it(coded, capsys):
+    assert main(["inspect", str(coded), "--experts"]) == 0
+    said = capsys.readouterr().out
+    assert "experts packed" in said
+    audit = audit_folder(ModelFolder.find(coded, False))
+    assert audit.bytes["experts packed"] and not audit.bytes["experts 16-bit"]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(coded, short, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            qmoe.quantize(short, tmp_path / "out", FEW, progress=False)
+    qmoe.quantize(short, tmp_path / "out", FEW, progress=False)
+    assert same_files(coded, tmp_path / "out")
+
+
+def cut(tensor):
+    return tensor[..., :-1].contiguous()
+
+
+DAMAGE = {
+    "an expert without codes": ("1.up_proj.trellis", None),
+    "an expert without scales": ("1.up_proj.suh", None),
+    "a tensor without rotation": ("1.up_proj.svh", cut),
+    "codes of no rate": ("0.up_proj.trellis", cut),
+    "codes of another rate": ("1.up_proj.trellis", lambda t: t[..., :32].contiguous()),
+    "codes of another type": ("1.up_proj.trellis", lambda t: t.int()),
+    "scales that are no numbers": ("0.down_proj.suh", lambda t: t * float("nan")),
+    "another multiplier": ("0.down_proj.mul1", lambda t: t + 1),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_refused_by_name(coded, tmp_path, damage):
+    ending, how = DAMAGE[damage]
+    broken = shutil.copytree(coded, tmp_path / "broken")
+    (broken / "qmoe_report.json").unlink()
+    for file in broken.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in [n for n in tensors if n.endswith(f"layers.0.mlp.experts.{ending}")]:
+            tensor = tensors.pop(name)
+            if how is not None:
+                tensors[name] = how(tensor)
+        save_file(tensors, file, {"format": "pt"})
+    index = broken / "model.safetensors.index.json"
+    if index.exists():
+        index.unlink()
+    with pytest.raises((CheckpointError, AuditError)) as refused:
+        qmoe.load(broken, progress=False)
+    assert ending.rpartition(".")[0].split(".")[-1] in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"experts": {"bits": 2.25}}, "1 to 8 in halves"),
+        ({"experts": {"bits": 2.5, "codebook": "mcg"}}, "needs the codebook mul1"),
+        ({"experts": {"codebook": "mul2"}}, "codebook: expected one of"),
+        ({"experts": {"group_size": 64}}, "have none of these"),
+        ({"tune": 5}, "tune: EXL3"),
+        ({"method": "awq", "search_grid": False, "refit": False}, "method: EXL3"),
+        ({"rotate": "fused"}, "rotate: EXL3"),
+    ],
+)
+def test_settings_that_do_not_go_with_codes(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        QuantConfig.from_dict({"format": "exl3"} | changes)
+
+
+def test_integers_have_no_codebook():
+    with pytest.raises(ConfigError, match="needs schemes without a codebook"):
+        QuantConfig.from_dict({"experts": {"codebook": "mul1", "group_size": -1}})
+    with pytest.raises(QmoeError, match="bits: expected int"):
+        QuantConfig.from_dict({"experts": {"bits": 2.5}})
