@@ -89,7 +89,7 @@ def scheme_options(p: Any, averages: bool = False) -> None:
             type=bits_or_average,
             metavar="BITS",
             help="bits of routed experts: 2, 3, 4 or 8; or, with a decimal point, the average bits "
-            "of a quantized weight, for which bits are chosen (see --size); of the format exl3 1 to "
+            "of a quantized weight, for which bits are chosen (see --size); of exl3 1 to "
             "8 in halves "
             f"[experts.bits, {d.experts.bits} by default]",
         )

@@ -28,7 +28,7 @@ class Scheme:
     are then 1 to 8 in halves, and scales are one for each input and each output.
     """
 
-    bits: int | float = 4
+    bits: Bits = 4
     group_size: int = 128
     symmetric: bool = True
     rotation: int = 0
