@@ -113,7 +113,12 @@ def _stack(tensors: dict[str, Tensor], i: int, sizes: list[Any], scheme: Scheme)
         codebook: Any = scheme.codebook
         parts = [
             Codes(
-                *(tensors[f"{i}.{p}.{name}"] for name in ("trellis", "suh", "svh")), codebook, n, k
+                tensors[f"{i}.{p}.trellis"],
+                tensors[f"{i}.{p}.suh"],
+                tensors[f"{i}.{p}.svh"],
+                codebook,
+                n,
+                k,
             )
             for p, (n, k) in enumerate(sizes)
         ]

@@ -151,7 +151,8 @@ def _unit_blocks(L: Float[Tensor, "K K"]) -> Float[Tensor, "K K"]:
     ones = torch.eye(SIDE).expand_as(blocks)
     inverse = torch.linalg.solve_triangular(blocks, ones, upper=False)
     made = L.unflatten(1, (-1, SIDE)).transpose(0, 1) @ inverse
-    return made.transpose(0, 1).flatten(1)
+    whole: Tensor = made.transpose(0, 1).flatten(1)
+    return whole
 
 
 def _code(
