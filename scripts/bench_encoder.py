@@ -50,8 +50,8 @@ def main() -> None:
             share = errors[:FULL].sum() / least.sum()
             hours = taken / 1e3 * 30e9 / 256 / 3600
             print(
-                f"| {rate:g} | {beam} | {share:.3f} | {taken:.2f} | {hours / 8:.1f} | "
-                f"{hours / 16:.1f} |"
+                f"| {rate:g} | {beam} | {share:.3f} | {taken:.2f} "
+                f"| {hours / 8:.1f} | {hours / 16:.1f} |"
             )
 
 

@@ -1,4 +1,4 @@
-"""What is written: integers in compressed-tensors or EXL3's codes, and the settings for each."""
+"""What is written, integers on grids or EXL3's codes, and which settings go with it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args

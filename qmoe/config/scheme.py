@@ -28,7 +28,7 @@ class Scheme:
     are then 1 to 8 in halves, and scales are one for each input and each output.
     """
 
-    bits: Bits = 4
+    bits: Any = 4  # an int, and of EXL3's codes also the half of one
     group_size: int = 128
     symmetric: bool = True
     rotation: int = 0

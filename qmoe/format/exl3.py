@@ -91,7 +91,8 @@ def tiles_of(states: Int[Tensor, "*any 256"], rate: float) -> Int16[Tensor, "*an
 def to_tiles(matrix: Float[Tensor, "*any K N"]) -> Float[Tensor, "*any k n 256"]:
     """A matrix [K, N], multiples of 16, as tiles whose values lie in the order of the ring."""
     tiles = matrix.unflatten(-2, (-1, SIDE)).unflatten(-1, (-1, SIDE)).transpose(-3, -2)
-    return tiles.flatten(-2)[..., tile_order()]
+    ordered: Tensor = tiles.flatten(-2)[..., tile_order()]
+    return ordered
 
 
 def from_tiles(tiles: Float[Tensor, "*any k n 256"]) -> Float[Tensor, "*any K N"]:
@@ -99,7 +100,8 @@ def from_tiles(tiles: Float[Tensor, "*any k n 256"]) -> Float[Tensor, "*any K N"
     place = torch.empty(LENGTH, dtype=torch.long)
     place[tile_order()] = torch.arange(LENGTH)
     matrix = tiles[..., place].unflatten(-1, (SIDE, SIDE)).transpose(-3, -2)
-    return matrix.flatten(-4, -3).flatten(-2)
+    whole: Tensor = matrix.flatten(-4, -3).flatten(-2)
+    return whole
 
 
 def decode(trellis: Int16[Tensor, "*any k n W"], codebook: Codebook) -> Float[Tensor, "*any K N"]:

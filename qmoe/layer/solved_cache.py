@@ -115,7 +115,12 @@ def _stack(tensors: dict[str, Tensor], i: int, entry: dict[str, Any]) -> Stack:
         codebook: Any = scheme.codebook
         parts = [
             Codes(
-                *(tensors[f"{i}.{p}.{name}"] for name in ("trellis", "suh", "svh")), codebook, n, k
+                tensors[f"{i}.{p}.trellis"],
+                tensors[f"{i}.{p}.suh"],
+                tensors[f"{i}.{p}.svh"],
+                codebook,
+                n,
+                k,
             )
             for p, (n, k) in enumerate(entry["sizes"])
         ]

@@ -107,6 +107,7 @@ def tune(
     matrices = {
         target: [Matrix(stack, made.originals[target], e, device) for e in range(len(stack.q))]
         for target, stack in made.weights.items()
+        if isinstance(stack, Quantized)  # codes are not tuned
     }
     unquantized = {n: p.detach().clone().requires_grad_() for n, p in _unquantized(layer).items()}
     optimizer, schedule = _optimizer(settings.config, matrices, [*unquantized.values()])
@@ -204,6 +205,7 @@ def _put_back(
 ) -> None:
     for target, group in matrices.items():
         old = made.weights[target]
+        assert isinstance(old, Quantized)
         scale = torch.stack([m.scales().detach().cpu() for m in group]).to(old.scale.dtype)
         q = torch.stack([m.integers().cpu() for m in group])
         new = replace(old, q=q, scale=scale)

@@ -91,7 +91,7 @@ def _rate(checkpoint: Checkpoint, key: str, known: set[str]) -> float:
     if name not in known:
         raise CheckpointError(f"{checkpoint.path}: {name} is missing")
     shape = checkpoint.lazy(name).get_shape()
-    rate = shape[-1] / SIDE if len(shape) == 3 else 0
+    rate: float = shape[-1] / SIDE if len(shape) == 3 else 0.0
     if rate not in RATES:
         raise CheckpointError(
             f"{checkpoint.path}: {name} has shape {tuple(shape)}; expected 16 times 1 to 8 bits, "

@@ -132,7 +132,8 @@ class CodedLinear(PackedLinear):
     def finish(self, where: str, run: RunOn) -> None:
         _check_cpu(run)
         (stored,) = take_coded(self, where).values()
-        dtype = self._qmoe_coded["weight"].dtype
+        declared: Any = self._qmoe_coded
+        dtype = declared["weight"].dtype
         self.stack = TrellisStack([stored], dtype, exact=run.exact)
 
 

@@ -86,7 +86,9 @@ def code_stack(
     # Both sides of equal size, so that neither leaves the range of float16.
     balance = (rows.abs().mean(1) / columns.abs().mean(1)).sqrt()[:, None]
     suh, svh = (columns * balance).half().contiguous(), (rows / balance).half().contiguous()
-    D = (suh.float()[..., None] * made * svh.float()[:, None]).mT - W
+    # What is filled up is cut off again, and whatever is coded there is no loss.
+    W = W[:, :n]
+    D = (suh.float()[..., None] * made * svh.float()[:, None]).mT[:, :n] - W
     lost, total = (((M @ H) * M).sum((1, 2), dtype=torch.float64) for M in (D, W))
     return Coded(Codes(trellis, suh, svh, codebook, n, k), lost, total, factor.damped, factor.alone)
 
@@ -151,7 +153,8 @@ def _unit_blocks(L: Float[Tensor, "K K"]) -> Float[Tensor, "K K"]:
     ones = torch.eye(SIDE).expand_as(blocks)
     inverse = torch.linalg.solve_triangular(blocks, ones, upper=False)
     made = L.unflatten(1, (-1, SIDE)).transpose(0, 1) @ inverse
-    return made.transpose(0, 1).flatten(1)
+    whole: Tensor = made.transpose(0, 1).flatten(1)
+    return whole
 
 
 def _code(

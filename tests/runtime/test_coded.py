@@ -112,16 +112,14 @@ def test_damage_is_refused_by_name(coded, tmp_path, damage):
     ending, how = DAMAGE[damage]
     broken = shutil.copytree(coded, tmp_path / "broken")
     (broken / "qmoe_report.json").unlink()
-    for file in broken.glob("*.safetensors"):
-        tensors = load_file(file)
-        for name in [n for n in tensors if n.endswith(f"layers.0.mlp.experts.{ending}")]:
-            tensor = tensors.pop(name)
-            if how is not None:
-                tensors[name] = how(tensor)
-        save_file(tensors, file, {"format": "pt"})
-    index = broken / "model.safetensors.index.json"
-    if index.exists():
-        index.unlink()
+    tensors = tensors_of(broken)
+    for file in [*broken.glob("*.safetensors"), *broken.glob("*.index.json")]:
+        file.unlink()
+    [name] = [n for n in tensors if n.endswith(f"layers.0.mlp.experts.{ending}")]
+    tensor = tensors.pop(name)
+    if how is not None:
+        tensors[name] = how(tensor)
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     with pytest.raises((CheckpointError, AuditError)) as refused:
         qmoe.load(broken, progress=False)
     assert ending.rpartition(".")[0].split(".")[-1] in str(refused.value)
