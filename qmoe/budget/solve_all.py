@@ -12,6 +12,7 @@ from qmoe.calibration.routed_tokens import RoutedTokens
 from qmoe.calibration.stats import ExpertStats, check_finite
 from qmoe.config import BITS
 from qmoe.format.grid import dequantize
+from qmoe.format.quantized import Quantized
 from qmoe.layer.at_hand import LayerAtHand, LayerSettings
 from qmoe.layer.solve import borrow_rare, solve_as
 from qmoe.model import experts
@@ -95,5 +96,6 @@ def _at_all(
         )
         columns.append([error**2 for error in solved.error])
         if bits == PROBE:
+            assert isinstance(solved.quantized, Quantized)  # codes have no widths to choose
             probe = dequantize(solved.quantized).to(CPU)
     return [list(row) for row in zip(*columns, strict=True)], probe

@@ -73,7 +73,7 @@ class Scheme:
     def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
         """Stored bits per weight, scale and zero point included."""
         per_group = scale_bits + (0 if self.symmetric else self.bits)
-        return self.bits + per_group * self.groups(in_features) / in_features
+        return float(self.bits) + per_group * self.groups(in_features) / in_features
 
     def __str__(self) -> str:
         if self.codebook:

@@ -67,7 +67,7 @@ def _solve_linear(
     made: QuantizedLayer,
 ) -> None:
     weight = layer.linears[name].weight[None]
-    solved = _solve(layer, settings, name, weight, hessian, ())
+    solved = _solve(layer, settings, name, weight, hessian)
     if settings.config.tune:
         made.originals[f"{name}.weight"] = weight.to(CPU, copy=True)
     if hessian is None and settings.config.method != "rtn":

@@ -24,6 +24,7 @@ from torch.func import functional_call
 from qmoe.calibration.collect import collecting_experts
 from qmoe.config import QuantConfig
 from qmoe.errors import CalibrationError
+from qmoe.format.quantized import Quantized
 from qmoe.layer.at_hand import LayerAtHand, LayerSettings, QuantizedLayer
 from qmoe.layer.latent import Matrix, latent_experts
 from qmoe.layer.output_error import hidden, output_error

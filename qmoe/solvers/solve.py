@@ -87,6 +87,7 @@ def in_order(parts: list[tuple[list[int], Solved]]) -> Solved:
     places = [e for some, _ in parts for e in some]
     joined = join([solved for _, solved in parts])
     made = joined.quantized
+    assert isinstance(made, Quantized)  # codes have one rate
     order = torch.tensor(places).argsort()
     widths = made.widths or (made.scheme.bits,) * len(places)
     scheme, differing = common(made.scheme, [widths[i] for i in order])
