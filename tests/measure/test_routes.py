@@ -8,6 +8,7 @@ from torch import nn
 
 from qmoe.measure.routes import experts_used, kept, recorded
 
+IDS = torch.zeros(1, 2, dtype=torch.long)
 NAME = "layers.0.experts"
 
 
@@ -40,7 +41,7 @@ def run(model, *ids):
 
 def test_tokens_are_counted_by_domain_and_sentinel_ids_are_no_expert(model):
     routes = run(model, [[0, 2], [2, 3]], [[1, 1]], [[0, 0]])
-    batches = [("en", None), ("de", None), ("en", None)]
+    batches = [("en", IDS), ("de", IDS), ("en", IDS)]
     assert experts_used(routes, batches, model) == {
         "en": {NAME: [3, 0, 2]},
         "de": {NAME: [0, 2, 0]},
@@ -48,8 +49,8 @@ def test_tokens_are_counted_by_domain_and_sentinel_ids_are_no_expert(model):
 
 
 def test_an_expert_that_nothing_chooses_and_a_module_that_nothing_reaches(model):
-    assert experts_used(run(model, [[0]]), [("en", None)], model) == {"en": {NAME: [1, 0, 0]}}
-    assert experts_used({NAME: []}, [("en", None)], model) == {}
+    assert experts_used(run(model, [[0]]), [("en", IDS)], model) == {"en": {NAME: [1, 0, 0]}}
+    assert experts_used({NAME: []}, [("en", IDS)], model) == {}
 
 
 def test_choices_that_are_kept_in_any_order(model):
