@@ -112,7 +112,7 @@ def _quantize(source: str, quantized: str, preset: str, samples: int) -> dict[st
     from qmoe.checkpoint.reader import Checkpoint
     from qmoe.layer.at_hand import LayerAtHand
     from qmoe.layer.solved_cache import SolvedCache
-    from qmoe.model.skeleton import WeightMap
+    from qmoe.model.weight_map import WeightMap
     from qmoe.pipeline.output import OutputFolder
 
     spent: Counter[str] = Counter()

@@ -1,14 +1,13 @@
 """Settings: what to do to a model. A key, type or combination that cannot work is an error."""
 
 from qmoe.config.formats import Format
+from qmoe.config.presets import PRESETS, check_preset
 from qmoe.config.quant import (
-    PRESETS,
     CalibrationConfig,
     Method,
     QuantConfig,
     Rotate,
     Target,
-    check_preset,
     setting_names,
 )
 from qmoe.config.scheme import BITS, CHANNEL, GROUPS, RATES, UNQUANTIZED, Scheme, expect

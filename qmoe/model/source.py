@@ -14,9 +14,10 @@ from qmoe.config import QuantConfig, Scheme
 from qmoe.errors import CheckpointError, UnsupportedModelError
 from qmoe.model.experts import expert_weights, is_experts
 from qmoe.model.leftovers import complaint, wrapped
-from qmoe.model.skeleton import WeightMap, build, free
+from qmoe.model.skeleton import build, free
 from qmoe.model.structure import Layer, Structure, find
 from qmoe.model.tensor_names import original_names, stored_fused
+from qmoe.model.weight_map import WeightMap
 from qmoe.system.devices import CPU, move_to
 
 

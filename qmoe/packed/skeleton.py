@@ -14,10 +14,11 @@ from qmoe.format.compressed_tensors import Schemes
 from qmoe.format.exl3_checkpoint import METHOD
 from qmoe.format.quantized import common
 from qmoe.model.experts import expert_weights, matrices_of
-from qmoe.model.skeleton import WeightMap, build, settle
+from qmoe.model.skeleton import build, settle
 from qmoe.model.source import Source, check_routing
 from qmoe.model.structure import find
 from qmoe.model.tensor_names import matrices_in, matrix_names, packed_names
+from qmoe.model.weight_map import WeightMap
 from qmoe.runtime.coded import declare_coded
 from qmoe.runtime.modules import CodedLinear, PackedLinear, declare_experts
 from qmoe.runtime.stored import stored_stacks

@@ -7,6 +7,7 @@ import pytest
 from qmoe.cli.main import main
 from qmoe.cli.options import build_parser
 from qmoe.cli.settings import config_from
+from qmoe.config import Scheme
 from qmoe.system import host_memory
 
 
@@ -24,7 +25,7 @@ def planned(capsys, *args):
 
 def test_on_the_cpu(demo, capsys):
     found = planned(capsys, demo, "--context", 512, "--ram", "2GB")
-    assert found["scheme"] == {"bits": 8, "group_size": 128, "symmetric": True, "rotation": 0}
+    assert found["scheme"] == vars(Scheme(8))
     assert found["bytes"]["gpu"] == 0 and found["bytes"]["host"] <= found["ram"] == 2 * 10**9
     assert found["bytes"]["host"] == sum(part["host"] for part in found["parts"])
     assert found["commands"][0] == f"qmoe quantize {demo} DST --bits 8 --group-size 128"

@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from qmoe.checkpoint.model_config import read_config
 from qmoe.checkpoint.reader import Checkpoint
-from qmoe.model.skeleton import WeightMap, build
+from qmoe.model.skeleton import build
+from qmoe.model.weight_map import WeightMap
 
 W1 = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
 GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"

@@ -91,7 +91,7 @@ def test_bytes_other_than_those_solved_are_found(folder, capsys):
         (lambda t: t.half(), "not the one that was written"),
         (lambda t: t + 1, "not the one that was written"),
         (lambda t: t[:128].clone(), r"has shape \(128,\), the model needs \(256,\)"),
-        (lambda t: t.short(), "is stored as I16; expected one of"),
+        (lambda t: t.short(), "is stored as torch.int16, the model needs torch.float32"),
         (lambda t: t.int(), "is stored as torch.int32, the model needs torch.float32"),
     ],
 )

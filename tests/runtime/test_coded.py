@@ -16,7 +16,8 @@ from qmoe.cli.main import main
 from qmoe.errors import AuditError, CheckpointError, ConfigError, QmoeError
 from qmoe.format.exl3_checkpoint import decoded_tensors
 from qmoe.kernels.cpu import library
-from qmoe.model.skeleton import WeightMap, build
+from qmoe.model.skeleton import build
+from qmoe.model.weight_map import WeightMap
 from qmoe.packed.audit import audit_folder
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason="installed without a C compiler")
