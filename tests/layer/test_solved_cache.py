@@ -29,7 +29,7 @@ def test_what_comes_back_is_what_was_saved(tmp_path, symmetric, fitted):
     assert not cache.any()
     cache.save(NAME, 3, 6, saved)
     assert cache.any()
-    found = cache.load(NAME, 3, 6, Scheme(4, 32, symmetric))
+    found = cache.load(NAME, 3, 6)
     assert found is not None and found.borrowed == saved.borrowed
     for a, b in zip(found.solved, saved.solved, strict=True):
         assert torch.equal(a.quantized.q, b.quantized.q)
@@ -45,10 +45,10 @@ def test_what_comes_back_is_what_was_saved(tmp_path, symmetric, fitted):
 def test_other_experts_and_other_modules_are_not_there(tmp_path):
     cache = SolvedCache(tmp_path)
     cache.save(NAME, 3, 6, some(True, False))
-    assert cache.load(NAME, 0, 3, Scheme(4, 32)) is None
-    assert cache.load(NAME.replace("0", "1"), 3, 6, Scheme(4, 32)) is None
+    assert cache.load(NAME, 0, 3) is None
+    assert cache.load(NAME.replace("0", "1"), 3, 6) is None
     cache.clear()
-    assert not cache.any() and cache.load(NAME, 3, 6, Scheme(4, 32)) is None
+    assert not cache.any() and cache.load(NAME, 3, 6) is None
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b[:-1] + bytes([b[-1] ^ 1])])
@@ -58,4 +58,4 @@ def test_damage_is_found(tmp_path, damage):
     (file,) = tmp_path.iterdir()
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(OutputError, match="unfinished work is damaged .*; remove it"):
-        cache.load(NAME, 0, 3, Scheme(4, 32))
+        cache.load(NAME, 0, 3)
