@@ -14,6 +14,7 @@ from qmoe.kernels.activation import Activation
 from qmoe.kernels.arena_stack import ArenaStack
 from qmoe.kernels.offload import SlotStack
 from qmoe.model.source import open_source
+from qmoe.packed.gradients import Placeholder
 from qmoe.plan.choose import measure
 from qmoe.plan.in_memory import in_memory
 from qmoe.plan.placement import Budget, Load, place
@@ -99,7 +100,7 @@ def test_slots_are_as_planned(demo, tmp_path, through_kernels, family):
     storages = [
         t.untyped_storage()
         for name, t in (*model.named_parameters(), *model.named_buffers())
-        if "rotary" not in name
+        if "rotary" not in name and type(t) is not Placeholder  # one number each
     ]
     assert told == sum({s.data_ptr(): s.nbytes() for s in storages}.values())
     fewer = through_kernels(tmp_path / "q", expert_memory=placed.expert_memory - 1)
