@@ -4,7 +4,8 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from qmoe.config.quant import PRESETS, STEPS, QuantConfig, setting_names
+from qmoe.config.presets import PRESETS, STEPS
+from qmoe.config.quant import QuantConfig, setting_names
 from qmoe.config.scheme import UNQUANTIZED
 from qmoe.config.tables import overlay
 
