@@ -33,8 +33,8 @@ __all__ = [
     "load",
     "quantize",
     "quantize_model",
-    "report",
     "quantize_to_size",
+    "report",
 ]
 
 

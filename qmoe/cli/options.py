@@ -57,16 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
             "everything lies. Only config.json and the headers of the weights are read.",
         )
     )
-    inspect = commands.add_parser(
-        "inspect", help="audit a quantized folder, or show a model's parts"
-    )
-    inspect.add_argument("path", help="a model folder or hub name")
-    inspect.add_argument("--experts", action="store_true", help="show a row per layer and expert")
-    inspect.add_argument(
-        "--config",
-        action="store_true",
-        help="print the settings that a folder was quantized with, for quantize --config",
-    )
+    inspect = "audit a quantized folder, or show a model's parts"
+    _inspect_options(commands.add_parser("inspect", help=inspect))
     _report_options(
         commands.add_parser(
             "report",
@@ -92,15 +84,29 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _info_options(info)
     for name, sub in commands.choices.items():
-        if name not in ("families", "info"):
-            sub.add_argument(
-                "--trust-remote-code",
-                action="store_true",
-                help="run code that lies beside the weights, if transformers has no such model",
-            )
-        sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
-        add_renamed(name, sub)
+        _common_options(name, sub)
     return parser
+
+
+def _common_options(name: str, p: argparse.ArgumentParser) -> None:
+    if name not in ("families", "info"):
+        p.add_argument(
+            "--trust-remote-code",
+            action="store_true",
+            help="run code that lies beside the weights, if transformers has no such model",
+        )
+    p.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add_renamed(name, p)
+
+
+def _inspect_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("path", help="a model folder or hub name")
+    p.add_argument("--experts", action="store_true", help="show a row per layer and expert")
+    p.add_argument(
+        "--config",
+        action="store_true",
+        help="print the settings that a folder was quantized with, for quantize --config",
+    )
 
 
 def _report_options(p: argparse.ArgumentParser) -> None:

@@ -100,7 +100,8 @@ def test_every_file_without_weights_is_copied_and_all_else_is_named(tmp_path, mo
     written = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     shards = {n for n in written if n.startswith("model-") or n.endswith("index.json")}
     assert len(shards) == 4
-    assert written - shards == before - {"model.safetensors"} | set(OTHERS) | {"qmoe_report.json"}
+    ours = {"README.md", "qmoe_report.json"}
+    assert written - shards == before - {"model.safetensors"} | set(OTHERS) | ours
     for name, text in OTHERS.items():
         assert (out / name).read_text() == text
     line = next(line for line in report["fallbacks"] if line.startswith("not copied"))

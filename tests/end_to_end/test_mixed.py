@@ -181,10 +181,15 @@ def test_vllm_takes_one_scheme_for_a_layer(tmp_path, short):
             qmoe.quantize(short, tmp_path / "other", config, progress=False)
 
 
-def test_plain_transformers_refuses_a_mixed_model(written):
-    """It would decode all experts by one scheme."""
+def test_plain_transformers_refuses_a_mixed_model(written, tmp_path):
+    """It would decode all experts by one scheme. (Without a producer, qmoe leaves the folder to
+    transformers' own loader.)"""
+    folder = shutil.copytree(written, tmp_path / "plain")
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["producer"]
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="pack-quantized-mixed"):
-        AutoModelForCausalLM.from_pretrained(written)
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_gate_and_up_of_an_expert_must_be_alike(written, tmp_path):

@@ -14,11 +14,11 @@ from qmoe.kernels.activation import Activation
 from qmoe.kernels.arena_stack import ArenaStack
 from qmoe.kernels.offload import SlotStack
 from qmoe.model.source import open_source
-from qmoe.packed.gradients import Placeholder
 from qmoe.plan.choose import measure
 from qmoe.plan.in_memory import in_memory
 from qmoe.plan.placement import Budget, Load, place
 from qmoe.plan.sizes import stacks
+from qmoe.runtime.gradients import Placeholder
 
 IDS = torch.arange(60, 65)[None]
 
