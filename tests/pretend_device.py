@@ -61,8 +61,9 @@ class Pretended(Tensor):
 def device() -> torch.device:
     """The device, known to torch from the first call on."""
     _setup_privateuseone_for_python_backend(NAME)
-    # torch.library.opcheck asks every device that torch knows for these.
+    # torch.library.opcheck and autocast ask every device that torch knows for these.
     backend: Any = getattr(torch, NAME)
+    backend.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     backend.get_rng_state = lambda *_: torch.zeros(8, dtype=torch.uint8)
     backend.set_rng_state = lambda *_: None
     for name in FACTORIES:
