@@ -188,18 +188,35 @@ support. qmoe's tests do not load this model there:
 
     vllm serve {name}"""
 ONLY_QMOE = """\
-**transformers and vLLM** cannot run it: it has {what}."""
+**transformers and vLLM** cannot run it by themselves: it has {what}. After `import qmoe`,
+transformers can."""
 LLAMA_CPP = """\
-**llama.cpp** reads GGUF files. This folder holds none."""
+**llama.cpp** reads GGUF files, which qmoe makes of this folder for families that llama.cpp knows:
+
+    qmoe export {name} --to gguf"""
+EXLLAMA = """\
+**exllamav3** has the same format and runs it on GPUs. qmoe's tests do not load this model there."""
 
 
 def _how_to_run(report: dict[str, Any]) -> str:
-    plain = [TRANSFORMERS, VLLM]
-    if report["rotated"] or not report["symmetric"]:
-        plain = [ONLY_QMOE]
-    what = "weights that are rotated at run time" if report["rotated"] else "zero points"
-    parts = [QMOE, *plain, LLAMA_CPP]
+    what = _only_in_qmoe(report)
+    if report["config"].get("format") == "exl3":
+        parts = [QMOE, EXLLAMA]
+    else:
+        parts = [QMOE, *([TRANSFORMERS, VLLM] if what is None else [ONLY_QMOE]), LLAMA_CPP]
     return "\n\n".join(part.format(name=title(report), what=what) for part in parts)
+
+
+def _only_in_qmoe(report: dict[str, Any]) -> str | None:
+    """What of a folder of integers no other program runs; None if there is nothing."""
+    config = report["config"]
+    if report["rotated"]:
+        return "weights that are rotated at run time"
+    if not report["symmetric"]:
+        return "zero points"
+    # One digit for each expert of a stack, and one for a linear.
+    mixed = any(len(digits) > 1 for digits in config.get("widths", {}).values())
+    return "experts of different bits" if mixed and config.get("target") != "vllm" else None
 
 
 def command(report: dict[str, Any]) -> str:
