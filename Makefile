@@ -60,7 +60,7 @@ sanitize:
 # All steps of the kit for GPUs on a CPU, in Triton's interpreter, at toy sizes.
 gpu-dry-run: .venv/ready
 	rm -rf build/gpu
-	$(BIN)/python -P scripts/gpu_check.py --out build/gpu --dry-run --minutes 6
+	$(BIN)/python -P scripts/gpu_check.py --out build/gpu --dry-run --minutes 12
 
 # sdist and wheels in dist/, each wheel used in a clean environment outside of the repository.
 smoke: .venv/ready
