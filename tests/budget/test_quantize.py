@@ -88,6 +88,7 @@ def test_errors_fall_with_bits_and_are_relative(made):
             assert 0 <= errors[3] < errors[2] < errors[1] < errors[0] < 1.5
 
 
+@pytest.mark.slow
 def test_another_budget_measures_nothing_again(made, short, tmp_path, monkeypatch):
     folder, _, _ = made
     monkeypatch.setattr(budget, "measure", None)
@@ -105,6 +106,7 @@ def test_another_budget_measures_nothing_again(made, short, tmp_path, monkeypatc
         )
 
 
+@pytest.mark.slow
 def test_uniform_is_written_where_it_is_better(made, short, tmp_path, monkeypatch, capsys):
     folder, _, _ = made
     found = {"planned": {"a": 2.0, "overall": 2.0}, "uniform": {"a": 1.0, "overall": 1.0}}
@@ -124,6 +126,7 @@ def test_uniform_is_written_where_it_is_better(made, short, tmp_path, monkeypatc
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on(made, short, tmp_path, monkeypatch):
     folder, _, _ = made
     how = {"measurements": folder / "out.measurements", "progress": False}

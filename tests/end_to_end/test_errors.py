@@ -244,6 +244,7 @@ def test_settings_that_contradict_each_other(capsys, tmp_path, demo):
     )
 
 
+@pytest.mark.slow
 def test_disk_full_while_writing(tmp_path, short, forks):
     """The kernel refuses to let files grow past 300 kB, as a full disk or quota would."""
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "

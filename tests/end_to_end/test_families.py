@@ -132,6 +132,7 @@ def test_reloaded_equals_the_model_with_dequantized_weights(family, symmetric, t
     assert report["bytes"]["experts 16-bit"] == report["bytes"]["dense 16-bit"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", NAMED)
 def test_plain_transformers_gives_the_same_logits_without_qmoe(family, tmp_path, demo, plain):
     _, quantized, report = quantize(family, tmp_path, demo, experts=Scheme(4, 32))

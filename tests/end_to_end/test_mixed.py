@@ -82,6 +82,7 @@ def test_without_c_kernels(written, reference, monkeypatch):
     assert_close(logits(model), logits(reference))
 
 
+@pytest.mark.slow
 def test_in_the_triton_kernels(written, reference, monkeypatch):
     for module in (qmoe.packed.load, qmoe.runtime.modules):
         monkeypatch.setattr(module, "uses_arena", lambda device: True)

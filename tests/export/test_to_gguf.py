@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from helpers import save_random
+from helpers import save_random, slow
 from safetensors.torch import load_file, save_file
 
 import qmoe
@@ -160,7 +160,7 @@ def test_attention_in_16_bits_and_tied_embeddings(tmp_path: Path, demo: Path) ->
     np.testing.assert_array_equal(found["output.weight"], found["token_embd.weight"])
 
 
-@pytest.mark.parametrize(("bits", "symmetric", "kind"), [(2, False, "Q2_K"), (3, True, "Q3_K")])
+@pytest.mark.parametrize(("bits", "symmetric", "kind"), [(2, False, "Q2_K"), slow(3, True, "Q3_K")])
 def test_target_fits_k_types(
     bits: int, symmetric: bool, kind: str, tmp_path: Path, demo: Path
 ) -> None:

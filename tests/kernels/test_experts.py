@@ -268,7 +268,7 @@ SCHEDULES = [(*count, BM, kind) for count, BM, kind in every(COUNTS, (8, 16), KI
 def quick(P, E, BM, kind):
     """Both heights and all kinds, inside a block and beyond it; many experts once."""
     if P != 5:
-        return (P, BM, kind) in [(257, 8, "random"), (513, 16, "random")]
+        return (P, BM, kind) == (257, 8, "random")
     return (BM == 8) == (kind != "one expert")
 
 

@@ -103,6 +103,7 @@ def layers(count, slots, copier=None, bits=4):
     return made
 
 
+@pytest.mark.slow
 def test_a_slow_memory_changes_nothing_but_time():
     copier = LazyCopier()
     made = layers(2, 4, copier)

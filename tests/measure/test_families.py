@@ -51,7 +51,7 @@ KINDS = {
 }
 
 
-FEW = ("gpt_oss", "longcat_flash", "step3p7")  # `make families` checks all
+FEW = ("gpt_oss", "longcat_flash")  # `make families` checks all
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

@@ -171,6 +171,7 @@ def test_damaged_measurements_are_refused(found, tmp_path):
         read_measured(tmp_path)
 
 
+@pytest.mark.slow
 def test_equal_runs_write_equal_cards(short, quantized_short, tmp_path):
     shutil.copytree(short, tmp_path / "source")
     (tmp_path / "source" / "README.md").write_text(ORIGINAL, encoding="utf-8")

@@ -66,6 +66,7 @@ def test_same_seed_same_bytes(short, quantized_short, tmp_path):
     assert same_files(quantized_short, tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_another_seed_other_bytes(saved):
     assert weights(saved / "q0") != weights(saved / "q1")
 

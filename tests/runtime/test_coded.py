@@ -83,6 +83,7 @@ def test_the_commands_know_it(coded, capsys):
     assert audit.bytes["experts packed"] and not audit.bytes["experts 16-bit"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_bytes(coded, short, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_after(patch, 1)

@@ -193,6 +193,7 @@ print("one graph")
 """
 
 
+@pytest.mark.slow
 def test_a_block_is_one_graph():
     # In a process of its own: dynamo cannot look into functions wrapped in type checks.
     done = subprocess.run([sys.executable, "-P", "-c", BLOCK], capture_output=True, text=True)
