@@ -89,7 +89,7 @@ class QuantConfig:
     format: what is written: integers in "compressed-tensors", or trellis codes in "exl3"
         (qmoe/format/exl3.py).
     beam: how many ways to continue the search for EXL3's codes follows at each weight; 0 searches
-        all of them, which takes two hundred times as long as 256 (kernels/cpu/trellis.py).
+        all of them, which takes two hundred times as long as 256 (kernels/cpu/encode.py).
     min_tokens: an expert with fewer calibration tokens borrows tokens of its layer (see
         calibration/coverage.py).
     widths: bits of single matrices, where they are not those of `experts` or `dense`: a digit (2,

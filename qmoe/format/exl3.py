@@ -6,7 +6,7 @@ highest bit comes first, each word as two int16. Rows of a tile are inputs, colu
 order of positions is that in which a GPU's matrix unit holds them.
 
 Left out: the scales and rotations around the codes (trellis.py), and the search for codes
-(kernels/cpu/trellis.py).
+(kernels/cpu/encode.py).
 """
 
 from functools import cache

@@ -3,6 +3,7 @@
 import inspect
 import re
 import sys
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,15 +23,26 @@ NAME = "qmoe_cpu"
 
 def fuse_attention(model: Any, run: RunOn) -> None:
     """Let a model whose attention is torch's SDPA use the C kernel, where packed weights run in C.
-    A family whose code asks which implementation is set keeps torch's."""
+    A model of which some code asks which implementation is set, or cannot be read, keeps torch's.
+    """
     if uses_arena(run.device) or not uses_cpu_kernels(run.device):
         return
-    code = inspect.getsource(sys.modules[type(model).__module__])
-    asks = re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)", code)
-    if model.config._attn_implementation == "sdpa" and not asks:
+    files = {type(module).__module__ for module in model.modules()}
+    files = {name for name in files if not name.startswith(("torch.", "qmoe."))}
+    if model.config._attn_implementation == "sdpa" and not any(map(_asks, files)):
         AttentionInterface.register(NAME, attention_forward)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
+
+
+@cache
+def _asks(module: str) -> bool:
+    """Whether the code of a module compares the implementation's name with others."""
+    try:
+        code = inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):
+        return True
+    return bool(re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)", code))
 
 
 def attention_forward(
