@@ -63,7 +63,7 @@ def main() -> int:
         "Fisher": _fisher(model, plan.samples[: args.gradients], before, weights),
     }  # fmt: skip
     test = GuardText(str(args.corpus / "*.test.txt"), samples=args.samples)
-    batches = [ids for _, ids in batches_of(ModelFolder(args.model), test)]
+    batches = [ids for _, ids in batches_of(ModelFolder(args.model), test)[0]]
     base_p = [_predict(model, ids) for ids in batches]
     for bits in args.bits:
         rng = random.Random(0)

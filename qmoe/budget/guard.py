@@ -25,12 +25,11 @@ class GuardText:
     samples: int = 16
 
 
-def batches_of(folder: ModelFolder, given: GuardText) -> Batches:
-    """The text in batches. Raises a QmoeError for text that cannot be read, or is too short."""
+def batches_of(folder: ModelFolder, given: GuardText) -> tuple[Batches, list[str]]:
+    """The text in batches, and in words what of it is not as asked for. Raises a QmoeError for text
+    that cannot be read, or is too short."""
     tokenizer, texts = folder.tokenizer(folder.config()), load_texts(given.text)
-    return make_batches(tokenizer, texts, samples=given.samples, seqlen=given.seqlen, batch=BATCH)[
-        0
-    ]
+    return make_batches(tokenizer, texts, samples=given.samples, seqlen=given.seqlen, batch=BATCH)
 
 
 @torch.no_grad()
@@ -39,7 +38,7 @@ def divergences(
 ) -> dict[str, dict[str, float]]:
     """KL of each folder's predictions to the original's, nats per token, by domain of the text and
     "overall", their mean. All models run in float32; the original is streamed."""
-    batches = batches_of(original, given)
+    batches, _ = batches_of(original, given)
     trust = original.trust_remote_code
     models: dict[str, Any] = {
         name: load(path, torch.float32, progress=False, trust_remote_code=trust)[0]

@@ -106,7 +106,7 @@ def quantize_to_size(
     with shown(progress):
         plan = check(src, dst, base, statistics_from=(), save_statistics=None, **how)
         text = GuardText(budget.guard_text, base.calibration.seqlen)
-        batches_of(plan.source.folder, text)
+        _, notes = batches_of(plan.source.folder, text)
         memory, limit = budget.of(plan)
         _check_budget(memory, plan.config, limit)
         copy = partial(quantize, progress=False, **how)
@@ -114,7 +114,7 @@ def quantize_to_size(
         chosen = choose(memory, base, found, limit)
         rival = uniform(memory, base, limit)
         make = partial(quantize, src, progress=progress, **how)
-        return _guarded(plan, chosen, rival, text, make)
+        return _guarded(plan, chosen, rival, text, notes, make)
 
 
 def base_config(config: QuantConfig) -> QuantConfig:
@@ -163,10 +163,11 @@ def _guarded(
     chosen: Chosen,
     rival: QuantConfig | None,
     text: GuardText,
+    notes: list[str],
     make: Callable[..., Any],
 ) -> dict[str, Any]:
-    """Make the planned model and the uniform one, and keep the better. make: quantizes into a
-    folder."""
+    """Make the planned model and the uniform one, and keep the better. notes: on the text. make:
+    quantizes into a folder."""
     configs = {"planned": chosen.config} | ({} if rival is None else {"uniform": rival})
     folders = {name: plan.dst.with_name(f"{plan.dst.name}.{name}") for name in configs}
     for name, path in folders.items():
@@ -187,6 +188,7 @@ def _guarded(
         "uniform": None if rival is None else str(rival.experts),
     }
     report = read_json(folders[best] / REPORT) | {"budget": told}
+    report["fallbacks"] += [f"held-out text: {note}" for note in notes]
     if best == "uniform":
         report["fallbacks"].insert(
             0, f"the uniform model ({told['uniform']}) was written: its KL on held-out text is "

@@ -10,6 +10,7 @@ import qmoe
 import qmoe.budget.measure
 import qmoe.budget.quantize as budget
 from qmoe import Budget, QuantConfig, Scheme
+from qmoe.budget.guard import GuardText, batches_of
 from qmoe.budget.measurements import Measurements
 from qmoe.calibration.batches import choose_samples
 from qmoe.calibration.text import load_texts
@@ -175,3 +176,9 @@ def test_refused_before_any_work(tmp_path, short, config, given, said):
 def test_options_that_do_not_go_together(short, tmp_path, capsys, options, said):
     assert main(["quantize", str(short), str(tmp_path / "out"), *options]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_held_out_text_that_is_short_is_told(short, tmp_path):
+    (tmp_path / "few.txt").write_text("A sentence of some length, again and again. " * 20)
+    batches, notes = batches_of(ModelFolder(short), GuardText(str(tmp_path / "few.txt"), 64, 100))
+    assert 0 < sum(len(ids) for _, ids in batches) < 100 and notes
