@@ -75,7 +75,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(forks, tmp_path, source, whole, 
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
+@pytest.mark.parametrize("sign", [signal.SIGINT, slow(signal.SIGTERM)], ids=["ctrl-c", "kill"])
 def test_an_interrupted_run_says_so_and_goes_on(forks, tmp_path, source, whole, sign):
     status, err = stop(forks, tmp_path, source, sign, 1)
     assert status == 130, err
@@ -93,7 +93,7 @@ METHODS = ["rtn", "awq", "gptq", "awq-gptq"]
     # Runs that are killed, above, are GPTQ's.
     mostly_slow(
         [*product(METHODS, (True, False))],
-        lambda method, symmetric: (method, symmetric) in [("rtn", True), ("awq-gptq", False)],
+        lambda method, symmetric: (method, symmetric) == ("rtn", True),
     ),
 )
 def test_every_method_goes_on_to_the_same_bytes(tmp_path, demo, method, symmetric, monkeypatch):

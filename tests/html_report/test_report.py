@@ -156,6 +156,7 @@ def test_rounding_to_nearest_has_neither_errors_nor_coverage(other):
     assert "No calibration text ran through this model." in text
 
 
+@pytest.mark.slow
 def test_before_and_after_tuning(short, tmp_path):
     config = qmoe.QuantConfig(search_grid=False, refit=False, tune=2, calibration=LITTLE_TEXT)
     qmoe.quantize(short, tmp_path / "tuned", config, progress=False)

@@ -117,9 +117,9 @@ WIDTHS = [
 
 
 def one_kind(bits, group, H, I, order, symmetric, dtype):  # noqa: E741
-    """One kind for each width and group, both kinds for each width and for each group."""
-    even = ((2, 3, 4, 8).index(bits) + (32, 64, 128, -1).index(group)) % 2 == 0
-    return symmetric == even and dtype != torch.bfloat16
+    """Every width and every group twice, once of each kind."""
+    place = (32, 64, 128, -1).index(group) - (2, 3, 4, 8).index(bits)
+    return place % 4 < 2 and symmetric == (place % 4 == 0)
 
 
 @pytest.mark.parametrize(
@@ -155,18 +155,20 @@ EDGES = {
 }
 
 
+@pytest.mark.parametrize("T", [3, slow(70)])
 @pytest.mark.parametrize("dtype", [slow(torch.float32), torch.float16])
-def test_the_same_bits_twice(dtype):
+def test_the_same_bits_twice(T, dtype):
     """Also where several assignments of a token, and several shares of K, are summed."""
     schemes = [Scheme(bits, 32) for bits in (2, 3, 4, 8)]
     arena, *_ = make(4, 96, 32, schemes, dtype)
-    for T in (3, 70):
-        x, ids, gates = torch.randn(T, 96).to(dtype), some_ids(T, 2, 4), torch.rand(T, 2)
-        once, again = (layer.routed_experts(x, ids, gates, arena, SILU) for _ in range(2))
-        assert torch.equal(once, again) and once.abs().sum() > 0
+    x, ids, gates = torch.randn(T, 96).to(dtype), some_ids(T, 2, 4), torch.rand(T, 2)
+    once, again = (layer.routed_experts(x, ids, gates, arena, SILU) for _ in range(2))
+    assert torch.equal(once, again) and once.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", EDGES)
+@pytest.mark.parametrize(
+    "name", mostly_slow([(name,) for name in EDGES], lambda name: EDGES[name].numel() < 50)
+)
 def test_edges_of_routing(name):
     arena, first, second = make(4, 64, 32, [Scheme(4, 32)], torch.float32)
     check(arena, first, second, EDGES[name], torch.float32)
@@ -266,9 +268,9 @@ SCHEDULES = [(*count, BM, kind) for count, BM, kind in every(COUNTS, (8, 16), KI
 
 
 def quick(P, E, BM, kind):
-    """Both heights and all kinds, inside a block and beyond it; many experts once."""
+    """Both heights and all kinds."""
     if P != 5:
-        return (P, BM, kind) == (257, 8, "random")
+        return False
     return (BM == 8) == (kind != "one expert")
 
 

@@ -161,7 +161,7 @@ def test_expanded_weights_are_exact(bits, order, shape, fence):
 @pytest.mark.parametrize(
     "T, paired, biased",
     mostly_slow(
-        [*every((4, 129), (True, False), (True, False))], lambda T, p, b: (T == 4) == (p == b)
+        [*every((4, 129), (True, False), (True, False))], lambda T, p, b: p == b == (T == 4)
     ),
 )
 def test_the_products_apart(T, paired, biased, fence):
@@ -190,7 +190,7 @@ def test_the_products_apart(T, paired, biased, fence):
     "split, T, kept",
     mostly_slow(
         [(s, *c) for s, c in every((2, 4), [(3, 4096), (3, 0), (130, 4096)])],
-        lambda split, T, kept: (split == 4) == (T == 3),
+        lambda split, T, kept: (split == 4) == (T == 3) and (T == 130 or kept == 0),
     ),
 )
 def test_shares_of_k_under_gates_and_biases(monkeypatch, split, T, kept, fence):
@@ -247,7 +247,7 @@ def test_no_byte_outside_is_read_or_written(bits, fence):
     "BM, BN, P",
     mostly_slow(
         [*every((8, 64, 128), (64, 128), (70, 260))],  # P: found in the ids, or sorted
-        lambda BM, BN, P: BN == 64 and (P == 260) == (BM == 64) or (BM, BN, P) == (64, 128, 70),
+        lambda BM, BN, P: (BM, BN, P) in ((8, 64, 70), (64, 128, 260)),
     ),
 )
 def test_every_tile(BM, BN, P, fence):
@@ -265,7 +265,7 @@ def test_every_tile(BM, BN, P, fence):
 
 @pytest.mark.parametrize(
     "H, I, dtype",
-    [slow(66, 32, torch.float32), (64, 36, torch.float16)],
+    [slow(66, 32, torch.float32), slow(64, 36, torch.float16)],
     ids=str,
 )
 def test_large_batches_of_odd_sizes(H, I, dtype):  # noqa: E741

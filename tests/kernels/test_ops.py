@@ -1,5 +1,6 @@
 """The kernels as custom ops: schemas, fakes, one graph, and a whole model through them."""
 
+import pytest
 import torch
 from helpers import DEVICE, assert_close
 
@@ -77,6 +78,7 @@ print("one graph")
 """
 
 
+@pytest.mark.slow
 def test_a_block_is_one_graph(forks):
     # In a process of its own: dynamo cannot look into functions wrapped in type checks.
     status, out, err = forks.run(BLOCK)

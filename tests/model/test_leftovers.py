@@ -71,7 +71,7 @@ def leaves_out(tmp_path, demo, family, extra, config=RTN, **changes):
     return report
 
 
-@pytest.mark.parametrize("config", [RTN, GPTQ], ids=["rtn", "gptq"])
+@pytest.mark.parametrize("config", [slow(RTN), GPTQ], ids=["rtn", "gptq"])
 def test_a_prediction_layer_of_a_model_that_has_not_61(tmp_path, demo, config):
     """With text that the model writes too, which loads the whole of it."""
     report = leaves_out(

@@ -23,7 +23,7 @@ FAST = QuantConfig(search_grid=False, calibration=SMALL)
 
 def test_the_demo_model_predicts(demo, quantized):
     """Far below unigram perplexity (844 to 1217) in every domain, and so does its int4 form."""
-    result = evaluate(quantized, against=demo, samples=2)
+    result = evaluate(quantized, against=demo, samples=1)
     for name in ("original", "qmoe"):
         for domain, score in result["scores"][name].items():
             assert score["perplexity"] < 150, (name, domain)
@@ -157,7 +157,7 @@ SCHEMES = [(2, 32, False), (3, 64, True), (8, 128, True)]
     "method, bits, group, symmetric",
     mostly_slow(
         [(method, *scheme) for method in ("rtn", "gptq", "awq") for scheme in SCHEMES],
-        lambda method, bits, *_: (method, bits) in [("rtn", 2), ("gptq", 3)],
+        lambda method, bits, *_: (method, bits) == ("gptq", 3),
     ),
 )
 def test_methods_and_schemes_give_working_models(demo, tmp_path, method, bits, group, symmetric):

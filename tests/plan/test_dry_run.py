@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import slow
 
 from qmoe.checkpoint.model_config import model_class
 from qmoe.errors import UnsupportedModelError
@@ -49,7 +50,7 @@ def tensors_in(value):
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers, about kernels that are not installed
-@pytest.mark.parametrize("context", [1, 40])
+@pytest.mark.parametrize("context", [slow(1), 40])
 @pytest.mark.parametrize("family, changes, kinds", CASES, ids=[case[0] for case in CASES])
 def test_the_cache_is_as_large_as_transformers_own(family, changes, kinds, context):
     config = config_of(family, changes)

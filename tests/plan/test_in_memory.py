@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import save_random
+from helpers import mostly_slow, save_random
 
 import qmoe
 from qmoe.checkpoint.model_folder import ModelFolder
@@ -16,6 +16,7 @@ from qmoe.plan.sizes import Stack, stacks
 from qmoe.solvers.rtn import rtn
 
 CPU = torch.device("cpu")
+QUICK_MODELS = [("mixtral", 4), ("gpt_oss", 2), ("deepseek_v3", 3), ("qwen2_moe", 4)]
 
 
 def resident(model):
@@ -27,14 +28,20 @@ def resident(model):
 
 
 @pytest.mark.skipif(tier() is None, reason="the C kernels are not installed")
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "qwen2_moe"])
 @pytest.mark.parametrize(
-    "experts, lm_head, tied",
-    [
-        (Scheme(4, 32), None, True),
-        (Scheme(3, 32, False), Scheme(8, CHANNEL), False),
-        (Scheme(2, CHANNEL), None, False),
-    ],
+    "family, experts, lm_head, tied",
+    mostly_slow(
+        [
+            (family, *kind)
+            for family in ("mixtral", "gpt_oss", "deepseek_v3", "qwen2_moe")
+            for kind in (
+                (Scheme(4, 32), None, True),
+                (Scheme(3, 32, False), Scheme(8, CHANNEL), False),
+                (Scheme(2, CHANNEL), None, False),
+            )
+        ],
+        lambda family, experts, *_: (family, experts.bits) in QUICK_MODELS,
+    ),
 )
 def test_a_loaded_model_takes_what_was_said(demo, tmp_path, family, experts, lm_head, tied):
     source = save_random(family, tmp_path / "m", demo, torch.bfloat16, tie_word_embeddings=tied)

@@ -55,6 +55,7 @@ def test_qwen3_30b_a3b(tmp_path):
     assert set(run.chosen.values()) == {8} and len(run.chosen) == 48
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_mixtral_8x7b(tmp_path):
     source = opened("Mixtral-8x7B", tmp_path / "m")

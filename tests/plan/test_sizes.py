@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import save_random
+from helpers import save_random, slow
 from safetensors.torch import load_file, save_file
 
 import qmoe
@@ -14,7 +14,7 @@ from qmoe.model.source import open_source
 from qmoe.plan.sizes import sizes, stacks
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "qwen2_moe"])
+@pytest.mark.parametrize("family", [slow("mixtral"), "gpt_oss", slow("deepseek_v3"), "qwen2_moe"])
 @pytest.mark.parametrize(
     "experts, lm_head", [(Scheme(4, 32), None), (Scheme(3, 32, False), Scheme(8, CHANNEL))]
 )

@@ -68,6 +68,7 @@ def test_the_kernels_own_check_refuses_a_wrong_tile(kit, wrong_tile):
         cells.check(cells.pack_layer(few(cells), 4, CPU), 2)
 
 
+@pytest.mark.slow  # so does `make gpu-dry-run`
 def test_a_right_tile_is_timed(kit, tmp_path):
     bench, cells, record, _ = kit
     found = record.Record(tmp_path / "bench.json")

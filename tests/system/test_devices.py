@@ -76,9 +76,7 @@ def check(source, config, tmp_path, **options):
         assert pretend_device.operations["aten::_softmax_backward_data"]
 
 
-@pytest.mark.parametrize(
-    "name", mostly_slow([(n,) for n in CONFIGS], lambda n: n in ("tuned", "awq"))
-)
+@pytest.mark.parametrize("name", mostly_slow([(n,) for n in CONFIGS], lambda n: n == "tuned"))
 def test_a_device_gives_what_the_cpu_gives(name, demo, tmp_path, there):
     source = save_random("qwen2_moe", tmp_path / "source", demo, torch.float32)
     check(source, CONFIGS[name], tmp_path)
