@@ -13,14 +13,16 @@ SANITIZED := -std=c11 -g -ffp-contract=off -fno-math-errno -fno-trapping-math -I
 quickstart: .venv/ready
 	$(BIN)/python scripts/quickstart.py
 
-# Processes of one thread each: small models gain nothing from threads. A file's tests stay together,
-# so that what they share is made once.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadfile
+# Processes of one thread each: small models gain nothing from threads. Each gets a stretch of the
+# files, so that what a file's tests share is made once, and takes over tests of others at the end.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 8 --dist worksteal
 
+# Without the checks of shapes and types at every call, which take a quarter of the time.
 test: .venv/ready
-	$(PYTEST) -m "not slow"
+	JAXTYPING_DISABLE=1 $(PYTEST) -m "not slow"
 
-# With the full products of which `make test` runs a sample: ranks, kills, every width and dtype.
+# With those checks, and with the full products of which `make test` runs a sample: ranks, kills,
+# every width and dtype.
 test-all: .venv/ready
 	$(PYTEST)
 

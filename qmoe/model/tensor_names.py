@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from qmoe.errors import UnsupportedModelError
 from qmoe.model import experts
@@ -24,8 +25,26 @@ def original_names(model: Any, target: str, tensor: Tensor) -> dict[str, Tensor]
 
 def all_original_names(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same of tensors by parameter, some of which the family may publish in one."""
-    out: dict[str, Tensor] = revert_weight_conversion(model, tensors)
-    return out
+    if getattr(model, "_weight_conversions", None) is not None:  # transformers loaded it
+        return dict(revert_weight_conversion(model, tensors))
+    rules = _rules(model)
+    if not rules:
+        return tensors
+    model._weight_conversions = rules
+    try:
+        return dict(revert_weight_conversion(model, tensors))
+    finally:
+        del model._weight_conversions
+
+
+def _rules(model: Any) -> list[Any]:
+    """The rules that `revert_weight_conversion` would find anew for every tensor of a model that
+    transformers has not loaded: its family's, without prefixes that a checkpoint may lack."""
+    if not hasattr(model, "_qmoe_rules"):
+        rules = get_model_conversion_mapping(model, add_legacy=False)
+        model._qmoe_rules = [rule for rule in rules if not isinstance(rule, PrefixChange)]
+    found: list[Any] = model._qmoe_rules
+    return found
 
 
 def packed_names(model: Any, target: str, tensor: Tensor) -> dict[str, Tensor]:
