@@ -47,11 +47,10 @@ def recognize(
     Decided by what it gives on values of all sizes, not by what it is called: a family's own gate
     (clamped, offset, scaled) is either exactly one of ours or runs unfused.
     """
-    probe = torch.linspace(-12, 12, 97)
-    gate, up = probe.repeat(97), probe.repeat_interleave(97)
-    half = width // 2
-    rows = torch.zeros(len(gate), width)
-    rows[:, :half], rows[:, half:] = gate[:, None], up[:, None]
+    probe, half = torch.linspace(-12, 12, 97), width // 2
+    pairs = torch.stack((probe.repeat(97), probe.repeat_interleave(97)))
+    pairs = F.pad(pairs, (0, -pairs.shape[1] % half))
+    rows = pairs.view(2, -1, half).transpose(0, 1).reshape(-1, width)  # gates, then ups
     got = function(rows)
     for name in FUSED:
         candidate = Activation(name, alpha, limit)
