@@ -65,6 +65,16 @@ class AttentionStruct(ctypes.Structure):
     ]  # fmt: skip
 
 
+class RouterStruct(ctypes.Structure):
+    """`Router` of csrc/qmoe_cpu.h."""
+
+    _fields_ = [
+        ("x", _P), ("weight", _P), ("bias", _P), ("logits", _P), ("scores", _P), ("ids", _P),
+        ("tokens", _I), ("experts", _I), ("width", _I), ("choices", _I), ("type", _I),
+        ("score_type", _I), ("normed", _I), ("threads", _I),
+    ]  # fmt: skip
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The shared object with its functions declared, or None if this installation has none."""
@@ -78,6 +88,7 @@ def library() -> ctypes.CDLL | None:
     lib.qmoe_norm.argtypes = [ctypes.c_int, ctypes.POINTER(NormStruct)]
     lib.qmoe_norm.restype = None
     lib.qmoe_attend.argtypes = [ctypes.c_int, ctypes.POINTER(AttentionStruct)]
+    lib.qmoe_route.argtypes = [ctypes.c_int, ctypes.POINTER(RouterStruct)]
     lib.qmoe_find_tier.argtypes = [ctypes.c_char_p]
     lib.qmoe_tier_name.restype = ctypes.c_char_p
     lib.qmoe_use_openmp.argtypes = [_P]
@@ -155,6 +166,14 @@ def norm(number: int, call: NormStruct) -> None:
     lib = library()
     assert lib is not None
     lib.qmoe_norm(number, call)
+
+
+def route(number: int, router: RouterStruct) -> None:
+    """The choices of a layer's router. Raises MemoryError."""
+    lib = library()
+    assert lib is not None
+    if lib.qmoe_route(number, router):
+        raise MemoryError("the CPU kernels could not allocate their buffers")
 
 
 def write(stack: StackStruct, sources: list[SourceStruct], threads: int) -> None:

@@ -5,6 +5,7 @@ end in _now are the same without torch's dispatcher, which takes longer than a s
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,9 +139,14 @@ _STACK = "Tensor {0}, Tensor {0}_table, int[] {0}_numbers"
 
 
 def define(
-    name: str, arguments: str, compute: Callable[..., Tensor], fake: Callable[..., Tensor]
+    name: str,
+    arguments: str,
+    compute: Callable[..., Any],
+    fake: Callable[..., Any],
+    result: str = "Tensor",
 ) -> None:
-    _LIBRARY.define(f"{name}({arguments}) -> Tensor")
+    """A custom op `qmoe::name` with its schema; fake: shapes and dtypes of its result alone."""
+    _LIBRARY.define(f"{name}({arguments}) -> {result}")
     _LIBRARY.impl(name, compute, "CPU")
     torch.library.register_fake(f"qmoe::{name}", fake, lib=_LIBRARY)
 

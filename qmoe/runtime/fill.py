@@ -16,6 +16,7 @@ from qmoe.runtime.modules import PackedLinear, finish_experts
 from qmoe.runtime.norms import fuse_norms
 from qmoe.runtime.offload import offload_experts
 from qmoe.runtime.prepared import keep_prepared, open_prepared, prepared_file
+from qmoe.runtime.routers import fuse_routers
 from qmoe.runtime.run_on import RunOn
 from qmoe.system.host_memory import return_freed
 from qmoe.system.progress import progress
@@ -56,6 +57,8 @@ def fill(source: Source, dtype: torch.dtype | None, run: RunOn, memory: int | No
         keep_prepared(source.model, *file)
     if in_c:
         fuse_norms(source.model)
+        routers = [name for layer in source.structure.layers for name in layer.routers]
+        fuse_routers(source.model.get_submodule(name) for name in routers)
         let_caches_grow(source.model)
     return_freed()
 

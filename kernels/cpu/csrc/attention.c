@@ -28,7 +28,7 @@ void qmoe_norm(int tier, const Norm *norm) {
 
 // Few queries share their keys out, so that one sequence that is decoded keeps many threads busy. It
 // depends on the sizes alone: the number of threads changes no sum.
-enum { FEW = 8, SHARE = 256 };
+enum { SHARE = 256 };
 
 typedef struct {
     const Attention *a;

@@ -107,6 +107,19 @@ typedef struct {
     int64_t batch, key_head, group, row, rows, key, keys;
 } Part;
 
+enum { FEW = 8 };  // rows that share what is loaded of a weight
+
+// A layer's router for up to FEW tokens: logits [T, E] = x [T, K] weight [E, K]^T + bias [E], rounded to
+// the type of x, which x, weight, bias and logits have; ids [T, A] of the largest, the largest first (of
+// equal ones the first; NaN counts as the largest); and scores [T, A], their probabilities among all
+// experts, or (`normed`) among the chosen ones, rounded to score_type.
+typedef struct {
+    const void *x, *weight, *bias;
+    void *logits, *scores;
+    int64_t *ids;
+    int64_t tokens, experts, width, choices, type, score_type, normed, threads;
+} Router;
+
 // What an instruction set implements. All of them give the same bits.
 typedef struct {
     const char *name;
@@ -128,6 +141,10 @@ typedef struct {
     // Of a part: sums [rows, padded value_width] of values by weights e^(score - top), tops [rows]
     // (-inf: nothing is seen) and the sums of the weights.
     void (*attend)(const Attention *, const Part *, float *sum, float *top, float *total);
+    // y [tokens, n] = x [tokens, padded width], zeros behind the width, times n rows of `weight`.
+    void (*dense)(const float *x, int64_t tokens, int64_t width, const void *weight, int64_t type, int64_t n, float *y);
+    // Ids and scores of a token from its logits [E], which are changed.
+    void (*choose)(const Router *, int64_t token, float *logits);
 } Tier;
 
 extern const Tier *const qmoe_tiers[];  // best first; the last is scalar; NULL behind it
@@ -144,5 +161,6 @@ EXPORTED int qmoe_run(int tier, const Call *call);
 EXPORTED void qmoe_norm(int tier, const Norm *norm);
 // 0, or 1 if memory ran out.
 EXPORTED int qmoe_attend(int tier, const Attention *attention);
+EXPORTED int qmoe_route(int tier, const Router *router);
 // Writes every byte of the matrices into the stack's buffer, from one source each.
 EXPORTED void qmoe_pack(const Stack *stack, const Source *sources, int64_t threads);

@@ -126,7 +126,7 @@ INLINE void sums(const Lanes *sum, float *s) {
     _mm_storeu_ps(s + 3 * KEYS, _mm512_extractf32x4_ps(all, 3));
 }
 #define LANES_SUMS sums
-#include "attend.h"
+#include "route.h"
 
 DEFINE_TIER(qmoe_avx512, "avx512vnni",
             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&

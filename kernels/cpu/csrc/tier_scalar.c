@@ -24,6 +24,6 @@ DEFINE_PRODUCTS
 
 #include "lanes16.h"
 // (attend.h is written in terms of it)
-#include "attend.h"
+#include "route.h"
 
 DEFINE_TIER(qmoe_scalar, "scalar", 1)

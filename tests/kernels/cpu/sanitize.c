@@ -159,11 +159,37 @@ static void norm_trial(Random *r) {
     free(x), free(weight), free(wanted), free(out);
 }
 
+static void router_trial(Random *r) {
+    int64_t T = 1 + below(r, FEW), E = 1 + below(r, 70), A = 1 + below(r, E < 9 ? E : 9), K = 1 + below(r, 1200), type = below(r, 3);
+    int64_t size = type == FLOAT32 ? 4 : 2, scores = below(r, 2) ? type : FLOAT32, size_of_score = scores == FLOAT32 ? 4 : 2;
+    size_t bytes[] = {(size_t)(T * E * size), (size_t)(T * A * size_of_score), (size_t)(T * A * 8)};
+    void *x = malloc((size_t)(T * K * size)), *weight = malloc((size_t)(E * K * size)), *bias = malloc((size_t)(E * size));
+    void *wanted[3], *out[3];
+    for (int i = 0; i < 3; i++) wanted[i] = malloc(bytes[i]), out[i] = malloc(bytes[i]);
+    fill(r, x, type, T * K), fill(r, weight, type, E * K), fill(r, bias, type, E);
+    Router router = {x, weight, below(r, 2) ? bias : 0, wanted[0], wanted[1], wanted[2], T, E, K, A, type, scores,
+                     below(r, 2), 1 + below(r, 4)};
+    if (qmoe_route(qmoe_find_tier("scalar"), &router)) abort();
+    router.logits = out[0], router.scores = out[1], router.ids = out[2];
+    for (int tier = 0; qmoe_tiers[tier]; tier++) {
+        if (!qmoe_tiers[tier]->usable()) continue;
+        if (qmoe_route(tier, &router)) abort();
+        for (int i = 0; i < 3; i++)
+            if (memcmp(out[i], wanted[i], bytes[i])) {
+                fprintf(stderr, "%s differs from scalar: router, type %d, T %d, E %d, A %d, K %d\n", qmoe_tier_name(tier),
+                        (int)type, (int)T, (int)E, (int)A, (int)K);
+                exit(1);
+            }
+    }
+    for (int i = 0; i < 3; i++) free(wanted[i]), free(out[i]);
+    free(x), free(weight), free(bias);
+}
+
 static int64_t trials = 300;
 
 static void *work(void *seed) {
     Random r = {(uint64_t)(size_t)seed * 7919 + 1};
-    for (int64_t i = 0; i < trials; i++) trial(&r), attention_trial(&r), norm_trial(&r);
+    for (int64_t i = 0; i < trials; i++) trial(&r), attention_trial(&r), norm_trial(&r), router_trial(&r);
     return 0;
 }
 
