@@ -19,19 +19,20 @@ ABSENT = StackStruct()
 PAIRED = 3  # place in a stack's integers
 
 
-def _stack(
-    buffer: Tensor, table: Tensor, numbers: Sequence[int], bias: Tensor | None
+def stack_struct(
+    buffer: Tensor, table: Tensor, numbers: Sequence[int], bias: Tensor | None = None
 ) -> StackStruct:
+    """A stack as C takes it, valid as long as its tensors are."""
     return StackStruct(
         buffer.data_ptr(), table.data_ptr(), None if bias is None else bias.data_ptr(),
-        len(table), *numbers,
+        table.shape[0], *numbers,
     )  # fmt: skip
 
 
 def _run(
     x: Tensor,
     out: Tensor,
-    ids: Tensor | int,
+    ids: Tensor,
     gates: Tensor | None,
     shape: tuple[int, int],
     between: Activation | None,
@@ -39,18 +40,16 @@ def _run(
     first: StackStruct,
     second: StackStruct,
 ) -> Tensor:
-    """ids: of the experts, or the one that all rows take. shape: tokens, choices."""
+    """shape: tokens, choices."""
     number = tier()
     assert number is not None
-    every = isinstance(ids, int)
     # These lines keep what the pointers point at alive until the call is over.
-    ids_kept = None if isinstance(ids, int) else ids.to(torch.int64).contiguous()
+    ids_kept = ids.to(torch.int64).contiguous()
     gates_kept = None if gates is None else gates.float().contiguous()
     call = CallStruct(
         x.data_ptr(), out.data_ptr(),
-        None if ids_kept is None else ids_kept.data_ptr(),
-        None if gates_kept is None else gates_kept.data_ptr(),
-        *shape, ids if every else -1, TYPES[x.dtype],
+        ids_kept.data_ptr(), None if gates_kept is None else gates_kept.data_ptr(),
+        *shape, -1, TYPES[x.dtype],
         0 if between is None else ACTIVATIONS.index(between.name), exact, torch.get_num_threads(),
         0.0 if between is None else between.alpha, 0.0 if between is None else between.limit,
         first, second,
@@ -84,28 +83,42 @@ def routed_experts_now(
     if not first[2][PAIRED]:
         raise ValueError("first: expected a stack packed with paired rows")
     x = x.contiguous()
-    out = x.new_empty(len(x), second[2][0])
+    out = x.new_empty(x.shape[0], second[2][0])
     kept = (_like(biases[0], x), _like(biases[1], x))
     return _run(
-        x, out, ids, gates, (len(x), ids.shape[1]), between, exact,
-        _stack(*first, kept[0]), _stack(*second, kept[1]),
+        x, out, ids, gates, (x.shape[0], ids.shape[1]), between, exact,
+        stack_struct(*first, kept[0]), stack_struct(*second, kept[1]),
     )  # fmt: skip
 
 
 def first_product_now(
     x: Tensor,
-    ids: Tensor | int,
+    ids: Tensor,
     stack: tuple[Tensor, Tensor, Sequence[int]],
     bias: Tensor | None,
     exact: bool,
 ) -> Tensor:
-    """The rows of first[e] @ x[t] for every assignment, [T * A, N]; zeros where there is no expert.
-    ids: [T, A], or the one expert that every row takes (A = 1)."""
+    """The rows of first[e] @ x[t] for every assignment, ids [T, A] to [T * A, N]; zeros where there
+    is no expert."""
     x = x.contiguous()
-    choices = 1 if isinstance(ids, int) else ids.shape[1]
-    out = x.new_empty(len(x) * choices, stack[2][0])
+    T, A = ids.shape
+    out = x.new_empty(T * A, stack[2][0])
     kept = _like(bias, x)
-    return _run(x, out, ids, None, (len(x), choices), None, exact, _stack(*stack, kept), ABSENT)
+    return _run(x, out, ids, None, (T, A), None, exact, stack_struct(*stack, kept), ABSENT)
+
+
+def linear_now(x: Tensor, e: int, stack: StackStruct, exact: bool) -> Tensor:
+    """x [T, K] times the transpose of matrix e [N, K]."""
+    number, T = tier(), x.shape[0]
+    assert number is not None
+    x = x.contiguous()
+    out = x.new_empty(T, stack.n)
+    call = CallStruct(
+        x.data_ptr(), out.data_ptr(), None, None, T, 1, e, TYPES[x.dtype], 0, exact,
+        torch.get_num_threads(), 0.0, 0.0, stack, ABSENT,
+    )  # fmt: skip
+    run(number, call)
+    return out
 
 
 def second_product_now(
@@ -118,7 +131,7 @@ def second_product_now(
 ) -> Tensor:
     """The weighted sum over a token's assignments of second[e] @ mid: mid [T * A, I] to [T, H2]."""
     mid = mid.contiguous()
-    out = mid.new_empty(len(ids), stack[2][0])
+    out = mid.new_empty(ids.shape[0], stack[2][0])
     kept = _like(bias, mid)
     return _run(
         mid,
@@ -129,7 +142,7 @@ def second_product_now(
         None,
         exact,
         ABSENT,
-        _stack(*stack, kept),
+        stack_struct(*stack, kept),
     )
 
 
@@ -178,11 +191,11 @@ define(
 define(
     "cpu_linear",
     f"Tensor x, int e, {_STACK.format('stack')}, bool exact",
-    lambda x, e, *rest: first_product_now(x, e, rest[:3], None, rest[3]),
+    lambda x, e, *rest: linear_now(x, e, stack_struct(*rest[:3]), rest[3]),
     lambda x, e, stack, table, numbers, exact: x.new_empty(x.shape[0], numbers[0]),
 )
 
-# As the functions above, with a stack as three arguments each, and ids that are a tensor.
+# As the functions above, with a stack as three arguments each.
 routed_experts = torch.ops.qmoe.cpu_routed_experts.default
 first_product = torch.ops.qmoe.cpu_first_product.default
 second_product = torch.ops.qmoe.cpu_second_product.default

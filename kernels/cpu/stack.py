@@ -2,6 +2,7 @@
 the C kernels are installed."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +15,7 @@ from qmoe.format.quantized import Quantized
 from qmoe.kernels.activation import Activation
 from qmoe.kernels.cpu import ops
 from qmoe.kernels.cpu.layout import Packed, Shape, code_bytes, pack, scheme_of, unpack
-from qmoe.kernels.cpu.library import tier
+from qmoe.kernels.cpu.library import StackStruct, tier
 from qmoe.kernels.moe import Biases
 
 Matrices = Quantized | StoredWords | Sequence[Quantized | StoredWords]
@@ -55,6 +56,7 @@ class CpuStack(nn.Module):
             self.register_buffer(f"buffer{i}", packed.buffer, persistent=False)
             self.register_buffer(f"table{i}", packed.table, persistent=False)
         self.numbers = [shape.numbers() for shape in self.shapes]
+        self._known: tuple[Tensor, Tensor, StackStruct] | None = None
 
     def _matrix(self, i: int) -> tuple[Tensor, Tensor, list[int]]:
         return self._buffers[f"buffer{i}"], self._buffers[f"table{i}"], self.numbers[i]  # type: ignore[return-value]
@@ -94,7 +96,18 @@ class CpuStack(nn.Module):
         """x times the transpose of matrix e of the only stack."""
         if torch.compiler.is_compiling():
             return ops.linear(x, e, *self._matrix(0), self.exact)  # type: ignore[no-any-return]
-        return ops.first_product_now(x, e, self._matrix(0), None, self.exact)
+        return ops.linear_now(x, e, self._first(), self.exact)
+
+    def _first(self) -> StackStruct:
+        """The only stack as C takes it, made anew when other tensors have taken its place."""
+        buffer, table, numbers = self._matrix(0)
+        if self._known is None or self._known[0] is not buffer or self._known[1] is not table:
+            self._known = buffer, table, ops.stack_struct(buffer, table, numbers)
+        return self._known[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without addresses, which a copy must not have."""
+        return {**self.__dict__, "_known": None}
 
     def expand(self, e: int, i: int = 0) -> Float[Tensor, "N K"]:
         """Matrix i (first, second) of expert e in floating point."""

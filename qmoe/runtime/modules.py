@@ -94,8 +94,8 @@ class PackedLinear(nn.Linear):
         declare(self, "weight", Declared(shape, scheme, parts, linear.weight.dtype))
 
     def forward(self, x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
-        rows = rotate(x, self.rotation).reshape(-1, self.in_features)
-        trained = needs_gradient(x)
+        rows = (rotate(x, self.rotation) if self.rotation else x).reshape(-1, self.in_features)
+        trained = torch.is_grad_enabled() and x.requires_grad
         y = product(rows, self.stack.expand, 0) if trained else self.stack.matmul(rows, 0)
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias

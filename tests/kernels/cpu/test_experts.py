@@ -1,6 +1,8 @@
 """Routed experts through the C kernels against the definition, and what threads may not change."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -210,3 +212,17 @@ def test_ops_are_well_formed(busy):
     torch.library.opcheck(
         ops.routed_experts, (x, ids, gates, *first, *second, "silu", 1.0, 7.0, None, None, False)
     )
+
+
+def test_a_linear_follows_its_tensors():
+    """Copies have addresses of their own, and a file's buffers may take the place of its own."""
+    stack, other = (
+        CpuStack([random_matrices(1, 64, 96, 4, 32, torch.float32, CPU)], torch.float32)
+        for _ in range(2)
+    )
+    x = torch.randn(3, 96)
+    before, wanted = stack.matmul(x, 0), other.matmul(x, 0)
+    clone, pickled = copy.deepcopy(stack), pickle.loads(pickle.dumps(stack))
+    stack.buffer0 = other.buffer0
+    assert stack.matmul(x, 0).equal(wanted) and not before.equal(wanted)
+    assert clone.matmul(x, 0).equal(before) and pickled.matmul(x, 0).equal(before)

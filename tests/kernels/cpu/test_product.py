@@ -24,8 +24,8 @@ CPU = torch.device("cpu")
 
 def product(monkeypatch, tier, x, packed, e=0, exact=False):
     monkeypatch.setattr(ops, "tier", lambda: number(tier))
-    stack = (packed.buffer, packed.table, packed.shape.numbers())
-    return ops.first_product_now(x, e, stack, None, exact)
+    stack = ops.stack_struct(packed.buffer, packed.table, packed.shape.numbers())
+    return ops.linear_now(x, e, stack, exact)
 
 
 def steps(k: int, piece: int) -> list[slice]:
