@@ -14,6 +14,7 @@ from qmoe.calibration.routed_tokens import RoutedTokens
 from qmoe.calibration.stats import ExpertStats, check_finite
 from qmoe.config import Method, QuantConfig, Scheme
 from qmoe.errors import CalibrationError
+from qmoe.format.quantized import Quantized
 from qmoe.format.stacks import dequantize
 from qmoe.format.trellis import Stack
 from qmoe.layer.at_hand import LayerAtHand, LayerSettings, QuantizedLayer
@@ -56,7 +57,12 @@ def hold(layer: LayerAtHand, target: str, quantized: Stack) -> None:
 
 def _put(module: Any, weight: str, quantized: Stack, start: int) -> None:
     there = quantized.to(getattr(module, weight).device)
-    experts.put(module, weight, dequantize(there), start)
+    # Matrix by matrix, whose temporaries are small enough to be used again.
+    parts = there.matrices() if isinstance(there, Quantized) else [there]
+    for part in parts:
+        values = dequantize(part)
+        experts.put(module, weight, values, start)
+        start += len(values)
 
 
 def _solve_linear(

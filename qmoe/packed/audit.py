@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qmoe.checkpoint.model_folder import ModelFolder
+from qmoe.checkpoint.reader import is_finite
 from qmoe.errors import AuditError, ConfigError
 from qmoe.format.compressed_tensors import SUFFIXES
 from qmoe.format.stacks import digest
@@ -74,7 +75,7 @@ def audit_folder(
             if not kind.endswith(("packed", "scales")):
                 sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            if not is_finite(tensor):
                 audit.findings.append(f"holds NaN or Inf: {name}")
             if (
                 kind.endswith("scales")
