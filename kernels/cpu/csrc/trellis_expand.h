@@ -3,6 +3,7 @@
 // An 8-bit code is a state's value in steps of the codebook's range / 255, from 0 on. For mul1 it is (n + 2) / 4 of
 // the byte sum n, which vectors compute; the table has it for every codebook.
 #pragma once
+#include "qmoe_cpu.h"
 #include "trellis.h"
 
 enum { SIDE_OF_TILE = 16, TILE_CODES = 256 };
@@ -13,6 +14,17 @@ typedef void Expand(const uint16_t *tiles, int64_t stride, int64_t count, int64_
 Expand qmoe_expand_scalar;
 #if defined(__x86_64__)
 Expand qmoe_expand_avx2, qmoe_expand_avx512;  // mul1 alone
+#endif
+
+// Few rows take the byte sums of mul1 themselves, which saves the codes: y [rows, 16] = over the steps, scale times
+// the sum of (byte sum - 512) times code of x. tiles: those of 16 outputs, `stride` int16 apart. The integer sums are
+// exact, so all give equal bits.
+enum { SOME_ROWS = 4 };
+typedef void Direct(const uint16_t *tiles, int64_t stride, int64_t twice, int64_t steps, const Rows *x, float *y);
+
+Direct qmoe_direct_scalar;
+#if defined(__x86_64__)
+Direct qmoe_direct_avx2, qmoe_direct_avx512;
 #endif
 
 // Where the code of a position goes: byte 4 c + r % 4 of vector r / 4, for input r and output c of its tile.

@@ -16,6 +16,7 @@ typedef struct {
     const CodedCall *call;
     const Tier *tier;
     Expand *expand;
+    Direct *direct;
     int64_t used, active;
     int64_t *slot_of, *assignment, *expert, *start;  // start [active + 1]: first slot of each active expert
     void *in[2], *between;                           // packed rows
@@ -114,9 +115,16 @@ static void multiply(const Job *job, const Coded *m, uint8_t *codes, int alone, 
     static const float ones[ROWS] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     const uint16_t *svh = m->svh + expert * m->wide_n + at;
     const Rows x = rows_at(job, packed, m, first, rows);
-    float scale[SPAN];
+    float scale[SPAN], step = m->step, offset = m->offset;
+    const int direct = alone && rows <= SOME_ROWS && m->fast;
     job->tier->load(svh, FLOAT16, 0, SPAN, scale);
-    for (int b = 0; b < BLOCKS; b += 2) {
+    for (int b = 0; direct && b < BLOCKS; b++) {
+        int64_t deep = m->wide_k / ROWS, size = 8 * m->twice, block = expert * (m->wide_n / ROWS) + at / ROWS + b;
+        job->direct(m->trellis + block * deep * size, size, m->twice, m->wide_k / STEP, &x, y + ROWS * rows * b);
+    }
+    // A code is a quarter of a byte sum, rounded: an eighth of a step less on average.
+    if (direct) step = m->step / 4, offset = m->offset + m->step / 8;
+    for (int b = 0; !direct && b < BLOCKS; b += 2) {
         Block block[2];
         // For one tile of rows the codes are used as soon as they are there, from the nearest cache.
         uint8_t *here = codes + (alone ? 0 : ROWS * m->wide_k * b);
@@ -128,8 +136,8 @@ static void multiply(const Job *job, const Coded *m, uint8_t *codes, int alone, 
     for (int64_t r = 0; r < rows; r++) {
         float v[SPAN];
         for (int b = 0; b < BLOCKS; b++) memcpy(v + ROWS * b, y + ROWS * (rows * b + r), 4 * ROWS);
-        float more = m->offset * sums[first + r];
-        for (int i = 0; i < SPAN; i++) v[i] = v[i] * m->step + more;
+        float more = offset * sums[first + r];
+        for (int i = 0; i < SPAN; i++) v[i] = v[i] * step + more;
         rotate(v);
         for (int i = 0; i < SPAN; i++) v[i] *= scale[i];
         if (m->bias)
@@ -266,20 +274,22 @@ static void link_up(Job *job) {
     }
 }
 
-static Expand *expand_of(int tier) {
+// What the tier has for mul1.
+static void choose(int tier, Expand **expand, Direct **direct) {
+    *expand = qmoe_expand_scalar, *direct = qmoe_direct_scalar;
 #if defined(__x86_64__)
     const char *name = qmoe_tiers[tier]->name;
-    if (!strcmp(name, "avx512vnni") && __builtin_cpu_supports("avx512vbmi")) return qmoe_expand_avx512;
-    if (!strncmp(name, "avx", 3)) return qmoe_expand_avx2;
+    if (!strcmp(name, "avx512vnni") && __builtin_cpu_supports("avx512vbmi")) *expand = qmoe_expand_avx512, *direct = qmoe_direct_avx512;
+    else if (!strncmp(name, "avx", 3)) *expand = qmoe_expand_avx2, *direct = qmoe_direct_avx2;
 #else
     (void)tier;
 #endif
-    return qmoe_expand_scalar;
 }
 
 int qmoe_run_coded(int tier, const CodedCall *call) {
     int64_t S = call->tokens * call->choices, E = call->experts;
-    Job job = {.call = call, .tier = qmoe_tiers[tier], .expand = expand_of(tier)};
+    Job job = {.call = call, .tier = qmoe_tiers[tier]};
+    choose(tier, &job.expand, &job.direct);
     const struct {
         void *to;
         int64_t bytes;
