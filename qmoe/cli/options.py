@@ -4,6 +4,7 @@ import argparse
 from typing import get_args
 
 from qmoe._version import __version__
+from qmoe.cli.check_options import check_options
 from qmoe.cli.completion import Completion
 from qmoe.cli.export_options import export_options
 from qmoe.cli.help_texts import SIZE_HELP
@@ -66,6 +67,15 @@ def build_parser() -> argparse.ArgumentParser:
             description="Write one page of HTML on a quantized folder: bytes, bits, quality, use "
             "and errors of every expert, routing, memory, fallbacks and provenance. It needs no "
             "network.",
+        )
+    )
+    check_options(
+        commands.add_parser(
+            "check",
+            help="whether another engine can run a quantized folder",
+            description="Say which tensor of a quantized folder breaks which rule of an engine, "
+            "from config.json and the headers of the weights alone. The exit status is 1 if one "
+            "does.",
         )
     )
     export_options(commands.add_parser("export", help="write a quantized folder for llama.cpp"))
