@@ -112,7 +112,7 @@ RULES = (
     ),
     Rule(
         "In SGLang devices divide attention heads.",
-        "sglang/srt/models/qwen3_moe.py: Qwen3MoeAttention, and the same of other families",
+        "sglang/srt/models/qwen3_moe.py: Qwen3MoeAttention; others likewise",
         "Take fewer devices.",
         common.heads,
     ),
@@ -127,6 +127,6 @@ ENGINE = Engine(
     "sglang",
     "0.5.23",
     RULES,
-    "The rules are those of its kernels for NVIDIA GPUs of compute capability 8.0 and above. Memory "
-    "and speed are not looked at.",
+    "The rules are those of its kernels for NVIDIA GPUs of compute capability 8.0 and above; "
+    "memory and speed are not looked at.",
 )

@@ -53,7 +53,7 @@ def _zero_points(contents: Contents, setup: Setup) -> Breaches:
         if 2 * size * bits % 32 or hidden * bits % 32:
             yield (
                 matrix.name,
-                f"{2 * size} gate and up outputs, or {hidden} of down, at {bits} bits",
+                f"{bits} bits of {2 * size} gate and up outputs, {hidden} of down",
             )
 
 
@@ -137,7 +137,7 @@ RULES = (
     ),
     Rule(
         "In vLLM devices divide attention heads.",
-        "vllm/model_executor/models/qwen3_moe.py: Qwen3MoeAttention, and the same of other families",
+        "vllm/model_executor/models/qwen3_moe.py: Qwen3MoeAttention; others likewise",
         "Take fewer devices.",
         common.heads,
     ),
@@ -166,7 +166,7 @@ ENGINE = Engine(
     "vllm",
     "0.32.0",
     RULES,
-    "The rules are those of vLLM without a plugin. Memory, and the speed of kernels, are not looked "
-    "at; 2 and 3 bits, and zero points with other bits than 4, need vLLM's package humming-kernels, "
-    "and experts on a CPU need AMX.",
+    "The rules are those of vLLM without a plugin; memory and speed are not looked at. On GPUs 2 "
+    "and 3 bits, and zero points with 8 bits, need humming-kernels, which vLLM's requirements name; "
+    "on a CPU experts need AMX.",
 )
