@@ -5,9 +5,7 @@ import argparse
 
 def check_options(p: argparse.ArgumentParser) -> None:
     """Those of `qmoe check`."""
-    p.add_argument(
-        "path", help="quantized folder, or hub name of one, of which no weights are loaded"
-    )
+    p.add_argument("path", help="quantized folder or hub name; no weights are loaded")
     p.add_argument(
         "--engine",
         choices=["vllm", "sglang", "transformers", "llama.cpp"],

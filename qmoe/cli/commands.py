@@ -40,8 +40,8 @@ from qmoe.system.sizes import format_size
 
 __all__ = [
     "bench", "check", "eval", "export", "families", "info", "inspect", "plan", "quantize", "report",
-    "show_bench", "show_check", "show_eval", "show_export", "show_families", "show_info", "show_inspect",
-    "show_plan", "show_quantize", "show_report",
+    "show_bench", "show_check", "show_eval", "show_export", "show_families", "show_info",
+    "show_inspect", "show_plan", "show_quantize", "show_report",
 ]  # fmt: skip
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from qmoe.checkpoint.headers import find_headers
-from qmoe.engines.contents import Contents
 from qmoe.engines.rule import Engine, Finding, Setup, findings
 from qmoe.engines.stored import read_contents
 from qmoe.errors import ConfigError
@@ -19,7 +18,14 @@ def engine(name: str) -> Engine:
     rules need a package that is not installed."""
     if name not in ENGINES:
         raise ConfigError(f"engine: expected one of {tuple(ENGINES)}, got {name!r}")
-    found: Engine = import_module(f"qmoe.engines.{ENGINES[name]}").ENGINE
+    try:
+        found: Engine = import_module(f"qmoe.engines.{ENGINES[name]}").ENGINE
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise ConfigError(
+            "engine: the rules of llama.cpp need the package `gguf`; pip install 'qmoe[gguf]'"
+        ) from error
     return found
 
 
@@ -46,7 +52,7 @@ def check(
     if device == "cpu" and name == "sglang":
         raise ConfigError("device: the rules of SGLang are those for NVIDIA GPUs; leave it out")
     with find_headers(path, trust_remote_code) as folder:
-        found = broken(known, read_contents(folder), Setup(tp, device))
+        found = findings(known, read_contents(folder), Setup(tp, device))
     return {
         "engine": known.name,
         "version": known.version,
@@ -54,18 +60,6 @@ def check(
         "broken": [_told(finding) for finding in found],
         "note": known.proves,
     }
-
-
-def broken(known: Engine, contents: Contents, setup: Setup) -> list[Finding]:
-    """Every rule that is broken. ConfigError if a rule needs a package that is not installed."""
-    try:
-        return findings(known, contents, setup)
-    except ModuleNotFoundError as error:
-        if error.name != "gguf":
-            raise
-        raise ConfigError(
-            "engine: the rules of llama.cpp need the package `gguf`; pip install 'qmoe[gguf]'"
-        ) from error
 
 
 def _told(finding: Finding) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class Contents:
         names of parts that are there but not packed."""
         linears = {matrix.name: matrix for matrix in self.linears()}
         unpacked, done = set(self.unpacked), set[str]()
-        for name, matrix in linears.items():
+        for name in linears:
             if name in done:
                 continue
             owner, _, last = name.rpartition(".")

@@ -4,17 +4,19 @@ They are those of qmoe/export: of its families (families.py) and of the block ty
 grids (block_types.py). Whether scales fit float16 depends on weights, which are not read here.
 """
 
+from importlib.metadata import version
+
+from transformers import AutoConfig
+
 from qmoe.checkpoint.model_config import CONFIG_ERRORS
 from qmoe.engines import common
 from qmoe.engines.contents import Contents
 from qmoe.engines.rule import Breaches, Engine, Rule, Setup
 from qmoe.errors import UnsupportedModelError
+from qmoe.export.families import family_of
 
 
 def _family(contents: Contents, setup: Setup) -> Breaches:
-    from transformers import AutoConfig
-
-    from qmoe.export.families import family_of
 
     values = {k: v for k, v in contents.config.items() if k != "quantization_config"}
     try:
@@ -49,8 +51,8 @@ RULES = (
         ),
     ),
     Rule(
-        "llama.cpp's block types hold 2, 3 and 4 bits, and 8 bits without zero points, in rows that "
-        "32 divides.",
+        "llama.cpp's block types hold 2, 3 and 4 bits, and 8 bits without zero points, in rows "
+        "that 32 divides.",
         "qmoe/export/block_types.py: BLOCK_TYPES",
         "Quantize with --target llama.cpp.",
         _blocks,
@@ -64,7 +66,7 @@ RULES = (
 )
 ENGINE = Engine(
     "llama.cpp",
-    "of the package gguf",
+    f"by gguf {version('gguf')}",
     RULES,
     "The rules are those of `qmoe export --to gguf`. Whether scales fit float16, and which block "
     "type they fit, depends on weights, which are not read.",

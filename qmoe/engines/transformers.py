@@ -39,7 +39,7 @@ def _published(contents: Contents, setup: Setup) -> Breaches:
         if not any(re.search(pattern, name) for pattern in wanted):
             yield (
                 matrices[0].name,
-                f"{contents.model_type} has all experts of a layer in one tensor",
+                f"{contents.model_type} publishes all experts in one tensor",
             )
 
 
@@ -53,7 +53,7 @@ RULES = (
     Rule(
         "transformers takes the format pack-quantized, and decodes all experts by one form.",
         f"{INTEGRATION}: CompressedTensorsHfQuantizer",
-        "Load the folder after `import qmoe`, or quantize it uniformly and without --rotate online.",
+        "Load the folder after `import qmoe`, or quantize without widths and --rotate online.",
         common.packed,
     ),
     Rule(

@@ -167,6 +167,6 @@ ENGINE = Engine(
     "0.32.0",
     RULES,
     "The rules are those of vLLM without a plugin; memory and speed are not looked at. On GPUs 2 "
-    "and 3 bits, and zero points with 8 bits, need humming-kernels, which vLLM's requirements name; "
-    "on a CPU experts need AMX.",
+    "and 3 bits, and zero points with 8 bits, need humming-kernels, which vLLM's requirements "
+    "name; on a CPU experts need AMX.",
 )
