@@ -24,6 +24,7 @@ from qmoe.budget.memory import Disk, Gpu, Memory, average_bits, bytes_for
 from qmoe.checkpoint.folders import read_json
 from qmoe.config import BITS, QuantConfig, expect
 from qmoe.config.quant import DENSE
+from qmoe.engines.settings import check_target
 from qmoe.errors import ConfigError, OutputError
 from qmoe.packed.report import REPORT
 from qmoe.pipeline.checks import check_destination
@@ -107,6 +108,9 @@ def quantize_to_size(
         plan = check(src, dst, base, statistics_from=(), save_statistics=None, **how)
         text = GuardText(budget.guard_text, base.calibration.seqlen)
         _, notes = batches_of(plan.source.folder, text)
+        for bits in BITS:  # any of which may be chosen
+            wide = replace(plan.config.experts, bits=bits)
+            check_target(plan.source, all_in(plan.config, wide))
         memory, limit = budget.of(plan)
         _check_budget(memory, plan.config, limit)
         copy = partial(quantize, progress=False, **how)

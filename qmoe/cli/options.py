@@ -154,10 +154,9 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
     method = "how weights are rounded, described below"
     setting(given, "--method", "method", d.method, get_args(Method), help=method)
     scheme_options(given, averages=True)
-    engine = "what is to run the result: vllm takes one scheme for all routed experts of a layer; "
-    engine += (
-        "llama.cpp takes groups of 32 and scales that `qmoe export --to gguf` writes as they are"
-    )
+    engine = "what is to run the result, whose rules the settings have to keep (see `qmoe check`): "
+    engine += "vllm and sglang take one scheme for all routed experts of a layer; llama.cpp takes "
+    engine += "groups of 32 and scales that `qmoe export --to gguf` writes as they are"
     setting(given, "--target", "target", d.target, get_args(Target), help=engine)
     tune = "steps of tuning each layer towards the original's output"
     setting(given, "--tune", "tune", d.tune, metavar="STEPS", help=tune)

@@ -11,7 +11,7 @@ from qmoe.engines import common
 from qmoe.engines.contents import Contents
 from qmoe.engines.rule import Breaches, Engine, Rule, Setup
 
-INTEGRATION = "transformers/quantizers/quantizer_compressed_tensors.py"
+INTEGRATION = "transformers/integrations/compressed_tensors.py"
 
 
 def _zero_points(contents: Contents, setup: Setup) -> Breaches:
@@ -20,12 +20,16 @@ def _zero_points(contents: Contents, setup: Setup) -> Breaches:
             yield matrix.name, f"it has {matrix.form}"
 
 
-def _one_form(contents: Contents, setup: Setup) -> Breaches:
-    """Over all layers."""
-    experts = [matrix for matrix in contents.matrices if matrix.experts is not None]
-    for matrix in experts:
-        if matrix.form != experts[0].form:
-            yield matrix.name, f"it has {matrix.form}, and {experts[0].name} has {experts[0].form}"
+def _one_form(routed: bool) -> common.Broken:
+    """Over all layers: of the routed experts, or of all other matrices."""
+
+    def broken(contents: Contents, setup: Setup) -> Breaches:
+        some = [matrix for matrix in contents.matrices if (matrix.experts is not None) == routed]
+        for matrix in some:
+            if matrix.form != some[0].form:
+                yield matrix.name, f"it has {matrix.form}, and {some[0].name} has {some[0].form}"
+
+    return broken
 
 
 def _published(contents: Contents, setup: Setup) -> Breaches:
@@ -52,19 +56,26 @@ RULES = (
     ),
     Rule(
         "transformers takes the format pack-quantized, and decodes all experts by one form.",
-        f"{INTEGRATION}: CompressedTensorsHfQuantizer",
+        f"{INTEGRATION}: CompressedTensorsDequantize",
         "Load the folder after `import qmoe`, or quantize without widths and --rotate online.",
         common.packed,
     ),
     Rule(
         "transformers decodes all experts of a model by one form.",
-        f"{INTEGRATION}: get_weight_conversions",
+        f"{INTEGRATION}: get_experts_scheme",
         "Load the folder after `import qmoe`, or quantize without --size and without widths.",
-        _one_form,
+        _one_form(routed=True),
+    ),
+    Rule(
+        "transformers decodes all other matrices of a model by one form.",
+        f"{INTEGRATION}: get_dense_scheme",
+        "Load the folder after `import qmoe`, or give lm_head and all linears the same bits and "
+        "groups.",
+        _one_form(routed=False),
     ),
     Rule(
         "transformers does not decode zero points.",
-        f"{INTEGRATION}: get_weight_conversions",
+        f"{INTEGRATION}: CompressedTensorsDequantize",
         "Load the folder after `import qmoe`, or quantize without --asymmetric.",
         _zero_points,
     ),

@@ -5,7 +5,7 @@ import math
 import shlex
 from typing import Any
 
-from qmoe.config import CHANNEL, QuantConfig, Scheme
+from qmoe.config import CHANNEL, UNIFORM_LAYERS, QuantConfig, Scheme
 from qmoe.config.command import arguments
 from qmoe.system.sizes import format_size
 
@@ -216,7 +216,8 @@ def _only_in_qmoe(report: dict[str, Any]) -> str | None:
         return "zero points"
     # One digit for each expert of a stack, and one for a linear.
     mixed = any(len(digits) > 1 for digits in config.get("widths", {}).values())
-    return "experts of different bits" if mixed and config.get("target") != "vllm" else None
+    alone = mixed and config.get("target") not in UNIFORM_LAYERS
+    return "experts of different bits" if alone else None
 
 
 def command(report: dict[str, Any]) -> str:
