@@ -33,7 +33,7 @@ def read_contents(folder: ModelFolder) -> Contents:
     shapes = _shapes(checkpoint)
     matrices = [
         _matrix(checkpoint, name.removesuffix(PACKED), shapes, forms)
-        for name in shapes
+        for name in sorted(shapes, key=_numbers)
         if name.endswith(PACKED)
     ]
     unpacked = [
@@ -44,6 +44,11 @@ def read_contents(folder: ModelFolder) -> Contents:
     return Contents(
         checkpoint.config, method, str(entry.get("format")), matrices, forms.formats, unpacked
     )
+
+
+def _numbers(name: str) -> list[tuple[int, str]]:
+    """A key that sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, list[int]]:
