@@ -25,12 +25,26 @@ from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEParallelConfig,
     RoutingMethodType,
 )
+from vllm.model_executor.layers.fused_moe.experts import (
+    cpu_moe,
+    fused_humming_moe,
+    marlin_moe,
+    triton_moe,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors import (
+    compressed_tensors_moe as moe,
+)
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsConfig,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+    compressed_tensors_moe_wna16,
 )
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability, PlatformEnum
 
+# Imported here, so that they see the pretended platform.
+KERNELS = (cpu_moe, fused_humming_moe, marlin_moe, triton_moe, compressed_tensors_moe_wna16)
 EXPERT = re.compile(r"^(.*\bexperts)\.(\d+)\.(\w+)\.weight_packed$")
 JOINED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 BY_INPUT = ("o_proj", "down_proj")
@@ -150,10 +164,6 @@ def says(folder: Path, tp: int, device: str) -> str:
     pretend(tp, device)
     config = CompressedTensorsConfig.from_config(entry)
     config.packed_modules_mapping = JOINED
-    from vllm.model_executor.layers.quantization.compressed_tensors import (
-        compressed_tensors_moe as moe,
-    )
-
     config.get_quant_method_of_experts = lambda layer, prefix: (
         moe.CompressedTensorsMoEMethod.get_moe_method(config, layer, prefix)
     )

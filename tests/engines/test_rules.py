@@ -43,7 +43,7 @@ CASES: list[tuple[str, Setup, dict[str, Any], dict[str, Any], str]] = [
         "gate and up outputs",
     ),
     ("vllm", Setup(tp=2), {"dense": (4, 128, True)}, {"dense": (4, 256, True)}, "o_proj"),
-    ("vllm", Setup(tp=4), {"inner": 256}, {"heads": 2, "kv_heads": 2}, "num_attention_heads: 2 heads"),
+    ("vllm", Setup(tp=4), {"inner": 256}, {"heads": 2, "kv_heads": 2}, "heads: 2 heads"),
     ("vllm", Setup(tp=3), {"heads": 6, "hidden": 384, "kv_heads": 3, "inner": 192},
      {"kv_heads": 2}, "num_key_value_heads"),
     ("vllm", Setup(device="cpu"), CPU, {"experts": (4, 32, True)}, "experts.0"),
