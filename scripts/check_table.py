@@ -3,11 +3,11 @@
     python -P scripts/check_table.py --vllm VLLM_PYTHON                        # prints the table
     python -P scripts/check_table.py --vllm VLLM_PYTHON --out docs/engines.md  # and puts it there
 
-Tiny random models are quantized to nearest in 24 ways. Each verdict of vLLM's rules is compared with
-vLLM's own code (scripts/check_in_vllm.py, run by a Python that has vLLM), of transformers' with
-loading the folder there and comparing logits with qmoe's, of llama.cpp's with `qmoe export`. SGLang's
-code does not run without a GPU: its verdicts are not confirmed. A verdict that the engine does not
-share ends the script with an error.
+Tiny random models are quantized to nearest in 26 ways. Each verdict of vLLM's rules is compared
+with vLLM's own code (scripts/check_in_vllm.py, run by a Python that has vLLM), of transformers' with
+loading the folder there and comparing logits with qmoe's, of llama.cpp's with `qmoe export`. SGLang
+does not run without a GPU: its verdicts are not confirmed. A verdict that the engine does not share
+ends the script with an error.
 """
 
 import argparse
@@ -43,7 +43,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": dict(intermediate_size=256),
     "olmoe": dict(intermediate_size=128),
     "gpt_oss": dict(intermediate_size=128, head_dim=32),
-    "deepseek_v3": {},
+    "deepseek_v3": dict(
+        moe_intermediate_size=128,
+        intermediate_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    ),
 }
 CHANNELS = Scheme(8, CHANNEL)
 FOUR = Scheme(4, 64)
@@ -113,9 +118,7 @@ def made(one: Case, work: Path, i: int) -> Path:
     """The quantized folder."""
     source = work / f"source-{one.family}"
     if not source.exists():
-        sizes = FAMILIES[one.family]
-        usual = {} if one.family == "deepseek_v3" else SIZES
-        save_random(one.family, source, DEMO, torch.bfloat16, **{**usual, **sizes})
+        save_random(one.family, source, DEMO, torch.bfloat16, **SIZES | FAMILIES[one.family])
     folder = work / f"packed-{i}"
     qmoe.quantize(source, folder, QuantConfig("rtn", **one.settings), progress=False)
     return folder

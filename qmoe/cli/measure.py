@@ -17,6 +17,7 @@ from qmoe.measure.environment import cpu
 from qmoe.measure.evaluate import evaluate
 from qmoe.measure.planned import planned
 from qmoe.measure.scores import relative
+from qmoe.measure.tasks import rows as task_rows
 from qmoe.packed.load import Loading
 from qmoe.packed.measured import check_can_keep, keep_measured
 from qmoe.system.sizes import format_size
@@ -35,6 +36,8 @@ def eval(args: argparse.Namespace) -> dict[str, Any]:
         batch=args.batch,
         loading=_loading(args, None if args.dtype == STORED else getattr(torch, args.dtype)),
         routing=args.save,
+        tasks=[name for text in args.tasks or [] for name in text.split(",") if name],
+        task_limit=args.task_limit,
     )
     if folder is not None:
         settings = {key: getattr(args, key) for key in ("samples", "seqlen", "dtype")}
@@ -85,6 +88,9 @@ def show_eval(result: dict[str, Any]) -> None:
         ]
         ratios.append(["mean", *(_ratio(m["kl"], overall["rtn"]["kl"]) for m in overall.values())])
         tables.show("KL relative to round-to-nearest", ["domain", *scores], ratios)
+    if "tasks" in result:
+        header = ["task", *result["tasks"]]
+        tables.show("tasks of lm-eval", header, task_rows(result["tasks"]))
     rows = [[name, format_size(n)] for name, n in result["bytes_on_disk"].items()]
     tables.show("weights on disk", ["model", "bytes"], rows)
     for note in [*result["fallbacks"], *result["not_better"]]:

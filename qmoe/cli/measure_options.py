@@ -21,6 +21,17 @@ def eval_options(p: argparse.ArgumentParser) -> None:
         f"{STORED} is the checkpoint's own, in which models are loaded and run",
     )
 
+    p.add_argument(
+        "--tasks",
+        action="append",
+        metavar="NAMES",
+        help="also run tasks of lm-eval: its names, or YAML files, comma separated or repeated; "
+        "for them the original (--against) is loaded whole",
+    )
+    p.add_argument(
+        "--task-limit", type=int, metavar="N", help="examples of each task (default: all)"
+    )
+
 
 def bench_options(p: argparse.ArgumentParser) -> None:
     _compare_options(p)

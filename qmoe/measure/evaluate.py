@@ -16,12 +16,14 @@ from qmoe.measure.baselines import (
     check_baselines,
     check_counts,
     nf4,
+    original,
     rounded_to_nearest,
 )
 from qmoe.measure.compare import check_same_model
 from qmoe.measure.logits import make_batches, resident, streamed
 from qmoe.measure.routes import Routes, experts_used, kept, recorded
 from qmoe.measure.scores import Batches, Score, not_better, overall, score, summaries
+from qmoe.measure.tasks import Tasks
 from qmoe.model.source import Source, open_source
 from qmoe.packed.load import Loading
 from qmoe.pipeline.checks import check_seqlen
@@ -40,6 +42,8 @@ def evaluate(
     batch: int = 8,
     loading: Loading = IN_FLOAT32,
     routing: bool = False,
+    tasks: Sequence[str] = (),
+    task_limit: int | None = None,
 ) -> dict[str, Any]:
     """Perplexity by domain of a quantized folder; with `against`, also KL and top-1 agreement.
 
@@ -47,17 +51,20 @@ def evaluate(
     scored. loading: how the quantized models are; its dtype is that of all models alike: float32
     shows what the weights lost and nothing else, None, the checkpoint's own, how they run. The
     original is streamed on the CPU, so it may be larger than memory. routing: also count where
-    tokens go. Raises CalibrationError if a model has no predictions in that dtype.
+    tokens go. tasks: names of lm-eval's, or YAML files, run on the models as well, on `task_limit`
+    examples of each; for them the original is loaded whole. Raises CalibrationError if a model has no predictions in that dtype.
     Returns scores by model and domain, their means over domains ("overall"), bytes on disk, and
     in words what of the text was not as asked for ("fallbacks") and where the quantized model is
     not better than a baseline ("not_better"). With `routing`, also the tokens of each expert in the
     quantized model by domain and experts module ("experts_used"), and with `against` the share of
-    the original's choices of experts that it makes too ("routing_kept").
+    the original's choices of experts that it makes too ("routing_kept"). With `tasks`, also
+    lm-eval's results by model ("tasks").
     """
     check_baselines(baselines, against)
     check_counts(samples=samples, batch=batch)
     if seqlen < 2:
         raise ConfigError(f"seqlen: expected at least 2 tokens, got {seqlen}")
+    wanted = Tasks(tasks, task_limit) if tasks else None
     folder = ModelFolder.find(path, loading.trust_remote_code)
     config = folder.config()
     check_seqlen(config, seqlen)
@@ -74,6 +81,8 @@ def evaluate(
         disk["original"] = source.checkpoint.nbytes()
     found, routed = _scored(models, source, batches, routing)
     scores = summaries(found, with_reference=source is not None)
+    if wanted is not None:
+        routed = routed | {"tasks": _on_tasks(wanted, models, other, tokenizer, batch)}
     return {
         "scores": scores,
         "overall": {name: overall(domains) for name, domains in scores.items()},
@@ -83,6 +92,18 @@ def evaluate(
             note for name in baselines for note in not_better(found["qmoe"], found[name], name)
         ],
     } | routed
+
+
+def _on_tasks(
+    tasks: Tasks, models: dict[str, Any], other: ModelFolder | None, tokenizer: Any, batch: int
+) -> dict[str, Any]:
+    """The tasks' results by model; the original's first, which is in memory for that time only."""
+    found = {}
+    if other is not None:
+        found["original"] = tasks.run(
+            original(other, models["qmoe"].config.dtype), tokenizer, batch
+        )
+    return found | {name: tasks.run(model, tokenizer, batch) for name, model in models.items()}
 
 
 def _scored(
