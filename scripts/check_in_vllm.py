@@ -12,6 +12,7 @@ installed: kernels are chosen and never called. On "cpu" a processor with AMX is
 import json
 import re
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,24 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability, PlatformEnum
+from vllm.utils import humming
 
 # Imported here, so that they see the pretended platform.
 KERNELS = (cpu_moe, fused_humming_moe, marlin_moe, triton_moe, compressed_tensors_moe_wna16)
 EXPERT = re.compile(r"^(.*\bexperts)\.(\d+)\.(\w+)\.weight_packed$")
 JOINED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 BY_INPUT = ("o_proj", "down_proj")
+
+
+# vLLM asks the package humming for its kinds of products, and for nothing else before weights come.
+GEMM_TYPES = Enum(
+    "GemmType",
+    {
+        "INDEXED": "indexed",
+        "GROUPED_CONTIGUOUS": "grouped_contiguous",
+        "GROUPED_MASKED": "grouped_masked",
+    },
+)
 
 
 class Gpu:
@@ -85,6 +98,7 @@ def pretend(tp: int, device: str) -> None:
                 module.current_platform = platform
             if hasattr(module, "has_humming"):
                 module.has_humming = lambda: True
+    humming.GemmType = GEMM_TYPES
     parameter.get_tensor_model_parallel_rank = lambda: 0
     parameter.get_tensor_model_parallel_world_size = lambda: tp
 

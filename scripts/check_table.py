@@ -4,7 +4,7 @@
     python -P scripts/check_table.py --vllm VLLM_PYTHON --out docs/engines.md  # and puts it there
 
 Tiny random models are quantized to nearest in 26 ways. Each verdict of vLLM's rules is compared
-with vLLM's own code (scripts/check_in_vllm.py, run by a Python that has vLLM), of transformers' with
+with vLLM's own code (scripts/check_in_vllm.py, run by a Python that has vLLM), transformers' with
 loading the folder there and comparing logits with qmoe's, of llama.cpp's with `qmoe export`. SGLang
 does not run without a GPU: its verdicts are not confirmed. A verdict that the engine does not share
 ends the script with an error.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from qmoe.budget.choose import Chosen, all_in, choose, uniform
-from qmoe.budget.guard import GuardText, batches_of, divergences
+from qmoe.budget.guard import GuardText, batches_of, better, divergences
 from qmoe.budget.measure import measure
 from qmoe.budget.measurements import FILE, Measurements
 from qmoe.budget.memory import Disk, Gpu, Memory, average_bits, bytes_for
@@ -180,7 +180,7 @@ def _guarded(
         elif read_json(path / REPORT).get("config") != _as_read(configs[name]):
             raise OutputError(f"{path}: is in the way and was made with other settings; remove it")
     kl = divergences(plan.source.folder, folders, text)
-    best = min(kl, key=lambda name: kl[name]["overall"])
+    best = better(kl)
     told = {
         "bytes": chosen.nbytes,
         "written": best,
@@ -196,7 +196,9 @@ def _guarded(
     if best == "uniform":
         report["fallbacks"].insert(
             0, f"the uniform model ({told['uniform']}) was written: its KL on held-out text is "
-            f"{kl['uniform']['overall']:.5f}, the planned one's {kl['planned']['overall']:.5f}",
+            f"{kl['uniform']['overall']:.5f} in the mean and {kl['uniform']['p99']:.4f} at the 99th "
+            f"percentile, the planned one's {kl['planned']['overall']:.5f} and "
+            f"{kl['planned']['p99']:.4f}",
         )  # fmt: skip
     write_json(folders[best] / REPORT, report)
     folders.pop(best).rename(plan.dst)

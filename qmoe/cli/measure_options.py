@@ -32,6 +32,20 @@ def eval_options(p: argparse.ArgumentParser) -> None:
         "--task-limit", type=int, metavar="N", help="examples of each task (default: all)"
     )
 
+    p.add_argument(
+        "--answers",
+        action="store_true",
+        help="also let every model answer 4 prompts greedily, with at most 128 tokens each; the "
+        "original (--against) is loaded whole for them",
+    )
+    p.add_argument(
+        "--decision-token",
+        action="append",
+        metavar="TEXT",
+        help="a token to be watched beside the end of the text, thoughts, calls and turns that the "
+        "tokenizer names (repeatable)",
+    )
+
 
 def bench_options(p: argparse.ArgumentParser) -> None:
     _compare_options(p)

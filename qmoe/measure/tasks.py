@@ -71,7 +71,8 @@ class Tasks:
             )
         except (ValueError, KeyError, FileNotFoundError, TypeError, OSError) as error:
             raise ConfigError(
-                f"tasks: lm-eval cannot run {', '.join(self.names)}: {type(error).__name__}: {error}"
+                f"tasks: lm-eval cannot run {', '.join(self.names)}: "
+                f"{type(error).__name__}: {error}"
             ) from error
         assert found is not None  # other processes than the first get None
         kept = {key: found[key] for key in KEPT if key in found}
