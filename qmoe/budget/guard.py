@@ -38,7 +38,8 @@ def divergences(
     original: ModelFolder, folders: dict[str, Path], given: GuardText
 ) -> dict[str, dict[str, float]]:
     """KL of each folder's predictions to the original's, nats per token, by domain of the text,
-    "overall", their mean, and "p99", which 99 % of the tokens do not exceed. All models run in float32; the original is streamed."""
+    "overall", their mean, and "p99", which 99 % of the tokens do not exceed. All models run in
+    float32; the original is streamed."""
     batches, _ = batches_of(original, given)
     trust = original.trust_remote_code
     models: dict[str, Any] = {

@@ -196,8 +196,8 @@ def _guarded(
     if best == "uniform":
         report["fallbacks"].insert(
             0, f"the uniform model ({told['uniform']}) was written: its KL on held-out text is "
-            f"{kl['uniform']['overall']:.5f} in the mean and {kl['uniform']['p99']:.4f} at the 99th "
-            f"percentile, the planned one's {kl['planned']['overall']:.5f} and "
+            f"{kl['uniform']['overall']:.5f} in the mean and {kl['uniform']['p99']:.4f} at the "
+            f"99th percentile, the planned one's {kl['planned']['overall']:.5f} and "
             f"{kl['planned']['p99']:.4f}",
         )  # fmt: skip
     write_json(folders[best] / REPORT, report)
