@@ -139,18 +139,22 @@ def experts_of(config: Any, prefix: str, shapes: dict[str, list[int]], model: di
     return str(method.wna16_backend.value)
 
 
+def dot(owner: str) -> str:
+    return f"{owner}." if owner else ""
+
+
 def linear_of(
     config: Any, prefix: str, parts: list[str], shapes: dict[str, list[int]], tp: int
 ) -> str:
     owner, _, last = prefix.rpartition(".")
     scheme = config.get_scheme(named("ColumnParallelLinear"), prefix)
-    stored = [shapes.get(f"{owner}.{part}.weight_packed") for part in parts]
+    stored = [shapes.get(f"{dot(owner)}{part}.weight_packed") for part in parts]
     if scheme is None:
         return "not quantized"
     if None in stored:
         raise ValueError(f"{prefix}: a part is not quantized")
     bits = scheme.num_bits
-    sizes = [shapes[f"{owner}.{part}.weight_shape!"] for part in parts]
+    sizes = [shapes[f"{dot(owner)}{part}.weight_shape!"] for part in parts]
     k, split = sizes[0][1], last in BY_INPUT
     if any((k if split else n) % tp for n, _ in sizes):
         raise ValueError(f"{prefix} is not divisible by {tp}")
@@ -162,7 +166,7 @@ def linear_of(
     )
     for part, shape in zip(parts, stored, strict=True):
         if shape[1] != -(-k * bits // 32):
-            raise ValueError(f"{owner}.{part}: stored with other bits than {bits}")
+            raise ValueError(f"{dot(owner)}{part}: stored with other bits than {bits}")
     return type(scheme.kernel).__name__
 
 

@@ -36,6 +36,7 @@ def _blocks(contents: Contents, setup: Setup) -> Breaches:
 
 RULES = (
     Rule(
+        "method",
         "The export reads integers in compressed-tensors' form.",
         "qmoe/export/to_gguf.py: export",
         "EXL3 folders run in exllamav3 and in qmoe; for llama.cpp quantize with --format "
@@ -43,6 +44,7 @@ RULES = (
         common.method,
     ),
     Rule(
+        "rotation",
         "llama.cpp rotates no inputs at run time.",
         "qmoe/export/planned.py: planned",
         "Quantize with --rotate fused or off.",
@@ -51,6 +53,7 @@ RULES = (
         ),
     ),
     Rule(
+        "block types",
         "llama.cpp's block types hold 2, 3 and 4 bits, and 8 bits without zero points, in rows "
         "that 32 divides.",
         "qmoe/export/block_types.py: BLOCK_TYPES",
@@ -58,6 +61,7 @@ RULES = (
         _blocks,
     ),
     Rule(
+        "family",
         "llama.cpp has to run the family as transformers does.",
         "qmoe/export/families.py: FAMILIES",
         "Run the folder in qmoe.",

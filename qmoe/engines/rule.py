@@ -21,9 +21,10 @@ Breaches = Iterator[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Rule:
-    """says: what the engine takes, as a sentence. source: the file and the function of the engine
+    """name: what it is about, in a word or two. says: what the engine takes, as a sentence. source: the file and the function of the engine
     that say so. remedy: what to do. broken: what of the contents breaks the rule, in order."""
 
+    name: str
     says: str
     source: str
     remedy: str

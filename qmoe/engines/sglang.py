@@ -47,6 +47,7 @@ def _linears_by_marlin(contents: Contents, setup: Setup) -> Breaches:
 
 RULES = (
     Rule(
+        "method",
         "SGLang has no method of this name.",
         "sglang/srt/layers/quantization/__init__.py: QUANTIZATION_METHODS",
         "EXL3 folders run in exllamav3 and in qmoe; for SGLang quantize with --format "
@@ -54,12 +55,14 @@ RULES = (
         common.method,
     ),
     Rule(
+        "format",
         "SGLang takes the format pack-quantized, for the whole folder.",
         f"{QUANTIZATION}/schemes/compressed_tensors_wNa16_moe.py: CompressedTensorsWNA16MoE",
         "Quantize with --target sglang, and without --rotate online.",
         common.one_packed,
     ),
     Rule(
+        "one form",
         "SGLang reads the form of a layer's first expert, gives it to all experts, and refuses "
         "gate, up and down that differ.",
         f"{QUANTIZATION}/compressed_tensors.py: get_moe_scheme",
@@ -67,30 +70,35 @@ RULES = (
         common.one_form,
     ),
     Rule(
+        "joined linears",
         "SGLang joins these linears into one, which has one form.",
         f"{QUANTIZATION}/utils.py: should_ignore_layer, find_matched_target",
         "Give them the same bits (--target sglang does).",
         common.joined_alike,
     ),
     Rule(
+        "bits",
         "SGLang takes 4 and 8 bits.",
         f"{QUANTIZATION}/schemes/compressed_tensors_wNa16.py: WNA16_SUPPORTED_BITS",
         "Quantize with --bits 4 or 8, and --dense-bits 4, 8 or 16.",
         common.bits((4, 8)),
     ),
     Rule(
+        "zero points",
         "SGLang's Marlin kernels take zero points with 4 bits alone.",
         f"{MARLIN}: query_marlin_supported_quant_types",
         "Leave zero points out, or take 4 bits.",
         _zero_points,
     ),
     Rule(
+        "groups of experts",
         "In SGLang groups divide the inputs that each device has of an expert's matrix.",
         f"{QUANTIZATION}/schemes/compressed_tensors_wNa16_moe.py: create_weights",
         "Take a smaller --group-size, or fewer devices.",
         common.experts_in_groups,
     ),
     Rule(
+        "Marlin for experts",
         "SGLang's Marlin kernel for experts needs a hidden size that 128 divides, and an inner "
         "size of each device that 64 divides.",
         f"{MARLIN}: check_moe_marlin_supports_layer",
@@ -98,12 +106,14 @@ RULES = (
         _experts_by_marlin,
     ),
     Rule(
+        "groups of linears",
         "In SGLang devices and groups divide the inputs of a linear.",
         f"{QUANTIZATION}/schemes/compressed_tensors_wNa16.py: create_weights",
         "Take fewer devices, smaller groups, or --dense-bits 16.",
         common.linears_in_groups,
     ),
     Rule(
+        "Marlin for linears",
         "SGLang's Marlin kernel for linears needs inputs of each device that 128 divides, and "
         "outputs that 64 divides.",
         f"{MARLIN}: verify_marlin_supports_shape",
@@ -111,12 +121,14 @@ RULES = (
         _linears_by_marlin,
     ),
     Rule(
+        "heads",
         "In SGLang devices divide attention heads.",
         "sglang/srt/models/qwen3_moe.py: Qwen3MoeAttention; others likewise",
         "Take fewer devices.",
         common.heads,
     ),
     Rule(
+        "family",
         "SGLang has to know the family, and to load its experts one by one under these names.",
         "sglang/srt/models: load_weights of the family",
         "Run the folder in qmoe or transformers, or ask SGLang for the family.",

@@ -20,16 +20,12 @@ def _zero_points(contents: Contents, setup: Setup) -> Breaches:
             yield matrix.name, f"it has {matrix.form}"
 
 
-def _one_form(routed: bool) -> common.Broken:
-    """Over all layers: of the routed experts, or of all other matrices."""
-
-    def broken(contents: Contents, setup: Setup) -> Breaches:
-        some = [matrix for matrix in contents.matrices if (matrix.experts is not None) == routed]
-        for matrix in some:
-            if matrix.form != some[0].form:
-                yield matrix.name, f"it has {matrix.form}, and {some[0].name} has {some[0].form}"
-
-    return broken
+def _one_form(contents: Contents, setup: Setup) -> Breaches:
+    """Over all layers."""
+    experts = [matrix for matrix in contents.matrices if matrix.experts is not None]
+    for matrix in experts:
+        if matrix.form != experts[0].form:
+            yield matrix.name, f"it has {matrix.form}, and {experts[0].name} has {experts[0].form}"
 
 
 def _published(contents: Contents, setup: Setup) -> Breaches:
@@ -49,37 +45,35 @@ def _published(contents: Contents, setup: Setup) -> Breaches:
 
 RULES = (
     Rule(
+        "method",
         "transformers without qmoe has no method of this name.",
         "transformers/quantizers/auto.py: AUTO_QUANTIZER_MAPPING",
         "EXL3 folders run in exllamav3 and in qmoe.",
         common.method,
     ),
     Rule(
+        "format",
         "transformers takes the format pack-quantized, and decodes all experts by one form.",
         f"{INTEGRATION}: CompressedTensorsDequantize",
         "Load the folder after `import qmoe`, or quantize without widths and --rotate online.",
         common.packed,
     ),
     Rule(
+        "one form",
         "transformers decodes all experts of a model by one form.",
         f"{INTEGRATION}: get_experts_scheme",
         "Load the folder after `import qmoe`, or quantize without --size and without widths.",
-        _one_form(routed=True),
+        _one_form,
     ),
     Rule(
-        "transformers decodes all other matrices of a model by one form.",
-        f"{INTEGRATION}: get_dense_scheme",
-        "Load the folder after `import qmoe`, or give lm_head and all linears the same bits and "
-        "groups.",
-        _one_form(routed=False),
-    ),
-    Rule(
+        "zero points",
         "transformers does not decode zero points.",
         f"{INTEGRATION}: CompressedTensorsDequantize",
         "Load the folder after `import qmoe`, or quantize without --asymmetric.",
         _zero_points,
     ),
     Rule(
+        "family",
         "transformers finds single experts only where the family publishes them one by one.",
         "transformers/conversion_mapping.py: get_checkpoint_conversion_mapping",
         "Load the folder after `import qmoe`.",

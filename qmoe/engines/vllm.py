@@ -45,6 +45,13 @@ def _channel_wise(contents: Contents, setup: Setup) -> Breaches:
             yield first.name, f"it has {form}, for a hidden size of {hidden}"
 
 
+def _eight_with_zero_points(contents: Contents, setup: Setup) -> Breaches:
+    for matrices in contents.layers().values():
+        form = matrices[0].form
+        if form.bits == 8 and not form.symmetric:
+            yield matrices[0].name, f"it has {form}"
+
+
 def _zero_points(contents: Contents, setup: Setup) -> Breaches:
     for matrix, hidden, size in common.inner(contents, setup):
         bits = matrix.form.bits
@@ -77,6 +84,7 @@ def _linears_on_cpu(contents: Contents, setup: Setup) -> Breaches:
 
 RULES = (
     Rule(
+        "method",
         "vLLM has no method of this name.",
         "vllm/model_executor/layers/quantization/__init__.py: QUANTIZATION_METHODS",
         "EXL3 folders run in exllamav3 and in qmoe; for vLLM quantize with --format "
@@ -84,6 +92,7 @@ RULES = (
         common.method,
     ),
     Rule(
+        "format",
         "vLLM takes the format pack-quantized.",
         f"{MOE}/compressed_tensors_moe.py: get_moe_method; {QUANTIZATION}/compressed_tensors.py: "
         "_get_scheme_from_parts",
@@ -91,6 +100,7 @@ RULES = (
         common.packed,
     ),
     Rule(
+        "one form",
         "vLLM reads the form of a layer's first expert, gives it to all experts, and refuses gate, "
         "up and down that differ.",
         f"{MOE}/compressed_tensors_moe.py: get_moe_method",
@@ -98,18 +108,21 @@ RULES = (
         common.one_form,
     ),
     Rule(
+        "joined linears",
         "vLLM joins these linears into one, which has one form.",
         f"{QUANTIZATION}/utils.py: _match_fused_layer, should_ignore_layer",
         "Give them the same bits (--target vllm does).",
         common.joined_alike,
     ),
     Rule(
+        "bits",
         "vLLM takes 2 to 8 bits.",
         f"{QUANTIZATION}/schemes/compressed_tensors_wNa16.py: WNA16_SUPPORTED_TYPES_MAP",
         "Choose bits from 2 to 8.",
         common.bits(range(2, 9)),
     ),
     Rule(
+        "channel-wise",
         "vLLM runs channel-wise experts with Marlin alone: 4 bits, or 8 bits without zero points, "
         "and a hidden size that 128 divides, on an NVIDIA GPU.",
         f"{MOE}/compressed_tensors_moe_wna16.py: __init__; vllm/model_executor/layers/quantization/"
@@ -118,30 +131,42 @@ RULES = (
         _channel_wise,
     ),
     Rule(
+        "8 bits with zero points",
+        "vLLM has no kernel for experts of 8 bits with zero points.",
+        "vllm/model_executor/layers/fused_moe/oracle/int_wna16.py: select_wna16_moe_backend",
+        "Leave zero points out, or take 4 bits or less.",
+        _eight_with_zero_points,
+    ),
+    Rule(
+        "groups of experts",
         "In vLLM groups divide the inputs that each device has of an expert's matrix.",
         f"{MOE}/compressed_tensors_moe_wna16.py: create_weights",
         "Take a smaller --group-size, fewer devices, or expert parallelism.",
         common.experts_in_groups,
     ),
     Rule(
+        "zero points",
         "vLLM cuts zero points of experts at whole words of 32 bits.",
         f"{MOE}/compressed_tensors_moe_wna16.py: create_weights",
         "Take fewer devices, or leave zero points out.",
         _zero_points,
     ),
     Rule(
+        "groups of linears",
         "In vLLM devices and groups divide the inputs of a linear.",
         "vllm/distributed/utils.py: divide, verify_group_size_divides_partition",
         "Take fewer devices, smaller groups, or --dense-bits 16.",
         common.linears_in_groups,
     ),
     Rule(
+        "heads",
         "In vLLM devices divide attention heads.",
         "vllm/model_executor/models/qwen3_moe.py: Qwen3MoeAttention; others likewise",
         "Take fewer devices.",
         common.heads,
     ),
     Rule(
+        "experts on a CPU",
         "On a CPU vLLM runs experts of 4 bits without zero points, in groups other than 32, if the "
         "processor has AMX.",
         "vllm/model_executor/layers/fused_moe/experts/cpu_moe.py: CPUExpertsInt4; "
@@ -150,12 +175,14 @@ RULES = (
         _experts_on_cpu,
     ),
     Rule(
+        "linears on a CPU",
         "On a CPU vLLM runs linears of 4 bits with inputs and outputs that 32 divides.",
         f"{KERNELS}/cpu.py: CPUWNA16LinearKernel.can_implement",
         "Quantize with --dense-bits 4 or 16, or use a GPU.",
         _linears_on_cpu,
     ),
     Rule(
+        "family",
         "vLLM has to know the family, and to load its experts one by one under these names.",
         "vllm/model_executor/models: load_weights of the family",
         "Run the folder in qmoe or transformers, or ask vLLM for the family.",
@@ -167,6 +194,5 @@ ENGINE = Engine(
     "0.32.0",
     RULES,
     "The rules are those of vLLM without a plugin; memory and speed are not looked at. On GPUs 2 "
-    "and 3 bits, and zero points with 8 bits, need humming-kernels, which vLLM's requirements "
-    "name; on a CPU experts need AMX.",
+    "and 3 bits need humming-kernels, which vLLM's requirements name; on a CPU experts need AMX.",
 )

@@ -33,6 +33,7 @@ CASES: list[tuple[str, Setup, dict[str, Any], dict[str, Any], str]] = [
     ("vllm", Setup(), {"experts": (4, -1, True)}, {"experts": (2, -1, True)}, "channel-wise"),
     ("vllm", Setup(), {"experts": (8, -1, True)}, {"experts": (8, -1, False)}, "zero points"),
     ("vllm", Setup(), {"experts": (4, -1, True)}, {"hidden": 320}, "hidden size of 320"),
+    ("vllm", Setup(), {"experts": (4, 64, False)}, {"experts": (8, 64, False)}, "no kernel"),
     ("vllm", Setup(tp=2), {}, {"inner": 64}, "a device has 32 inputs"),
     ("vllm", Setup(tp=2), {}, {"inner": 192}, "down_proj"),
     (
@@ -69,7 +70,6 @@ CASES: list[tuple[str, Setup, dict[str, Any], dict[str, Any], str]] = [
     ("transformers", Setup(), {}, {"method": "exl3"}, "'exl3'"),
     ("transformers", Setup(), {}, {"form": "pack-quantized-rotated"}, "rotated"),
     ("transformers", Setup(), {}, {"own": {f"{SECOND}.up_proj": (8, 64, True)}}, "experts.1"),
-    ("transformers", Setup(), {}, {"own": {f"{ATTENTION}.o_proj": (4, 64, True)}}, "o_proj"),
     ("transformers", Setup(), {}, {"experts": (4, 64, False)}, "zero points"),
     ("transformers", Setup(), {"family": "mixtral"}, {"family": "gpt_oss"}, "in one tensor"),
     ("llama.cpp", Setup(), TINY, {"method": "exl3"}, "'exl3'"),
