@@ -203,7 +203,7 @@ def says(folder: Path, tp: int, device: str) -> str:
         if (owner, whole) not in seen:
             seen.add((owner, whole))
             parts = JOINED.get(whole, [last])
-            chosen.add(f"linears {linear_of(config, f'{owner}.{whole}', parts, shapes, tp)}")
+            chosen.add(f"linears {linear_of(config, f'{dot(owner)}{whole}', parts, shapes, tp)}")
     return ", ".join(sorted(chosen))
 
 

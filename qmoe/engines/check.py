@@ -42,9 +42,9 @@ def check(
 
     tp: devices that share every layer. device: "cuda", or "cpu", which vLLM knows. Returns the
     engine, its version, whether all rules are kept ("passes"), what is broken ("broken": for each
-    rule what it is about, its sentence, source and remedy, the first name that breaks it, what was found there, and
-    how many break it), and what was not looked at ("note"). Raises ConfigError for a folder that is
-    not quantized and for options that the engine does not have.
+    rule what it is about, its sentence, source and remedy, the first name that breaks it, what was
+    found there, and how many break it), and what was not looked at ("note"). Raises ConfigError for
+    a folder that is not quantized and for options that the engine does not have.
     """
     known = engine(name)
     if tp < 1:

@@ -21,8 +21,9 @@ Breaches = Iterator[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Rule:
-    """name: what it is about, in a word or two. says: what the engine takes, as a sentence. source: the file and the function of the engine
-    that say so. remedy: what to do. broken: what of the contents breaks the rule, in order."""
+    """name: what it is about, in a word or two. says: what the engine takes, as a sentence. source:
+    the file and the function of the engine that say so. remedy: what to do. broken: what of the
+    contents breaks the rule, in order."""
 
     name: str
     says: str
