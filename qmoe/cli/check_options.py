@@ -1,10 +1,16 @@
-"""Options of `qmoe check`."""
+"""`qmoe check` and its options."""
 
-import argparse
+from typing import Any
 
 
-def check_options(p: argparse.ArgumentParser) -> None:
-    """Those of `qmoe check`."""
+def add_check(commands: Any) -> None:
+    """`qmoe check`, among the subcommands."""
+    p = commands.add_parser(
+        "check",
+        help="whether another engine can run a quantized folder",
+        description="Say which tensor of a quantized folder breaks which rule of an engine, from "
+        "config.json and the headers of the weights alone. The exit status is 1 if one does.",
+    )
     p.add_argument("path", help="quantized folder or hub name; no weights are loaded")
     p.add_argument(
         "--engine",

@@ -4,7 +4,7 @@ import argparse
 from typing import get_args
 
 from qmoe._version import __version__
-from qmoe.cli.check_options import check_options
+from qmoe.cli.check_options import add_check
 from qmoe.cli.completion import Completion
 from qmoe.cli.export_options import export_options
 from qmoe.cli.help_texts import SIZE_HELP
@@ -69,15 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
             "network.",
         )
     )
-    check_options(
-        commands.add_parser(
-            "check",
-            help="whether another engine can run a quantized folder",
-            description="Say which tensor of a quantized folder breaks which rule of an engine, "
-            "from config.json and the headers of the weights alone. The exit status is 1 if one "
-            "does.",
-        )
-    )
+    add_check(commands)
     export_options(commands.add_parser("export", help="write a quantized folder for llama.cpp"))
     evaluate = commands.add_parser("eval", help="perplexity by domain, KL and agreement")
     eval_options(evaluate)

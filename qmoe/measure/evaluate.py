@@ -71,7 +71,8 @@ def evaluate(
     if other is not None:
         check_same_model(folder.path, other)
     tokenizer = folder.tokenizer(config)
-    decisions = decision_tokens(tokenizer, extras.decision_tokens)
+    rows = config.get_text_config().vocab_size
+    decisions = decision_tokens(tokenizer, rows, extras.decision_tokens)
     texts = load_texts(text)
     batches, notes = make_batches(tokenizer, texts, samples=samples, seqlen=seqlen, batch=batch)
     check_vocabulary(config, torch.cat([ids for _, ids in batches]))
@@ -85,19 +86,10 @@ def evaluate(
     if source is not None:
         more["tails"] = tails(batches, found, tokenizer)
         more["decisions"] = decided(decisions, [found, *answered])
-    return (
-        {
-            "scores": scores,
-            "overall": {name: overall(domains) for name, domains in scores.items()},
-            "bytes_on_disk": disk,
-            "fallbacks": notes,
-            "not_better": [
-                note for name in baselines for note in not_better(found["qmoe"], found[name], name)
-            ],
-        }
-        | more
-        | whole
-    )
+    said = [note for name in baselines for note in not_better(found["qmoe"], found[name], name)]
+    means = {name: overall(domains) for name, domains in scores.items()}
+    kept = {"scores": scores, "overall": means, "bytes_on_disk": disk, "fallbacks": notes}
+    return kept | {"not_better": said} | more | whole
 
 
 def _scored(

@@ -28,10 +28,11 @@ class Decisions:
     names: Sequence[str]
 
 
-def decision_tokens(tokenizer: Any, more: Sequence[str] = ()) -> Decisions:
+def decision_tokens(tokenizer: Any, rows: int, more: Sequence[str] = ()) -> Decisions:
     """The end of the text, and added tokens that the chat template names or that are called like
-    one that ends or opens a thought, a call or a turn. more: others, each of which must be one
-    token; ConfigError if it is not."""
+    one that ends or opens a thought, a call or a turn, if the model has them: rows is the number of
+    tokens that it predicts. more: others, each of which must be one of its tokens; ConfigError if
+    it is not."""
     found: dict[int, str] = {}
     ends = tokenizer.eos_token_id
     for token in ends if isinstance(ends, list) else [ends]:

@@ -62,7 +62,7 @@ def scored(stops: float) -> dict:
 def test_a_model_that_does_not_stop_thinking_is_seen():
     """The probability of `</think>` falls from 0.75 to 0.04 where it is to come, and nowhere else;
     the mean hides that among other tokens."""
-    decisions = decision_tokens(Words())
+    decisions = decision_tokens(Words(), 4)
     assert list(decisions.names) == ["</think>"]
     found = decided(decisions, [scored(0.04)])["m"]["</think>"]
     assert found["places"] == 2  # the third c is the last token, after which nothing is predicted
@@ -97,10 +97,12 @@ def test_the_worst_token_is_found_in_its_batch_and_domain():
 
 
 def test_decision_tokens_of_a_tokenizer():
-    found = decision_tokens(Words(), ["b"])
+    found = decision_tokens(Words(), 4, ["b"])
     assert found.ids.tolist() == [1, END] and list(found.names) == ["b", "</think>"]
-    with pytest.raises(ConfigError, match="expected one token, 'a b' is 2"):
-        decision_tokens(Words(), ["a b"])
+    assert decision_tokens(Words(), END).names == []
+    for text, rows in (("a b", 4), ("c", 2)):
+        with pytest.raises(ConfigError, match=f"expected one token of the model, '{text}' is"):
+            decision_tokens(Words(), rows, [text])
     nothing = Decisions(torch.tensor([0]), ["a"])
     unlikely = torch.zeros(2, 6, 4)
     unlikely[..., 0] = -20
