@@ -202,7 +202,7 @@ def rows(work: Path, python: str | None) -> tuple[list[list[str]], list[str]]:
             if theirs is not None and theirs != judged:
                 told = said.get((i, name), {}).get("says", "")
                 wrong.append(f"{one}: {name}: we say {verdict['passes']}, it says {theirs}: {told}")
-            row.append("runs" if verdict["passes"] else f"no: {_short(verdict)}")
+            row.append("kept" if verdict["passes"] else _short(verdict))
         found.append(row)
         print(" | ".join(row), file=sys.stderr)
     return found, wrong

@@ -53,7 +53,7 @@ def _of_layer(source: Source, layer: Layer, config: QuantConfig) -> list[Matrix]
             found += _of_linear(source, name, scheme)
             continue
         module = source.model.get_submodule(name)
-        for target, (E, rows, inputs) in weight_shapes(source.model, name):  # type: ignore[misc]
+        for target, (E, rows, inputs) in weight_shapes(source.model, name):
             parts = len(matrices_of(module, target.rpartition(".")[2]))
             own = stored_widths(source.model, target, widths.get(target) or (scheme.bits,) * E)
             for matrix, bits in own.items():
@@ -64,7 +64,7 @@ def _of_layer(source: Source, layer: Layer, config: QuantConfig) -> list[Matrix]
 
 def _of_linear(source: Source, name: str, scheme: Scheme) -> list[Matrix]:
     """A linear, which may be stored as several matrices."""
-    ((target, (rows, inputs)),) = weight_shapes(source.model, name)  # type: ignore[misc]
+    ((target, (rows, inputs)),) = weight_shapes(source.model, name)
     count = matrices_in(source.model, target)
     form = Form(scheme.bits, scheme.group_size, scheme.symmetric)
     return [

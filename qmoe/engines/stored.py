@@ -116,8 +116,6 @@ class Forms:
 
 
 def _form(weights: dict[str, Any]) -> Form:
-    group = weights.get("group_size")
-    channel = group is None or weights.get("strategy") == "channel"
-    return Form(
-        int(weights["num_bits"]), -1 if channel else int(group), bool(weights.get("symmetric"))
-    )
+    channel = weights.get("group_size") is None or weights.get("strategy") == "channel"
+    group = -1 if channel else int(weights["group_size"])
+    return Form(int(weights["num_bits"]), group, bool(weights.get("symmetric")))
