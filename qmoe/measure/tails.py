@@ -46,14 +46,14 @@ def decision_tokens(tokenizer: Any, rows: int, more: Sequence[str] = ()) -> Deci
             found[int(token)] = name
     for name in more:
         ids = tokenizer(name, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
+        if len(ids) != 1 or ids[0] >= rows:
             raise ConfigError(
-                f"decision tokens: expected one token, {name!r} is {len(ids)} in this tokenizer"
+                f"decision tokens: expected one token of the model, {name!r} is {ids} by its "
+                "tokenizer"
             )
         found[int(ids[0])] = name
-    return Decisions(
-        torch.tensor(sorted(found), dtype=torch.long), [found[i] for i in sorted(found)]
-    )
+    known = sorted(token for token in found if token < rows)
+    return Decisions(torch.tensor(known, dtype=torch.long), [found[i] for i in known])
 
 
 def tails(
