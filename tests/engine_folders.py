@@ -23,12 +23,13 @@ def make_folder(
     experts: Form = (4, 64, True),
     dense: Form | None = (8, -1, True),
     own: dict[str, Form] | None = None,
+    latent: bool = False,
     form: str = "pack-quantized",
     method: str = "compressed-tensors",
     **config: Any,
 ) -> Path:
     """One layer with two experts and attention. own: forms of single modules, by their names in
-    layer 0. dense None leaves attention in 16 bits."""
+    layer 0. dense None leaves attention in 16 bits. latent: with the linear that DeepSeek's attention has."""
     folder.mkdir()
     own = {f"{LAYER}.{name}": value for name, value in (own or {}).items()}
     block = f"{LAYER}.{BLOCKS.get(family, 'mlp')}.experts"
@@ -45,6 +46,8 @@ def make_folder(
         f"{LAYER}.self_attn.v_proj": (kv_heads * size, hidden),
         f"{LAYER}.self_attn.o_proj": (hidden, heads * size),
     }
+    if latent:
+        linears[f"{LAYER}.self_attn.kv_b_proj"] = (hidden, 128)
     tensors: dict[str, tuple[str, list[int]]] = {
         "model.embed_tokens.weight": ("BF16", [64, hidden]),
         f"{LAYER}.{BLOCKS.get(family, 'mlp')}.gate.weight": ("BF16", [2, hidden]),

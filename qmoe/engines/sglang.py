@@ -45,6 +45,12 @@ def _linears_by_marlin(contents: Contents, setup: Setup) -> Breaches:
             yield matrices[0].name, f"a device has {inputs} inputs and {outputs} outputs"
 
 
+def _latent(contents: Contents, setup: Setup) -> Breaches:
+    for matrix in contents.linears():
+        if matrix.last == "kv_b_proj":
+            yield matrix.name, f"it has {matrix.form}"
+
+
 RULES = (
     Rule(
         "method",
@@ -119,6 +125,13 @@ RULES = (
         f"{MARLIN}: verify_marlin_supports_shape",
         "Take fewer devices, or --dense-bits 16.",
         _linears_by_marlin,
+    ),
+    Rule(
+        "latent attention",
+        "SGLang takes kv_b_proj apart after loading, for which it must not be packed.",
+        "sglang/srt/models/deepseek_common/deepseek_weight_loader.py: post_load_weights",
+        "Quantize with --dense-bits 16.",
+        _latent,
     ),
     Rule(
         "heads",

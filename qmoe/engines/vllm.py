@@ -16,7 +16,7 @@ USUAL, SHORT = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
 # Families whose model in vLLM loads experts one by one, by the names of their matrices.
 FAMILIES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        ("cohere2_moe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe",
+        ("cohere2_moe", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "exaone_moe",
          "glm4_moe", "glm4_moe_lite", "hy_v3", "llama4", "llama4_text", "longcat_flash",
          "mimo_v2_flash", "olmoe", "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe",
          "qwen3_next", "qwen3_vl_moe"),

@@ -66,6 +66,7 @@ CASES: list[tuple[str, Setup, dict[str, Any], dict[str, Any], str]] = [
     ("sglang", Setup(tp=2), {"dense": (4, 128, True)}, {"dense": (4, 256, True)}, "o_proj"),
     ("sglang", Setup(), {}, {"hidden": 320, "dense": (4, -1, True)}, "320 inputs"),
     ("sglang", Setup(tp=4), {"hidden": 512, "inner": 256}, {"heads": 2}, "num_attention_heads"),
+    ("sglang", Setup(), {"latent": True, "dense": None}, {"dense": (8, -1, True)}, "kv_b_proj"),
     ("sglang", Setup(), {"family": "mixtral"}, {"family": "granite"}, "granite is not among"),
     ("transformers", Setup(), {}, {"method": "exl3"}, "'exl3'"),
     ("transformers", Setup(), {}, {"form": "pack-quantized-rotated"}, "rotated"),
