@@ -29,7 +29,8 @@ def make_folder(
     **config: Any,
 ) -> Path:
     """One layer with two experts and attention. own: forms of single modules, by their names in
-    layer 0. dense None leaves attention in 16 bits. latent: with the linear that DeepSeek's attention has."""
+    layer 0. dense None leaves attention in 16 bits. latent: with the linear that DeepSeek's
+    attention has."""
     folder.mkdir()
     own = {f"{LAYER}.{name}": value for name, value in (own or {}).items()}
     block = f"{LAYER}.{BLOCKS.get(family, 'mlp')}.experts"
