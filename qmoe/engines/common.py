@@ -51,13 +51,12 @@ def joined_alike(contents: Contents, setup: Setup) -> Breaches:
             yield unpacked[0], f"it is not quantized, and {first.name} has {first.form}"
 
 
-def bits(allowed: Collection[int], experts: bool = True, linears: bool = True) -> Broken:
+def bits(allowed: Collection[int]) -> Broken:
     """Integers have one of these widths."""
 
     def broken(contents: Contents, setup: Setup) -> Breaches:
         for matrix in contents.matrices:
-            routed = matrix.experts is not None
-            if (experts if routed else linears) and matrix.form.bits not in allowed:
+            if matrix.form.bits not in allowed:
                 yield matrix.name, f"it has {matrix.form.bits} bits"
 
     return broken
