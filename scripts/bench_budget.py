@@ -116,7 +116,7 @@ def _result(args: argparse.Namespace, config: QuantConfig, path: Path) -> dict[s
     test = GuardText(str(args.corpus / "*.test.txt"), samples=args.samples)
     kl = divergences(ModelFolder(args.model), {"one": folder}, test)["one"]
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    result = {"bytes": nbytes, "kl": kl.pop("overall"), "domains": kl}
+    result = {"bytes": nbytes, "kl": kl.pop("overall"), "p99": kl.pop("p99"), "domains": kl}
     path.write_text(json.dumps({"config": told, "result": result}))
     shutil.rmtree(folder)
     return result

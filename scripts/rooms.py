@@ -35,6 +35,7 @@ ROOMS = [
     "runtime",
     "packed",
     "export",
+    "engines",
     "pipeline",
     "measure",
     "html_report",

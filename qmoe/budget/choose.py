@@ -8,7 +8,7 @@ from numpy import ndarray
 
 from qmoe.budget.measurements import Measurements
 from qmoe.budget.memory import Memory
-from qmoe.config import BITS, GROUPS, QuantConfig, Scheme
+from qmoe.config import BITS, GROUPS, UNIFORM_LAYERS, QuantConfig, Scheme
 from qmoe.errors import ConfigError
 from qmoe.model.schemes import check_schemes
 from qmoe.plan.allocate import Choice, allocate
@@ -28,7 +28,8 @@ class Chosen:
 
 def choose(memory: Memory, config: QuantConfig, measurements: Measurements, budget: int) -> Chosen:
     """The widths with the least predicted KL with which the model takes at most `budget` bytes.
-    With the target "vllm" all experts of a layer have one, and so have linears of one module.
+    With the targets "vllm" and "sglang" all experts of a layer have one, and so have linears of
+    one module.
     Raises ConfigError if 2 bits are more than the budget."""
     narrow = replace(config, widths={})
     parts = [part for part in stacks(memory.source, narrow) if part.layer]
@@ -70,7 +71,7 @@ def _together(parts: Sequence[Stack], config: QuantConfig) -> list[list[Place]]:
     for part in parts:
         for e in range(part.shape[0]):
             place = (_key(part), e)
-            if config.target != "vllm":
+            if config.target not in UNIFORM_LAYERS:
                 found[place] = [place]
             elif part.routed:
                 found.setdefault((part.layer, "experts"), []).append(place)

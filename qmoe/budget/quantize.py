@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from qmoe.budget.choose import Chosen, all_in, choose, uniform
-from qmoe.budget.guard import GuardText, batches_of, divergences
+from qmoe.budget.guard import GuardText, batches_of, better, divergences
 from qmoe.budget.measure import measure
 from qmoe.budget.measurements import FILE, Measurements
 from qmoe.budget.memory import Disk, Gpu, Memory, average_bits, bytes_for
 from qmoe.checkpoint.folders import read_json
 from qmoe.config import BITS, QuantConfig, expect
 from qmoe.config.quant import DENSE
+from qmoe.engines.settings import check_target
 from qmoe.errors import ConfigError, OutputError
 from qmoe.packed.report import REPORT
 from qmoe.pipeline.checks import check_destination
@@ -107,6 +108,9 @@ def quantize_to_size(
         plan = check(src, dst, base, statistics_from=(), save_statistics=None, **how)
         text = GuardText(budget.guard_text, base.calibration.seqlen)
         _, notes = batches_of(plan.source.folder, text)
+        for bits in BITS:  # any of which may be chosen
+            wide = replace(plan.config.experts, bits=bits)
+            check_target(plan.source, all_in(plan.config, wide))
         memory, limit = budget.of(plan)
         _check_budget(memory, plan.config, limit)
         copy = partial(quantize, progress=False, **how)
@@ -176,7 +180,7 @@ def _guarded(
         elif read_json(path / REPORT).get("config") != _as_read(configs[name]):
             raise OutputError(f"{path}: is in the way and was made with other settings; remove it")
     kl = divergences(plan.source.folder, folders, text)
-    best = min(kl, key=lambda name: kl[name]["overall"])
+    best = better(kl)
     told = {
         "bytes": chosen.nbytes,
         "written": best,
@@ -192,7 +196,9 @@ def _guarded(
     if best == "uniform":
         report["fallbacks"].insert(
             0, f"the uniform model ({told['uniform']}) was written: its KL on held-out text is "
-            f"{kl['uniform']['overall']:.5f}, the planned one's {kl['planned']['overall']:.5f}",
+            f"{kl['uniform']['overall']:.5f} in the mean and {kl['uniform']['p99']:.4f} at the "
+            f"99th percentile, the planned one's {kl['planned']['overall']:.5f} and "
+            f"{kl['planned']['p99']:.4f}",
         )  # fmt: skip
     write_json(folders[best] / REPORT, report)
     folders.pop(best).rename(plan.dst)

@@ -14,6 +14,7 @@ from qmoe.checkpoint.folders import read_json
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.cli import tables
 from qmoe.cli.budget import budget_of, show_budget, to_size
+from qmoe.cli.check import check, show_check
 from qmoe.cli.export import export, show_export
 from qmoe.cli.heat_map import heat_map, is_mixed
 from qmoe.cli.info import info, show_info
@@ -38,9 +39,9 @@ from qmoe.system.progress import progress, shown
 from qmoe.system.sizes import format_size
 
 __all__ = [
-    "bench", "eval", "export", "families", "info", "inspect", "plan", "quantize", "report",
-    "show_bench", "show_eval", "show_export", "show_families", "show_info", "show_inspect",
-    "show_plan", "show_quantize", "show_report",
+    "bench", "check", "eval", "export", "families", "info", "inspect", "plan", "quantize", "report",
+    "show_bench", "show_check", "show_eval", "show_export", "show_families", "show_info",
+    "show_inspect", "show_plan", "show_quantize", "show_report",
 ]  # fmt: skip
 
 

@@ -11,21 +11,23 @@ from qmoe.system.printing import printing, say
 from qmoe.system.progress import shown
 
 
-def run(args: argparse.Namespace) -> None:
-    """Carry out a parsed command and print its result."""
+def run(args: argparse.Namespace) -> int:
+    """Carry out a parsed command and print its result; returns the exit status: 1 if `check` finds
+    that an engine cannot run a folder, else 0."""
     from qmoe.cli import commands
     from qmoe.system.files import to_json
 
     with shown():
         result: dict[str, Any] = getattr(commands, args.command)(args)
     if not result:  # another process of this run shows it
-        return
+        return 0
     whole = f"; the model in {args.dst} is whole, and has it" if args.command == "quantize" else ""
     with printing(f"the report{whole}"):
         if args.json:
             print(to_json(result))
         else:
             getattr(commands, f"show_{args.command}")(result)
+    return int(args.command == "check" and not result["passes"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with printing("the help"):
             args = build_parser().parse_args(argv)
-        run(args)
+        return run(args)
     except QmoeError as error:
         say(f"error: {error}")
         return 1
@@ -46,4 +48,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted: the same command goes on where this one stopped")
         return 130
-    return 0

@@ -15,8 +15,10 @@ from qmoe.measure.baselines import check_counts
 from qmoe.measure.bench import ANSWERED, benchmark
 from qmoe.measure.environment import cpu
 from qmoe.measure.evaluate import evaluate
+from qmoe.measure.extras import Extras
 from qmoe.measure.planned import planned
 from qmoe.measure.scores import relative
+from qmoe.measure.tasks import rows as task_rows
 from qmoe.packed.load import Loading
 from qmoe.packed.measured import check_can_keep, keep_measured
 from qmoe.system.sizes import format_size
@@ -34,7 +36,13 @@ def eval(args: argparse.Namespace) -> dict[str, Any]:
         seqlen=args.seqlen,
         batch=args.batch,
         loading=_loading(args, None if args.dtype == STORED else getattr(torch, args.dtype)),
-        routing=args.save,
+        extras=Extras(
+            routing=args.save,
+            tasks=[name for text in args.tasks or [] for name in text.split(",") if name],
+            task_limit=args.task_limit,
+            answers=args.answers,
+            decision_tokens=args.decision_token or [],
+        ),
     )
     if folder is not None:
         settings = {key: getattr(args, key) for key in ("samples", "seqlen", "dtype")}
@@ -85,10 +93,61 @@ def show_eval(result: dict[str, Any]) -> None:
         ]
         ratios.append(["mean", *(_ratio(m["kl"], overall["rtn"]["kl"]) for m in overall.values())])
         tables.show("KL relative to round-to-nearest", ["domain", *scores], ratios)
+    if "tails" in result:
+        _show_tails(result["tails"], result["decisions"])
+    if "answers" in result:
+        _show_answers(result["answers"])
+    if "tasks" in result:
+        header = ["task", *result["tasks"]]
+        tables.show("tasks of lm-eval", header, task_rows(result["tasks"]))
     rows = [[name, format_size(n)] for name, n in result["bytes_on_disk"].items()]
     tables.show("weights on disk", ["model", "bytes"], rows)
     for note in [*result["fallbacks"], *result["not_better"]]:
         print(note)
+
+
+def _show_tails(
+    tails: dict[str, dict[str, Any]], decisions: dict[str, dict[str, dict[str, float]]]
+) -> None:
+    """Percentiles of KL over tokens, its worst tokens, and decision tokens."""
+    kinds = {"p95": "95 %", "p99": "99 %", "max": "worst"}
+    rows = [
+        [domain, *(f"{tail['kl'][domain][kind]:.4f}" for tail in tails.values() for kind in kinds)]
+        for domain in next(iter(tails.values()))["kl"]
+    ]
+    header = [f"{name} {said}" for name in tails for said in kinds.values()]
+    tables.show("KL of single tokens: not exceeded by 95 and 99 %, and the worst",
+                ["domain", *header], rows)  # fmt: skip
+    for name, tail in tails.items():
+        for worst in tail["worst"]:
+            place = f"{worst['context']!r} -> {worst['token']!r}"
+            print(f"{name}: KL {worst['kl']:.3f} in {worst['domain']}: {place}")
+    rows = [
+        [f"{name}: {token!r}", str(found["places"]), f"{found['original']:.4f}",
+         f"{found['probability']:.4f}", f"{found['kl']:.4f}"]
+        for name, tokens in decisions.items()
+        for token, found in tokens.items()
+    ]  # fmt: skip
+    if rows:
+        header = ["decision token", "places", "probability by the original", "by this model", "KL"]
+        tables.show("where the original gives a decision token 1 % or more", header, rows)
+    else:
+        print("no decision token has a probability of 1 % in the original anywhere in this text")
+
+
+def _show_answers(found: dict[str, dict[str, float]]) -> None:
+    rows = [
+        [
+            name,
+            f"{a['tokens']:.1f}",
+            f"{a['ended']:.0%}",
+            f"{a['repeated']:.1%}",
+            f"{a['same']:.1f}",
+        ]
+        for name, a in found.items()
+    ]
+    header = ["model", "tokens", "ended by themselves", "repetition", "tokens as the original's"]
+    tables.show("greedy answers, means", header, rows)
 
 
 def _ratio(kl: float, to: float) -> str:

@@ -21,6 +21,31 @@ def eval_options(p: argparse.ArgumentParser) -> None:
         f"{STORED} is the checkpoint's own, in which models are loaded and run",
     )
 
+    p.add_argument(
+        "--tasks",
+        action="append",
+        metavar="NAMES",
+        help="also run tasks of lm-eval: its names, or YAML files, comma separated or repeated; "
+        "for them the original (--against) is loaded whole",
+    )
+    p.add_argument(
+        "--task-limit", type=int, metavar="N", help="examples of each task (default: all)"
+    )
+
+    p.add_argument(
+        "--answers",
+        action="store_true",
+        help="also let every model answer 4 prompts greedily, with at most 128 tokens each; the "
+        "original (--against) is loaded whole for them",
+    )
+    p.add_argument(
+        "--decision-token",
+        action="append",
+        metavar="TEXT",
+        help="a token to be watched beside the end of the text, thoughts, calls and turns that the "
+        "tokenizer names (repeatable)",
+    )
+
 
 def bench_options(p: argparse.ArgumentParser) -> None:
     _compare_options(p)

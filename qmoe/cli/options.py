@@ -4,6 +4,7 @@ import argparse
 from typing import get_args
 
 from qmoe._version import __version__
+from qmoe.cli.check_options import add_check
 from qmoe.cli.completion import Completion
 from qmoe.cli.export_options import export_options
 from qmoe.cli.help_texts import SIZE_HELP
@@ -68,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
             "network.",
         )
     )
+    add_check(commands)
     export_options(commands.add_parser("export", help="write a quantized folder for llama.cpp"))
     evaluate = commands.add_parser("eval", help="perplexity by domain, KL and agreement")
     eval_options(evaluate)
@@ -144,10 +146,9 @@ def _quantize_options(p: argparse.ArgumentParser) -> None:
     method = "how weights are rounded, described below"
     setting(given, "--method", "method", d.method, get_args(Method), help=method)
     scheme_options(given, averages=True)
-    engine = "what is to run the result: vllm takes one scheme for all routed experts of a layer; "
-    engine += (
-        "llama.cpp takes groups of 32 and scales that `qmoe export --to gguf` writes as they are"
-    )
+    engine = "what is to run the result, whose rules the settings have to keep (see `qmoe check`): "
+    engine += "vllm and sglang take one scheme for all routed experts of a layer; llama.cpp takes "
+    engine += "groups of 32 and scales that `qmoe export --to gguf` writes as they are"
     setting(given, "--target", "target", d.target, get_args(Target), help=engine)
     tune = "steps of tuning each layer towards the original's output"
     setting(given, "--tune", "tune", d.tune, metavar="STEPS", help=tune)

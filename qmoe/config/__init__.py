@@ -3,6 +3,7 @@
 from qmoe.config.formats import Format
 from qmoe.config.presets import PRESETS, check_preset
 from qmoe.config.quant import (
+    UNIFORM_LAYERS,
     CalibrationConfig,
     Method,
     QuantConfig,
@@ -19,6 +20,7 @@ __all__ = [
     "GROUPS",
     "PRESETS",
     "RATES",
+    "UNIFORM_LAYERS",
     "UNQUANTIZED",
     "CalibrationConfig",
     "Format",

@@ -12,7 +12,9 @@ from qmoe.errors import ConfigError
 
 Method = Literal["rtn", "gptq", "awq", "awq-gptq"]
 Rotate = Literal["off", "fused", "online"]
-Target = Literal["qmoe", "vllm", "llama.cpp"]
+Target = Literal["qmoe", "vllm", "sglang", "llama.cpp"]
+# Targets that take one scheme for all experts of a layer.
+UNIFORM_LAYERS = ("vllm", "sglang")
 
 
 DENSE = Scheme(8, CHANNEL)
@@ -96,8 +98,9 @@ class QuantConfig:
         3, 4 or 8) for each, by module for a linear and by parameter for the experts of a layer, as
         in {"model.layers.0.mlp.experts.down_proj": "2242..."}. Gate and up of an expert have one
         digit, since kernels multiply with both at once.
-    target: what is to run the result. "vllm" takes one scheme for all experts of a layer, and
-        "llama.cpp" other defaults (TARGETS), which `from_dict` and `preset` know. Where the
+    target: what is to run the result. Settings that break a rule of that engine (qmoe/engines)
+        are refused. "vllm" and "sglang" take one scheme for all experts of a layer, and
+        "llama.cpp" has other defaults (TARGETS), which `from_dict` and `preset` know. Where the
         experts of a model differ, a result for "qmoe" has a format name that other loaders refuse:
         transformers decodes all experts by one scheme, and gives wrong weights without an error.
     calibration: the text that statistics are gathered on.

@@ -8,7 +8,7 @@ import numpy as np
 from qmoe.html_report.facts import Facts, short
 from qmoe.html_report.plots import heat_map, lines, ranked
 from qmoe.html_report.section import Figure, Section, Table
-from qmoe.packed.card_text import NAMES, number, source_name
+from qmoe.packed.card_text import NAMES, behind_the_mean, number, source_name
 
 WORST = 10  # experts in the table of the largest errors
 
@@ -47,7 +47,30 @@ def quality(facts: Facts) -> Section:
         ]
         rows.append(["mean", *(number(found["overall"][m][key], digits) for m in shown)])
         tables.append(Table(title, ["domain", *(NAMES[m] for m in shown)], rows))
-    return Section("Quality", text, tables=tables)
+    return Section("Quality", [*text, *behind_the_mean(found)], tables=[*tables, *_single(found)])
+
+
+def _single(found: dict[str, Any]) -> list[Table]:
+    """Percentiles of KL over tokens, the worst tokens, and greedy answers."""
+    tables = []
+    models = [key for key in NAMES if key in found.get("tails", {})]
+    if models:
+        kinds = {"p95": "95th percentile", "p99": "99th percentile", "max": "largest"}
+        kl = {m: found["tails"][m]["kl"]["all"] for m in models}
+        rows = [[said, *(number(kl[m][kind], 4) for m in models)] for kind, said in kinds.items()]
+        tables.append(Table("KL of single tokens", ["", *(NAMES[m] for m in models)], rows))
+        worst = [[w["context"], w["token"], w["domain"], number(w["kl"], 3)]
+                 for w in found["tails"]["qmoe"]["worst"]]  # fmt: skip
+        tables.append(Table("Tokens of the largest KL", ["text", "token", "domain", "KL"], worst))
+    if answers := found.get("answers"):
+        rows = [
+            [NAMES[m], f"{a['tokens']:.1f}", f"{a['ended']:.0%}", f"{a['repeated']:.1%}"]
+            for m, a in answers.items()
+            if m in NAMES
+        ]
+        header = ["model", "tokens", "ended by themselves", "repetition"]
+        tables.append(Table("Greedy answers, means", header, rows))
+    return tables
 
 
 def use(facts: Facts) -> Section:

@@ -19,14 +19,17 @@ from qmoe.measure.baselines import (
     rounded_to_nearest,
 )
 from qmoe.measure.compare import check_same_model
+from qmoe.measure.extras import Extras, with_whole_original
 from qmoe.measure.logits import make_batches, resident, streamed
 from qmoe.measure.routes import Routes, experts_used, kept, recorded
 from qmoe.measure.scores import Batches, Score, not_better, overall, score, summaries
+from qmoe.measure.tails import Decisions, decided, decision_tokens, tails
 from qmoe.model.source import Source, open_source
 from qmoe.packed.load import Loading
 from qmoe.pipeline.checks import check_seqlen
 
 IN_FLOAT32 = Loading(torch.float32)
+NOTHING_MORE = Extras()
 
 
 def evaluate(
@@ -39,25 +42,28 @@ def evaluate(
     seqlen: int = 256,
     batch: int = 8,
     loading: Loading = IN_FLOAT32,
-    routing: bool = False,
+    extras: Extras = NOTHING_MORE,
 ) -> dict[str, Any]:
     """Perplexity by domain of a quantized folder; with `against`, also KL and top-1 agreement.
 
     text: see qmoe.calibration.text.load_texts. The first `samples` samples of every domain are
     scored. loading: how the quantized models are; its dtype is that of all models alike: float32
     shows what the weights lost and nothing else, None, the checkpoint's own, how they run. The
-    original is streamed on the CPU, so it may be larger than memory. routing: also count where
-    tokens go. Raises CalibrationError if a model has no predictions in that dtype.
+    original is streamed on the CPU, so it may be larger than memory. extras: what is done besides.
+    Raises CalibrationError if a model has no predictions in that dtype.
     Returns scores by model and domain, their means over domains ("overall"), bytes on disk, and
     in words what of the text was not as asked for ("fallbacks") and where the quantized model is
-    not better than a baseline ("not_better"). With `routing`, also the tokens of each expert in the
-    quantized model by domain and experts module ("experts_used"), and with `against` the share of
-    the original's choices of experts that it makes too ("routing_kept").
+    not better than a baseline ("not_better"). With `against` also the largest KL of single tokens
+    ("tails") and decision tokens ("decisions"), both by model (tails.py). With `extras.routing`,
+    also the tokens of each expert in the quantized model by domain and experts module
+    ("experts_used"), and with `against` the share of the original's choices of experts that it
+    makes too ("routing_kept"). "tasks" and "answers" are by model, too.
     """
     check_baselines(baselines, against)
     check_counts(samples=samples, batch=batch)
     if seqlen < 2:
         raise ConfigError(f"seqlen: expected at least 2 tokens, got {seqlen}")
+    tasks = extras.check(against)
     folder = ModelFolder.find(path, loading.trust_remote_code)
     config = folder.config()
     check_seqlen(config, seqlen)
@@ -65,6 +71,8 @@ def evaluate(
     if other is not None:
         check_same_model(folder.path, other)
     tokenizer = folder.tokenizer(config)
+    rows = config.get_text_config().vocab_size
+    decisions = decision_tokens(tokenizer, rows, extras.decision_tokens)
     texts = load_texts(text)
     batches, notes = make_batches(tokenizer, texts, samples=samples, seqlen=seqlen, batch=batch)
     check_vocabulary(config, torch.cat([ids for _, ids in batches]))
@@ -72,21 +80,24 @@ def evaluate(
     source = None if other is None else open_source(other, models["qmoe"].config.dtype)
     if source is not None:
         disk["original"] = source.checkpoint.nbytes()
-    found, routed = _scored(models, source, batches, routing)
+    found, more = _scored(models, source, batches, decisions, extras.routing)
     scores = summaries(found, with_reference=source is not None)
-    return {
-        "scores": scores,
-        "overall": {name: overall(domains) for name, domains in scores.items()},
-        "bytes_on_disk": disk,
-        "fallbacks": notes,
-        "not_better": [
-            note for name in baselines for note in not_better(found["qmoe"], found[name], name)
-        ],
-    } | routed
+    whole, answered = with_whole_original(extras, tasks, models, other, tokenizer, decisions, batch)
+    if source is not None:
+        more["tails"] = tails(batches, found, tokenizer)
+        more["decisions"] = decided(decisions, [found, *answered])
+    said = [note for name in baselines for note in not_better(found["qmoe"], found[name], name)]
+    means = {name: overall(domains) for name, domains in scores.items()}
+    kept = {"scores": scores, "overall": means, "bytes_on_disk": disk, "fallbacks": notes}
+    return kept | {"not_better": said} | more | whole
 
 
 def _scored(
-    models: dict[str, Any], source: Source | None, batches: Batches, routing: bool
+    models: dict[str, Any],
+    source: Source | None,
+    batches: Batches,
+    decisions: Decisions,
+    routing: bool,
 ) -> tuple[dict[str, dict[str, Score]], dict[str, Any]]:
     """Scores by model and domain, the original streamed beside the others; with `routing`, also
     what `evaluate` says of it."""
@@ -99,7 +110,8 @@ def _scored(
             before = watching.enter_context(recorded(source.model))
         reference = None if source is None else streamed(source, batches, dtype)
         logits = {name: resident(model, batches) for name, model in models.items()}
-        found = score(batches, reference, logits, dtype)
+        watched = None if source is None else decisions.ids
+        found = score(batches, reference, logits, dtype, watched)
     if not routing:
         return found, {}
     return found, {

@@ -22,13 +22,17 @@ Logits = Iterator[Float[Tensor, "_ _ _"]]
 
 @dataclass
 class Score:
-    """Sums over the predicted tokens of one domain, and the mean loss of each of its samples."""
+    """Sums over the predicted tokens of one domain, and the mean loss of each of its samples. kls,
+    decided: of each batch, the KL of every token [T], and log-probabilities of the watched tokens
+    there [T, D], on the CPU."""
 
     tokens: int = 0
     loss: float = 0.0
     kl: float = 0.0
     agree: float = 0.0
     samples: list[float] = field(default_factory=list)
+    kls: list[Tensor] = field(default_factory=list)
+    decided: list[Tensor] = field(default_factory=list)
 
     def summary(self) -> dict[str, float]:
         """Perplexity and its logarithm, KL to the original in nats per token, share of equal top-1
@@ -52,9 +56,11 @@ def score(
     reference: Logits | None,
     models: dict[str, Logits],
     dtype: torch.dtype | None = None,
+    watched: Int[Tensor, " D"] | None = None,
 ) -> dict[str, dict[str, Score]]:
     """Score by model and domain; the reference, if there is one, is scored as "original". dtype:
-    what the models run in, if not that of their logits. CalibrationError if a model has no
+    what the models run in, if not that of their logits. watched: tokens whose probability is kept
+    at every place. CalibrationError if a model has no
     predictions there: a token without numbers has no score, and is never one that agrees."""
     named = ({"original": reference} if reference is not None else {}) | models
     scores: dict[str, dict[str, Score]] = {
@@ -69,6 +75,8 @@ def score(
             if name == "original" and reference is not None:
                 base = log_p
             _add(scores[name][domain], log_p, ids[:, 1:], base)
+            if watched is not None:
+                scores[name][domain].decided.append(log_p[..., watched].flatten(0, 1).cpu())
     return scores
 
 
@@ -97,7 +105,9 @@ def _add(total: Score, log_p: Tensor, target: Tensor, base: Tensor | None) -> No
     if base is not None:
         p = base.exp()
         each = torch.where(p > 0, p * (base - log_p), 0)  # a word that cannot come costs nothing
-        total.kl += float(each.sum(-1).double().sum())
+        kl = each.sum(-1)
+        total.kl += float(kl.double().sum())
+        total.kls.append(kl.flatten().cpu())
         total.agree += float((base.argmax(-1) == log_p.argmax(-1)).sum())
 
 

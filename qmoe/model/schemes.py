@@ -34,7 +34,6 @@ def check_schemes(source: Source, config: QuantConfig) -> None:
     matrix with bits of its own is there."""
     model = source.model
     _check_widths(source, config)
-    _check_target(source, config)
     for layer in source.structure.layers:
         for name, scheme in schemes_of(source, layer, config).items():
             for weight, shape in weight_shapes(model, name):
@@ -70,36 +69,6 @@ def exact_schemes(source: Source, config: QuantConfig) -> dict[str, Scheme]:
                 names = _stored(source.model, linear)
                 found |= {name.removesuffix(".weight"): scheme for name in names}
     return found
-
-
-def _check_target(source: Source, config: QuantConfig) -> None:
-    """vLLM takes one scheme for all experts of a layer, and for linears that it joins."""
-    if config.target != "vllm":
-        return
-    for layer in source.structure.layers:
-        schemes, widths = schemes_of(source, layer, config), widths_of(layer, config)
-        bits: dict[str, set[int]] = {}
-        for target, digits in widths.items():
-            bits.setdefault(target.rpartition(".")[0], set()).update(digits)
-        for name in layer.experts:
-            whole = sum(target.startswith(f"{name}.") for target in widths) == 2
-            found = bits.get(name, set()) | (set() if whole else {config.experts.bits})
-            _check_one(name, found)
-        for name, each in layer.unfused.items():
-            _check_one(name, {schemes[linear].bits for linears in each for linear in linears})
-        parents: dict[str, set[int]] = {}
-        for linear in (n for n in layer.dense if n in schemes):
-            parents.setdefault(linear.rpartition(".")[0], set()).add(schemes[linear].bits)
-        for name, found in parents.items():
-            _check_one(name, found)
-
-
-def _check_one(name: str, bits: set[int]) -> None:
-    if len(bits) > 1:
-        raise ConfigError(
-            f"target: vLLM takes one scheme for all of {name}, and widths give it "
-            f"{' and '.join(map(str, sorted(bits)))} bits; give one width, or leave out the target"
-        )
 
 
 def stored_widths(model: nn.Module, target: str, widths: tuple[int, ...]) -> dict[str, int]:

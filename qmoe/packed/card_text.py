@@ -5,7 +5,7 @@ import math
 import shlex
 from typing import Any
 
-from qmoe.config import CHANNEL, QuantConfig, Scheme
+from qmoe.config import CHANNEL, UNIFORM_LAYERS, QuantConfig, Scheme
 from qmoe.config.command import arguments
 from qmoe.system.sizes import format_size
 
@@ -132,8 +132,34 @@ def _quality(report: dict[str, Any], measured: dict[str, Any]) -> str:
         f"Means over {len(found['scores']['qmoe'])} domains of text ({domains}), "
         f"{given['samples']} samples of {given['seqlen']} tokens each, activations in "
         f"{given['dtype']}. KL is the divergence from the original's predictions.\n\n"
-        + table(header, rows)
+        + "\n\n".join([table(header, rows), *behind_the_mean(found)])
     )
+
+
+def behind_the_mean(found: dict[str, Any]) -> list[str]:
+    """What `qmoe eval` found of single tokens, decision tokens and greedy answers, as sentences on
+    the quantized model; none for what was not measured."""
+    said = []
+    if tail := found.get("tails", {}).get("qmoe"):
+        kl = tail["kl"]["all"]
+        said.append(
+            f"99 % of the tokens have a KL of {number(kl['p99'], 4)} or less, 95 % of "
+            f"{number(kl['p95'], 4)}; the largest is {number(kl['max'], 3)}."
+        )
+    for token, at in found.get("decisions", {}).get("qmoe", {}).items():
+        said.append(
+            f"Where the original gives `{token}` a probability of 1 % or more ({at['places']} "
+            f"places), the mean is {at['original']:.3f}, and this model's {at['probability']:.3f}."
+        )
+    if (answers := found.get("answers")) and "original" in answers:
+        ours, theirs = answers["qmoe"], answers["original"]
+        said.append(
+            f"Its greedy answers to a few prompts have {ours['tokens']:.0f} tokens in the mean "
+            f"(the original's {theirs['tokens']:.0f}), {100 * ours['ended']:.0f} % of them end by "
+            f"themselves ({100 * theirs['ended']:.0f} %), and {100 * ours['repeated']:.1f} % is "
+            f"repetition ({100 * theirs['repeated']:.1f} %)."
+        )
+    return said
 
 
 def _speed(measured: dict[str, Any]) -> list[str]:
@@ -216,7 +242,8 @@ def _only_in_qmoe(report: dict[str, Any]) -> str | None:
         return "zero points"
     # One digit for each expert of a stack, and one for a linear.
     mixed = any(len(digits) > 1 for digits in config.get("widths", {}).values())
-    return "experts of different bits" if mixed and config.get("target") != "vllm" else None
+    alone = mixed and config.get("target") not in UNIFORM_LAYERS
+    return "experts of different bits" if alone else None
 
 
 def command(report: dict[str, Any]) -> str:

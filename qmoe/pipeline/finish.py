@@ -10,6 +10,7 @@ from torch import Tensor
 from qmoe._version import __version__
 from qmoe.calibration.batches import fingerprint
 from qmoe.checkpoint.model_folder import ModelFolder
+from qmoe.config import UNIFORM_LAYERS
 from qmoe.format.compressed_tensors import (
     EXPERTS_TARGET,
     Schemes,
@@ -73,7 +74,8 @@ def new_config(plan: Plan) -> dict[str, Any]:
         config["quantization_config"] = exl3_config(c)
         return config
     exact = exact_schemes(plan.source, c)
-    mixed = c.target != "vllm" and any(re.fullmatch(EXPERTS_TARGET[3:], name) for name in exact)
+    routed = any(re.fullmatch(EXPERTS_TARGET[3:], name) for name in exact)
+    mixed = routed and c.target not in UNIFORM_LAYERS
     config["quantization_config"] = quantization_config(
         c.experts, c.dense, c.lm_head, unquantized, exact, mixed
     )
@@ -102,7 +104,7 @@ def _fallbacks(plan: Plan, text: CalibrationText) -> list[str]:
         lines.append(text.fallback)
     if plan.config.refit and plan.config.method == "gptq" and not plan.refits:
         lines.append("matrices are not refitted: statistics come from files or go to files")
-    if plan.config.target == "vllm" and exact_schemes(plan.source, plan.config):
+    if plan.config.target in UNIFORM_LAYERS and exact_schemes(plan.source, plan.config):
         lines.append("layers differ in their bits: plain transformers would decode them wrongly")
     if plan.rotation is not None and (lm_head := plan.rotation.untied) is not None:
         untied = f"{lm_head}: stored apart from the embedding, from which the rotation sets it off"

@@ -19,6 +19,7 @@ from qmoe.calibration.batches import fingerprint
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.checkpoint.remote_code import code_digest
 from qmoe.config import QuantConfig
+from qmoe.engines.settings import check_target
 from qmoe.model.schemes import check_schemes, with_block
 from qmoe.model.source import Source, open_source
 from qmoe.pipeline.checks import (
@@ -130,6 +131,7 @@ def check(
     source = open_source(ModelFolder.find(src, trust_remote_code), torch.float32)
     config = with_block(source, config)
     check_schemes(source, config)
+    check_target(source, config)
     check_codes(source, config)
     check_space(source, config, dst)
     uses_text = not given and config.method != "rtn"

@@ -110,7 +110,10 @@ def test_another_budget_measures_nothing_again(made, short, tmp_path, monkeypatc
 @pytest.mark.slow
 def test_uniform_is_written_where_it_is_better(made, short, tmp_path, monkeypatch, capsys):
     folder, _, _ = made
-    found = {"planned": {"a": 2.0, "overall": 2.0}, "uniform": {"a": 1.0, "overall": 1.0}}
+    found = {
+        "planned": {"a": 2.0, "overall": 2.0, "p99": 3.0},
+        "uniform": {"a": 1.0, "overall": 1.0, "p99": 2.0},
+    }
     monkeypatch.setattr(budget, "divergences", lambda *_: found)
     command = ["quantize", str(short), str(tmp_path / "out"), "--bits", "3.0"]
     command += ["--set", "search_grid=false", "--set", "refit=false", "--group-size", "64"]
