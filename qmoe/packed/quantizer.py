@@ -2,8 +2,8 @@
 
 transformers chooses a quantizer by `quant_method` in config.json. qmoe's folders say
 "compressed-tensors" there, so that programs without qmoe read them, and name qmoe as the producer
-beside it. After `import qmoe` the configuration of that method is read by the class below, which keeps to
-transformers' own one for everything that another program made.
+beside it. After `import qmoe` the configuration of that method is read by the class below, which
+keeps to transformers' own one for everything that another program made.
 
 This file is imported while transformers is (system/on_import.py): it imports nothing of qmoe that
 needs a whole transformers before a model is loaded.
