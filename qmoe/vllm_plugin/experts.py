@@ -54,7 +54,8 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 check_columns(scheme, size * self._processes(layer), size, where)
         for matrix in ("w13", "w2"):
             for suffix in SUFFIXES:
-                place(layer, f"{matrix}_weight{suffix}", partial(_load, layer, suffix))
+                loader = partial(_load, layer, suffix)
+                place(layer, f"{matrix}_weight", suffix, params_dtype, loader)
 
     def _check(self, layer: Any) -> None:
         reason = ""

@@ -67,7 +67,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             for scheme in filter(None, self.schemes):
                 check_columns(scheme, input_size, input_size_per_partition, where)
         for suffix in (*SUFFIXES, *([PLAIN] if None in self.schemes else [])):
-            place(layer, f"weight{suffix}", partial(_load, layer, suffix))
+            place(layer, "weight", suffix, params_dtype, partial(_load, layer, suffix))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Pack what has come. CheckpointError if it is not what the layer needs."""

@@ -16,11 +16,17 @@ LOADED = "qmoe_loaded"  # attribute of a layer: by matrix and suffix, the tensor
 Loader = Callable[..., Any]
 
 
-def place(layer: nn.Module, name: str, loader: Loader) -> None:
-    """An empty parameter with this name, whose tensors go to `loader` as vLLM calls it."""
-    parameter: Any = nn.Parameter(torch.empty(0), requires_grad=False)
+# Of stored tensors that are not in the dtype of the scales.
+DTYPES = {"_packed": torch.int32, "_zero_point": torch.int32, "_shape": torch.int64}
+
+
+def place(layer: nn.Module, name: str, suffix: str, dtype: torch.dtype, loader: Loader) -> None:
+    """An empty parameter with this name and suffix, whose tensors go to `loader` as vLLM calls it.
+    dtype: of scales; vLLM warns of tensors that have another dtype than their parameter."""
+    empty = torch.empty(0, dtype=DTYPES.get(suffix, dtype))
+    parameter: Any = nn.Parameter(empty, requires_grad=False)
     parameter.weight_loader = loader
-    layer.register_parameter(name, parameter)
+    layer.register_parameter(name + suffix, parameter)
 
 
 def keep(layer: nn.Module, matrix: Hashable, suffix: str, tensor: Tensor) -> None:
