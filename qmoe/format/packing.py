@@ -5,8 +5,8 @@
 
 Value i of a row starts at bit i * bits of the row's little-endian bit string and is stored with
 an offset of 2^(bits-1). compressed-tensors packs them. Reading does without it, because vLLM 0.32
-demands compressed-tensors 0.17, which cannot unpack 3 bits (its words hold ten values and two unused
-bits).
+demands compressed-tensors 0.17, which cannot unpack 3 bits: its words hold ten values and two
+unused bits.
 """
 
 from dataclasses import dataclass, replace
@@ -104,7 +104,9 @@ def unpack_zeros(
     words: Int32[Tensor, "E Wn G"], bits: int, out_features: int
 ) -> Int8[Tensor, "E N G"]:
     """Inverse of pack_zeros."""
-    return unpack_rows(words.mT, bits, out_features).mT.contiguous()
+    # Not `contiguous`, which leaves the strides of a single word as they are.
+    rows = words.mT.clone(memory_format=torch.contiguous_format)
+    return unpack_rows(rows, bits, out_features).mT.contiguous()
 
 
 def packed_words(values: int, bits: int) -> int:
