@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("texts", "server"), required=True)
     parser.add_argument("--out", type=Path, help="the page that the tables go into")
     args = parser.parse_args()
+    args.work = args.work.absolute()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.part == "texts":
         lines = texts_table(texts(args.work, args.vllm.absolute()))
