@@ -5,8 +5,8 @@
 
 VENV is a virtual environment with vLLM and qmoe (docs/engines.md says how to make it); this script
 runs in qmoe's own. Part "texts" quantizes small models of several families and compares greedy text
-and log probabilities of vLLM with those of qmoe. Part "server" runs `vllm serve` for a model of the
-shapes of Qwen3-30B-A3B, packed and in 16 bits, and asks it over HTTP. --out puts the tables of the
+and log probabilities of vLLM with those of qmoe. Part "server" runs `vllm serve` for a random
+model that is large enough to see its weights, packed and in 16 bits, and asks it over HTTP. --out puts the tables of the
 parts that have run in DIR into the page.
 """
 

@@ -23,7 +23,8 @@ import psutil
 import qmoe
 
 HERE = Path(__file__).resolve().parent
-LAYERS, TOKENS, STREAMS = 2, 64, 8
+TOKENS, STREAMS = 64, 8
+SHAPE = {"hidden": 1024, "experts": 64, "intermediate": 512, "layers": 4}
 START = 600  # seconds that a server may take to start
 PROMPTS = [list(range(100 + 50 * i, 132 + 50 * i)) for i in range(STREAMS)]
 
@@ -134,12 +135,13 @@ def server_table(work: Path, vllm: Path) -> list[str]:
     plain, packed = work / "server-16", work / "server-4"
     if not plain.is_dir():
         script = [sys.executable, "-P", str(HERE / "random_model.py"), str(plain)]
-        like = ["--like", "Qwen3-30B-A3B", "--layers", str(LAYERS)]
-        subprocess.run([*script, *like], check=True)
+        shape = [part for name, size in SHAPE.items() for part in (f"--{name}", str(size))]
+        subprocess.run([*script, *shape], check=True)
     if not packed.is_dir():
         qmoe.quantize(plain, packed, qmoe.QuantConfig("rtn"))
     lines = [
-        f"| {LAYERS} layers of Qwen3-30B-A3B's shapes | on disk | memory of the process with the "
+        f"| Qwen3-MoE of {SHAPE['layers']} layers, hidden {SHAPE['hidden']}, {SHAPE['experts']} "
+        f"experts of {SHAPE['intermediate']} | on disk | memory of the process with the "
         f"weights | tok/s, 1 request | tok/s, {STREAMS} at once | two streams at once |",
         "|---|---|---|---|---|---|",
     ]
