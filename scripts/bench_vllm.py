@@ -6,8 +6,8 @@
 VENV is a virtual environment with vLLM and qmoe (docs/engines.md says how to make it); this script
 runs in qmoe's own. Part "texts" quantizes small models of several families and compares greedy text
 and log probabilities of vLLM with those of qmoe. Part "server" runs `vllm serve` for a random
-model that is large enough to see its weights, packed and in 16 bits, and asks it over HTTP. --out puts the tables of the
-parts that have run in DIR into the page.
+model that is large enough to see its weights, packed and in 16 bits, and asks it over HTTP. --out
+puts the tables of the parts that have run in DIR into the page.
 """
 
 import argparse
@@ -73,8 +73,11 @@ def folders(work: Path) -> dict[str, Path]:
             "demo",
             replace(EIGHTH, rotate="online"),
         ),
-        "Mixtral, random: int4 g32, dense int8 per channel": ("mixtral", SMALL),
-        "OLMoE, random: the same": ("olmoe", SMALL),
+        "Mixtral, random: int4 g32, dense and lm_head int8 per channel": (
+            "mixtral",
+            replace(SMALL, lm_head=qmoe.Scheme(8, -1)),
+        ),
+        "OLMoE, random: int4 g32, dense int8 per channel": ("olmoe", SMALL),
         "DeepSeek-V2 (latent attention, shared experts), random: the same": ("deepseek_v2", SMALL),
         "DeepSeek-V3, random: the same": ("deepseek_v3", SMALL),
     }
@@ -100,6 +103,16 @@ def source(model: str, work: Path) -> Path:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(DEMO / name, folder / name)
     return folder
+
+
+# The first folder again, on two processes.
+TWICE: dict[str, dict[str, Any]] = {
+    "the first, `--tensor-parallel-size 2`": {"tensor_parallel_size": 2},
+    "the first, and `--enable-expert-parallel`": {
+        "tensor_parallel_size": 2,
+        "enable_expert_parallel": True,
+    },
+}
 
 
 @torch.no_grad()
@@ -136,16 +149,18 @@ def compared(ours: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[st
 
 
 def texts(work: Path, vllm: Path) -> list[dict[str, Any]]:
-    """Every folder in float32 and bfloat16, in one process of vLLM."""
+    """Every folder in float32 and bfloat16, by one process of vLLM."""
     rows, jobs, ours = [], [], []
-    for what, folder in folders(work).items():
+    made = folders(work)
+    first = next(iter(made.values()))
+    cases = [(what, folder, {}) for what, folder in made.items()]
+    for what, folder, options in cases + [(what, first, o) for what, o in TWICE.items()]:
         each = {d: reference(folder, getattr(torch, d)) for d in ("float32", "bfloat16")}
         noise = compared(each["bfloat16"], each["float32"])
         for dtype, found in each.items():
             prompts = [one["prompt"] for one in found]
-            jobs.append(
-                {"folder": str(folder), "dtype": dtype, "prompts": prompts, "tokens": TOKENS}
-            )
+            engine = {"model": str(folder), "dtype": dtype} | options
+            jobs.append({"engine": engine, "prompts": prompts, "tokens": TOKENS})
             ours.append(found)
             rows.append({"what": what, "dtype": dtype, "noise": noise["logprob"]})
     (work / "jobs.json").write_text(json.dumps(jobs))

@@ -2,9 +2,9 @@
 
     python scripts/vllm_texts.py JOBS.json OUT.json    # by the Python that has vLLM
 
-JOBS.json: a list of {"folder", "dtype", "prompts": lists of token ids, "tokens": how many}.
-OUT.json gets a list of {"tokens", "logprobs"} for each prompt of each job. bench_vllm.py writes the
-one and reads the other. qmoe comes in as vLLM's plugin only.
+JOBS.json: a list of {"engine": arguments of vLLM's LLM, "prompts": lists of token ids, "tokens":
+how many}. OUT.json gets a list of {"tokens", "logprobs"} for each prompt of each job. bench_vllm.py
+writes the one and reads the other. qmoe comes in as vLLM's plugin only.
 """
 
 import gc
@@ -24,10 +24,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 def texts(job: dict[str, Any]) -> list[dict[str, Any]]:
     """What vLLM continues each prompt with."""
-    llm = LLM(
-        job["folder"], dtype=job["dtype"], max_model_len=256, max_num_seqs=8, enforce_eager=True,
-        seed=0,
-    )  # fmt: skip
+    llm = LLM(**job["engine"], max_model_len=256, max_num_seqs=8, enforce_eager=True, seed=0)
     greedy = SamplingParams(temperature=0, max_tokens=job["tokens"], logprobs=0, ignore_eos=True)
     prompts: Any = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     found = []
