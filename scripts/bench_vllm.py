@@ -47,7 +47,8 @@ RANDOM: dict[str, dict[str, Any]] = {
     "mixtral": dict(intermediate_size=256, num_local_experts=8, head_dim=64),
     "olmoe": dict(intermediate_size=128, num_experts=8),
     "deepseek_v2": LATENT,
-    "deepseek_v3": LATENT | dict(norm_topk_prob=True),
+    "deepseek_v3": LATENT
+    | dict(norm_topk_prob=True, topk_method="noaux_tc", scoring_func="sigmoid"),
 }
 THIRD = replace(
     RTN, experts=qmoe.Scheme(3, 32, symmetric=False), dense=qmoe.Scheme(4, 64, symmetric=False)
@@ -56,7 +57,7 @@ EIGHTH = replace(RTN, experts=qmoe.Scheme(2, 32), dense=None)
 
 
 def folders(work: Path) -> dict[str, Path]:
-    """Quantized folders by what they are, made anew where they are missing."""
+    """Quantized folders by what they are; those that are in `work` already are taken."""
     mixed = {
         f"model.layers.{i}.mlp.experts.{name}": "23482348" * 2
         for i in range(4)
@@ -152,24 +153,23 @@ def texts(work: Path, vllm: Path) -> list[dict[str, Any]]:
     """Every folder in float32 and bfloat16, by one process of vLLM."""
     rows, jobs, ours = [], [], []
     made = folders(work)
-    first = next(iter(made.values()))
     cases = [(what, folder, {}) for what, folder in made.items()]
-    for what, folder, options in cases + [(what, first, o) for what, o in TWICE.items()]:
+    cases += [(what, next(iter(made.values())), options) for what, options in TWICE.items()]
+    for i, (what, folder, options) in enumerate(cases):
         each = {d: reference(folder, getattr(torch, d)) for d in ("float32", "bfloat16")}
         noise = compared(each["bfloat16"], each["float32"])
         for dtype, found in each.items():
-            prompts = [one["prompt"] for one in found]
             engine = {"model": str(folder), "dtype": dtype} | options
-            jobs.append({"engine": engine, "prompts": prompts, "tokens": TOKENS})
+            prompts, out = [one["prompt"] for one in found], str(work / f"texts-{i}.{dtype}.json")
+            jobs.append({"engine": engine, "prompts": prompts, "tokens": TOKENS, "out": out})
             ours.append(found)
             rows.append({"what": what, "dtype": dtype, "noise": noise["logprob"]})
     (work / "jobs.json").write_text(json.dumps(jobs))
-    command = [vllm / "python", "-P", HERE / "vllm_texts.py", "jobs.json", "texts.out.json"]
+    command = [vllm / "python", "-P", HERE / "vllm_texts.py", "jobs.json"]
     with (work / "texts.log").open("w") as log:
         subprocess.run([str(c) for c in command], cwd=work, stdout=log, stderr=log, check=True)
-    theirs = json.loads((work / "texts.out.json").read_text())
-    for row, a, b in zip(rows, ours, theirs, strict=True):
-        row |= compared(a, b)
+    for row, found, job in zip(rows, ours, jobs, strict=True):
+        row |= compared(found, json.loads(Path(job["out"]).read_text()))
     return rows
 
 

@@ -1,10 +1,10 @@
 """Greedy text and log probabilities that vLLM gives of several folders, in one process of vLLM.
 
-    python scripts/vllm_texts.py JOBS.json OUT.json    # by the Python that has vLLM
+    python scripts/vllm_texts.py JOBS.json    # by the Python that has vLLM
 
-JOBS.json: a list of {"engine": arguments of vLLM's LLM, "prompts": lists of token ids, "tokens":
-how many}. OUT.json gets a list of {"tokens", "logprobs"} for each prompt of each job. bench_vllm.py
-writes the one and reads the other. qmoe comes in as vLLM's plugin only.
+JOBS.json: a list of {"engine": arguments of vLLM's LLM, "prompts": lists of token ids, "tokens": how
+many, "out": a file}. The file gets {"tokens", "logprobs"} of each prompt; a job whose file is there
+is done. bench_vllm.py writes the jobs and reads the files. qmoe comes in as vLLM's plugin only.
 """
 
 import gc
@@ -17,6 +17,8 @@ from typing import Any
 # One process for everything: an engine of its own for each folder would import vLLM each time.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+# Several processes may share a NUMA node.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -37,13 +39,13 @@ def texts(job: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    jobs, out = sys.argv[1:]
-    done = []
+    (jobs,) = sys.argv[1:]
     for job in json.loads(Path(jobs).read_text()):
-        done.append(texts(job))
-        Path(out).write_text(json.dumps(done))
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        out = Path(job["out"])
+        if not out.is_file():
+            out.write_text(json.dumps(texts(job)))
+            gc.collect()
+            cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The same text in vLLM as in qmoe. vLLM wants other versions of libraries than qmoe, so it is in an
-environment of its own: QMOE_TEST_VLLM names its `bin` (docs/engines.md says how to make it)."""
+"""The same text in vLLM as in qmoe. vLLM wants other versions of libraries than qmoe, so it is in
+an environment of its own: QMOE_TEST_VLLM names its `bin` (docs/engines.md says how to make it)."""
 
 import json
 import os
@@ -25,11 +25,11 @@ def test_greedy_text_and_log_probabilities_are_qmoes(tmp_path):
     ours = bench_vllm.reference(tmp_path / "packed", torch.float32)
     engine = {"model": str(tmp_path / "packed"), "dtype": "float32"}
     prompts = [one["prompt"] for one in ours]
-    job = {"engine": engine, "prompts": prompts, "tokens": bench_vllm.TOKENS}
+    out = tmp_path / "out.json"
+    job = {"engine": engine, "prompts": prompts, "tokens": bench_vllm.TOKENS, "out": str(out)}
     (tmp_path / "jobs.json").write_text(json.dumps([job]))
     python, script = Path(VLLM or "") / "python", ROOT / "scripts" / "vllm_texts.py"
-    subprocess.run([python, "-P", script, "jobs.json", "out.json"], cwd=tmp_path, check=True)
-    (theirs,) = json.loads((tmp_path / "out.json").read_text())
-    found = bench_vllm.compared(ours, theirs)
+    subprocess.run([python, "-P", script, "jobs.json"], cwd=tmp_path, check=True)
+    found = bench_vllm.compared(ours, json.loads(out.read_text()))
     assert found["same"] == found["of"]
     assert found["logprob"] < 1e-4
