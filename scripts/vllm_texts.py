@@ -2,9 +2,9 @@
 
     python scripts/vllm_texts.py JOBS.json    # by the Python that has vLLM
 
-JOBS.json: a list of {"engine": arguments of vLLM's LLM, "prompts": lists of token ids, "tokens": how
-many, "out": a file}. The file gets {"tokens", "logprobs"} of each prompt; a job whose file is there
-is done. bench_vllm.py writes the jobs and reads the files. qmoe comes in as vLLM's plugin only.
+JOBS.json: a list of {"engine": arguments of vLLM's LLM, "prompts": lists of token ids, "tokens":
+how many, "out": a file}. The file gets {"tokens", "logprobs"} of each prompt; a job whose file is
+there is done. bench_vllm.py writes the jobs and reads the files. qmoe comes in as vLLM's plugin.
 """
 
 import gc

@@ -46,8 +46,8 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
     ) -> None:
         """Places for the checkpoint's tensors. UnsupportedModelError for experts that qmoe cannot
         run in vLLM, ConfigError if this process cannot have its part of them."""
-        self._check(layer)
         where, size = layer.layer_name, intermediate_size_per_partition
+        self._check(layer, size)
         layer.qmoe_dtype, layer.qmoe_size = params_dtype, size
         if self._processes(layer) > 1:
             for scheme in self.second:
@@ -57,14 +57,16 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 loader = partial(_load, layer, suffix)
                 place(layer, f"{matrix}_weight", suffix, params_dtype, loader)
 
-    def _check(self, layer: Any) -> None:
+    def _check(self, layer: Any, size: int) -> None:
         reason = ""
         if self.moe.has_bias:
             reason = "experts with biases"
         elif layer.apply_router_weight_on_input:
             reason = "routing weights that multiply the experts' input"
-        elif self.moe.hidden_dim != layer.hidden_size:
-            reason = "a hidden size that vLLM pads"
+        elif self.moe.hidden_dim != self.moe.hidden_dim_unpadded:
+            reason = "experts whose hidden size vLLM pads"
+        elif size * self._processes(layer) != self.moe.intermediate_size:
+            reason = "experts whose intermediate size vLLM pads"
         if reason:
             raise UnsupportedModelError(
                 f"{layer.layer_name}: qmoe does not run {reason} in vLLM; run the model with "
