@@ -25,7 +25,7 @@ import qmoe
 HERE = Path(__file__).resolve().parent
 TOKENS, STREAMS = 64, 8
 SHAPE = {"hidden": 1024, "experts": 64, "intermediate": 512, "layers": 4}
-START = 600  # seconds that a server may take to start
+START = 1800  # seconds that a server may take to start
 PROMPTS = [list(range(100 + 50 * i, 132 + 50 * i)) for i in range(STREAMS)]
 
 
@@ -146,7 +146,8 @@ def server_table(work: Path, vllm: Path) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for what, folder in (("qmoe int4, dense int8", packed), ("bf16 (vLLM's own)", plain)):
-        one = measured(folder, vllm, work / f"{folder.name}.log")
+        one = measured(folder, vllm, work / f"{folder.name}.log", "--enforce-eager")
+        print(what, one, flush=True)
         rates = " | ".join(f"{rate:.1f}" for rate in one["rates"].values())
         same = "the same texts as alone" if one["same"] else "other texts than alone"
         disk, memory = one["disk"] / 1e9, one["bytes"] / 1e9
