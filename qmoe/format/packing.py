@@ -88,7 +88,7 @@ def _joined(fields: UInt8[Tensor, "*any F"], count: int, step: int) -> UInt8[Ten
     if count == 1:
         return fields
     first, *others = fields.unflatten(-1, (-1, count)).unbind(-1)
-    joined = first.clone()
+    joined: Tensor = first.clone()
     for i, field in enumerate(others, start=1):
         joined |= field << (i * step)
     return joined

@@ -4,6 +4,7 @@ or for the Triton kernels on a GPU, and the activations between experts' two pro
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class Piece(nn.Module):
     def __init__(self, weights: StoredWords, rotation: int, dtype: torch.dtype, where: str):
         super().__init__()
         self.rotation = rotation
-        self.stack = packed([[weights]], dtype, None, where)
+        self.stack: Any = packed([[weights]], dtype, None, where)
 
     def forward(self, x: Tensor) -> Tensor:
         """[M, K] to [M, N]."""
