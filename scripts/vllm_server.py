@@ -74,7 +74,8 @@ def serve(folder: Path, vllm: Path, log: Path, *options: str) -> Iterator[Server
         port = free.getsockname()[1]
     command = [
         str(vllm / "python"), "-P", "-m", MODULE, "--model", str(folder), "--port", str(port),
-        "--host", "127.0.0.1", "--served-model-name", "model", "--max-model-len", "512", "--max-num-seqs", str(STREAMS),
+        "--host", "127.0.0.1", "--served-model-name", "model", "--max-model-len", "512",
+        "--max-num-seqs", str(STREAMS),
         "--dtype", "bfloat16", *options,
     ]  # fmt: skip
     environment = os.environ | {

@@ -26,7 +26,8 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 def texts(job: dict[str, Any]) -> list[dict[str, Any]]:
     """What vLLM continues each prompt with."""
-    llm = LLM(**job["engine"], max_model_len=256, max_num_seqs=8, enforce_eager=True, seed=0)
+    usual = {"max_model_len": 256, "max_num_seqs": 8, "enforce_eager": True, "seed": 0}
+    llm = LLM(**(usual | job["engine"]))
     greedy = SamplingParams(temperature=0, max_tokens=job["tokens"], logprobs=0, ignore_eos=True)
     prompts: Any = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     found = []
