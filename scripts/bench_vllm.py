@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 import qmoe
+from qmoe.format.compressed_tensors import Schemes, unpacked_tensors
 from qmoe.measure.families import families, save_tiny
 
 HERE = Path(__file__).resolve().parent
@@ -50,6 +52,9 @@ RANDOM: dict[str, dict[str, Any]] = {
     "deepseek_v3": LATENT
     | dict(norm_topk_prob=True, topk_method="noaux_tc", scoring_func="sigmoid"),
 }
+# How the names of folders end that are compared with vLLM itself: its latent attention gives other
+# logits than transformers', of 16-bit models too.
+EXPANDED = "beside vLLM with expanded weights"
 THIRD = replace(
     RTN, experts=qmoe.Scheme(3, 32, symmetric=False), dense=qmoe.Scheme(4, 64, symmetric=False)
 )
@@ -79,8 +84,11 @@ def folders(work: Path) -> dict[str, Path]:
             replace(SMALL, lm_head=qmoe.Scheme(8, -1)),
         ),
         "OLMoE, random: int4 g32, dense int8 per channel": ("olmoe", SMALL),
-        "DeepSeek-V2 (latent attention, shared experts), random: the same": ("deepseek_v2", SMALL),
-        "DeepSeek-V3, random: the same": ("deepseek_v3", SMALL),
+        "DeepSeek-V2 (latent attention, shared experts), random: the same, beside vLLM": (
+            "deepseek_v2",
+            SMALL,
+        ),
+        "DeepSeek-V3, random: the same, beside vLLM with expanded weights": ("deepseek_v3", SMALL),
     }
     made = {}
     for i, (what, (model, config)) in enumerate(cases.items()):
@@ -145,13 +153,30 @@ def compared(ours: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[st
         same += count
         both = list(zip(a["logprobs"], b["logprobs"], strict=True))[:count]
         most = max([most, *(abs(x - y) for x, y in both)])
-        gaps += [a["gaps"][count]] if count < TOKENS else []
+        gaps += [a["gaps"][count]] if count < TOKENS and "gaps" in a else []
     return {"same": same, "of": TOKENS * len(ours), "logprob": most, "gaps": gaps}
+
+
+def expanded(packed: Path, folder: Path) -> Path:
+    """The weights of a packed folder in float32, for vLLM without qmoe."""
+    if folder.is_dir():
+        return folder
+    folder.mkdir()
+    config = json.loads((packed / "config.json").read_text())
+    schemes = Schemes(config, str(packed))
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    stored = {k: t for file in packed.glob("*.safetensors") for k, t in load_file(file).items()}
+    plain = {k: t.contiguous() for k, t in unpacked_tensors(stored, schemes).items()}
+    save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO / name, folder / name)
+    return folder
 
 
 def texts(work: Path, vllm: Path) -> list[dict[str, Any]]:
     """Every folder in float32 and bfloat16, by one process of vLLM."""
-    rows, jobs, ours = [], [], []
+    rows, jobs, ours, beside = [], [], [], {}
     made = folders(work)
     cases = [(what, folder, {}) for what, folder in made.items()]
     cases += [(what, next(iter(made.values())), options) for what, options in TWICE.items()]
@@ -162,13 +187,19 @@ def texts(work: Path, vllm: Path) -> list[dict[str, Any]]:
             engine = {"model": str(folder), "dtype": dtype} | options
             prompts, out = [one["prompt"] for one in found], str(work / f"texts-{i}.{dtype}.json")
             jobs.append({"engine": engine, "prompts": prompts, "tokens": TOKENS, "out": out})
+            if what.endswith(EXPANDED):
+                engine = engine | {"model": str(expanded(folder, work / f"expanded-{i}"))}
+                out = str(work / f"expanded-{i}.{dtype}.json")
+                beside[what, dtype] = jobs[-1] | {"engine": engine, "out": out}
             ours.append(found)
             rows.append({"what": what, "dtype": dtype, "noise": noise["logprob"]})
-    (work / "jobs.json").write_text(json.dumps(jobs))
+    (work / "jobs.json").write_text(json.dumps([*jobs, *beside.values()]))
     command = [vllm / "python", "-P", HERE / "vllm_texts.py", "jobs.json"]
     with (work / "texts.log").open("w") as log:
         subprocess.run([str(c) for c in command], cwd=work, stdout=log, stderr=log, check=True)
     for row, found, job in zip(rows, ours, jobs, strict=True):
+        if (other := beside.get((row["what"], row["dtype"]))) is not None:
+            found = json.loads(Path(other["out"]).read_text())
         row |= compared(found, json.loads(Path(job["out"]).read_text()))
     return rows
 
