@@ -84,10 +84,7 @@ def folders(work: Path) -> dict[str, Path]:
             replace(SMALL, lm_head=qmoe.Scheme(8, -1)),
         ),
         "OLMoE, random: int4 g32, dense int8 per channel": ("olmoe", SMALL),
-        "DeepSeek-V2 (latent attention, shared experts), random: the same, beside vLLM": (
-            "deepseek_v2",
-            SMALL,
-        ),
+        "DeepSeek-V2, random: the same, beside vLLM with expanded weights": ("deepseek_v2", SMALL),
         "DeepSeek-V3, random: the same, beside vLLM with expanded weights": ("deepseek_v3", SMALL),
     }
     made = {}
