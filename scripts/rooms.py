@@ -33,6 +33,7 @@ ROOMS = [
     "layer",
     "rotation",
     "runtime",
+    "vllm_plugin",
     "packed",
     "export",
     "engines",

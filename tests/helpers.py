@@ -25,6 +25,10 @@ from transformers import (
 from qmoe import CalibrationConfig, QuantConfig
 from qmoe.calibration.pieces import Reading, choose, slices
 from qmoe.calibration.text import Texts
+from qmoe.config import CHANNEL
+from qmoe.format.compressed_tensors import packed_tensors
+from qmoe.format.grid import dequantize
+from qmoe.format.packing import StoredWords
 from qmoe.pipeline.output import OutputFolder, Shard
 
 # Where the kernels' tests run them: on the CPU in Triton's interpreter, or compiled on a GPU.
@@ -196,3 +200,27 @@ def second_matrix(experts: Any, e: int) -> Tensor:
     if hasattr(experts, "qmoe_arena"):
         return experts.qmoe_arena.expand(e, 1)
     return experts.qmoe_second.expand(e)
+
+
+def stored(
+    bits: int = 4,
+    group: int = 128,
+    symmetric: bool = True,
+    n: int = 24,
+    k: int = 256,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """The stored tensors of a random matrix [n, k], by suffix."""
+    torch.manual_seed(seed)
+    half, groups = 1 << (bits - 1), 1 if group == CHANNEL else k // group
+    q = torch.randint(-half, half, (n, k), dtype=torch.int8)
+    zero = None if symmetric else torch.randint(-half, half, (n, groups), dtype=torch.int8)
+    scale = torch.rand(n, groups) + 0.1
+    tensors = packed_tensors("weight", q, scale, zero, bits)
+    return {name.removeprefix("weight"): tensor for name, tensor in tensors.items()}
+
+
+def weight(words: StoredWords) -> Tensor:
+    """The first matrix of a stack, in floating point."""
+    made: Tensor = dequantize(words.unpack())[0]
+    return made

@@ -14,6 +14,7 @@ format then has a name of its own, `pack-quantized-rotated`.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -34,9 +35,10 @@ PACKED = "pack-quantized"
 # A name that no other loader knows: transformers ignores `transform_config`, and would multiply
 # rotated weights with inputs that are not.
 ROTATED = "pack-quantized-rotated"
-# `producer` in quantization_config, by which qmoe's quantizer in transformers knows its folders
-# (packed/quantizer.py). Other loaders ignore it.
-PRODUCER = "qmoe"
+# `producer` in quantization_config, by which qmoe's quantizer in transformers (packed/quantizer.py)
+# and its plugin for vLLM (vllm_plugin/) know qmoe's folders. Other loaders ignore it, but vLLM asks
+# every producer for its name, as ModelOpt writes it, and stops at one that is a string.
+PRODUCER = {"name": "qmoe"}
 # Likewise: transformers decodes all experts of a model by one scheme, at worst without an error.
 MIXED = "pack-quantized-mixed"
 SUFFIXES = ("_packed", "_scale", "_zero_point", "_shape")
@@ -109,7 +111,7 @@ def quantization_config(
         ignore=sorted(ignore),
     )
     out: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
-    out["producer"] = PRODUCER
+    out["producer"] = dict(PRODUCER)
     if experts.rotation or mixed:
         out["format"] = ROTATED if experts.rotation else MIXED
         for group in out["config_groups"].values():
@@ -118,6 +120,12 @@ def quantization_config(
         every = linear if dense is not None else [t for _, targets in groups for t in targets]
         out["transform_config"] = _rotation(experts.rotation, every, sorted(ignore))
     return out
+
+
+def is_ours(entry: Mapping[str, Any]) -> bool:
+    """Whether qmoe wrote this `quantization_config`. Folders of early versions name it in a
+    string."""
+    return entry.get("producer") in (PRODUCER, PRODUCER["name"])
 
 
 def _by_scheme(exact: dict[str, Scheme]) -> list[tuple[Scheme, list[str]]]:

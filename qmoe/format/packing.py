@@ -4,15 +4,18 @@
     weight_zero_point  [ceil(N * bits / 32), G]   packed along N (only if asymmetric)
 
 Value i of a row starts at bit i * bits of the row's little-endian bit string and is stored with
-an offset of 2^(bits-1). The bit arithmetic is compressed-tensors' own.
+an offset of 2^(bits-1). compressed-tensors packs them. Reading does without it, because vLLM 0.32
+demands compressed-tensors 0.17, which cannot unpack 3 bits: its words hold ten values and two
+unused bits.
 """
 
 from dataclasses import dataclass, replace
 from itertools import groupby
+from math import gcd
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from jaxtyping import Float, Int8, Int32
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from jaxtyping import Float, Int8, Int32, UInt8
 from torch import Tensor
 
 from qmoe.config import Scheme
@@ -66,10 +69,29 @@ def unpack_rows(
     words: Int32[Tensor, "E N W"], bits: int, in_features: int
 ) -> Int8[Tensor, "E N K"]:
     """Inverse of pack_rows."""
-    e, n, _ = words.shape
-    flat = words.reshape(e * n, -1)
-    q: Tensor = unpack_from_int32(flat, bits, torch.Size((e * n, in_features)))
-    return q.view(e, n, in_features)
+    step = gcd(bits, 8)  # bits that are moved at once; they lie in one byte
+    fields = _split(words.contiguous().view(torch.uint8), step)
+    unsigned = _joined(fields[..., : in_features * bits // step], bits // step, step)
+    return (unsigned - (1 << (bits - 1))).view(torch.int8)
+
+
+def _split(values: UInt8[Tensor, "*any V"], step: int) -> UInt8[Tensor, "*any F"]:
+    """Bytes in fields of `step` bits, the lowest field first."""
+    if step == 8:
+        return values
+    shifts = torch.arange(0, 8, step, dtype=torch.uint8, device=values.device)
+    return (values[..., None] >> shifts & ((1 << step) - 1)).flatten(-2)
+
+
+def _joined(fields: UInt8[Tensor, "*any F"], count: int, step: int) -> UInt8[Tensor, "*any V"]:
+    """Each `count` fields of `step` bits as one value."""
+    if count == 1:
+        return fields
+    first, *others = fields.unflatten(-1, (-1, count)).unbind(-1)
+    joined: Tensor = first.clone()
+    for i, field in enumerate(others, start=1):
+        joined |= field << (i * step)
+    return joined
 
 
 def pack_zeros(zero: Int8[Tensor, "E N G"], bits: int) -> Int32[Tensor, "E Wn G"]:
@@ -82,7 +104,7 @@ def unpack_zeros(
     words: Int32[Tensor, "E Wn G"], bits: int, out_features: int
 ) -> Int8[Tensor, "E N G"]:
     """Inverse of pack_zeros."""
-    # The transposed copy is made here because compressed-tensors' own fails on a single word.
+    # Not `contiguous`, which leaves the strides of a single word as they are.
     rows = words.mT.clone(memory_format=torch.contiguous_format)
     return unpack_rows(rows, bits, out_features).mT.contiguous()
 

@@ -125,13 +125,18 @@ def layout(family: Family) -> str:
 
 @torch.no_grad()
 def save_tiny(
-    family: Family, path: Path, seed: int = 0, dtype: torch.dtype = torch.float32
+    family: Family,
+    path: Path,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    config: Any = None,
 ) -> None:
     """Write a random tiny model of the family, as its authors would, with a tokenizer of bytes.
+    config: its sizes (default: those of `tiny_config`).
     What its class keeps in float32, and biases by which routers choose, are float32 in any dtype;
     these biases are as far from zero as training takes them, where bfloat16 hardly tells them
     apart."""
-    config = tiny_config(family)
+    config = config or tiny_config(family)
     torch.manual_seed(seed)
     model: Any = model_class(config)._from_config(config, dtype=torch.float32)
     parameters, kept = dict(model.named_parameters()), ever_in_float32(model)

@@ -1,9 +1,9 @@
 """qmoe's quantizer in transformers: `from_pretrained` of a folder that qmoe wrote runs packed.
 
 transformers chooses a quantizer by `quant_method` in config.json. qmoe's folders say
-"compressed-tensors" there, so that programs without qmoe read them, and `"producer": "qmoe"` beside
-it. After `import qmoe` the configuration of that method is read by the class below, which keeps to
-transformers' own one for everything that another program made.
+"compressed-tensors" there, so that programs without qmoe read them, and name qmoe as the producer
+beside it. After `import qmoe` the configuration of that method is read by the class below, which
+keeps to transformers' own one for everything that another program made.
 
 This file is imported while transformers is (system/on_import.py): it imports nothing of qmoe that
 needs a whole transformers before a model is loaded.
@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import CompressedTensorsConfig, Quan
 
 from qmoe.errors import ConfigError, UnsupportedModelError
 
-METHOD = "qmoe"  # also the producer that folders name (format/compressed_tensors.py)
+METHOD = "qmoe"  # in transformers; config.json says "compressed-tensors"
 CHOICES = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that leave it to us
 
 
@@ -50,7 +50,9 @@ class ByProducer(CompressedTensorsConfig):  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        ours = config_dict.get("producer") == METHOD
+        from qmoe.format.compressed_tensors import is_ours
+
+        ours = is_ours(config_dict)
         kind = PackedConfig if ours else CompressedTensorsConfig
         return kind.from_dict(config_dict, *args, **kwargs)
 

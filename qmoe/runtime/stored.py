@@ -82,18 +82,19 @@ def take_stored(module: nn.Module, where: str) -> dict[str, StoredWords]:
 
 
 def take_to_run(module: Any, where: str) -> dict[str, StoredWords]:
-    """The same with scales in the dtype that the model runs in. ConfigError if it has no number
-    near one of them; scales of nothing but zeros may become anything."""
+    """The same with scales in the dtype that the model runs in (`scale_to_run`)."""
     out = {}
     for name, stored in take_stored(module, where).items():
         dtype = module._qmoe_stored[name].dtype
         out[name] = stored
         if stored.scale.dtype != dtype:
-            out[name] = replace(stored, scale=_scale_to_run(stored, dtype, f"{where}.{name}"))
+            out[name] = replace(stored, scale=scale_to_run(stored, dtype, f"{where}.{name}"))
     return out
 
 
-def _scale_to_run(stored: StoredWords, dtype: torch.dtype, where: str) -> Tensor:
+def scale_to_run(stored: StoredWords, dtype: torch.dtype, where: str) -> Tensor:
+    """Scales in the dtype that a model runs in. ConfigError if it has no number near one of them;
+    scales of nothing but zeros may become anything."""
     scale = stored.scale.float()
     made = stored_scale(scale, dtype)
     far = far_scales(scale, made, FAR)
