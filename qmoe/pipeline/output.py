@@ -25,6 +25,7 @@ from qmoe.system.lock import NAME, Lock
 MARKER = ".qmoe-partial"  # what is being written
 NOTE = ".qmoe-shard-{}.json"  # what was done for a finished shard
 SELF_TEXT = ".qmoe-self-text.safetensors"  # calibration text sampled from the model
+DISTILLED = ".qmoe-distilled.safetensors"  # scales and other values, until all shards have them
 COPY = ".qmoe-copy"  # a small copy of the model while it is sampled from
 # Of what lies in an unfinished folder; another number wherever an older one would be misread.
 LAYOUT = "2"
@@ -64,7 +65,7 @@ class OutputFolder:
         self.leads = distributed.rank() == 0  # of several processes, one writes
         self.finished: frozenset[int] = frozenset()  # shards of an earlier run
         self._weight_map: dict[str, str] = {}
-        self._bytes = 0
+        self._bytes: dict[int, int] = {}
 
     def __enter__(self) -> "OutputFolder":
         refused: OutputError | None = None
@@ -160,7 +161,8 @@ class OutputFolder:
     def _end(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
         if kind is None:
             self.solved_cache.clear()
-            (self.path / SELF_TEXT).unlink(missing_ok=True)
+            for own in (SELF_TEXT, DISTILLED):
+                (self.path / own).unlink(missing_ok=True)
             for copy in self.path.glob(COPY + "*"):
                 shutil.rmtree(copy)
             for note in self.path.glob(NOTE.format("*")):
@@ -187,6 +189,11 @@ class OutputFolder:
     def begun(self) -> bool:
         """Whether any shard or experts are finished, by this run or one that it goes on with."""
         return self.solved_cache.any() or bool(self._notes())
+
+    def is_distilled(self) -> bool:
+        """Whether an earlier run has found what is to be put into its shards, and may have begun
+        to put it there."""
+        return (self.path / DISTILLED).exists()
 
     def unlocked(self) -> list[str]:
         """In words, the folders that nothing keeps a second run out of."""
@@ -230,6 +237,17 @@ class OutputFolder:
                     found[name] = (str(tensor.dtype), list(tensor.shape), tensor.nbytes)
         return found
 
+    def records_and_digests(self, i: int) -> tuple[LayerRecord | None, dict[str, str]]:
+        """What was done to shard i, and the digests of its stacks."""
+        note = self._note(i)
+        record = note["record"]
+        return None if record is None else LayerRecord.from_json(record), note["digests"]
+
+    def tensors(self, i: int) -> dict[str, Tensor]:
+        """Those of a shard that this run has read or written before, mapped from its file."""
+        found: dict[str, Tensor] = load_file(self.path / self._file(i))
+        return found
+
     def read_shard(self, i: int) -> dict[str, Tensor]:
         """The tensors of a finished shard; they count as written."""
         path = self.path / self._file(i)
@@ -268,7 +286,7 @@ class OutputFolder:
 
     def _count(self, i: int, tensors: dict[str, Tensor]) -> None:
         self._weight_map |= dict.fromkeys(tensors, self._file(i))
-        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
+        self._bytes[i] = sum(tensor.nbytes for tensor in tensors.values())
 
     def _replace(self, name: str, text: str) -> None:
         temporary = self.path / f"{name}.tmp"
@@ -280,7 +298,7 @@ class OutputFolder:
 
     def write_index(self) -> None:
         if self.shards > 1:
-            size = {"total_size": self._bytes}
+            size = {"total_size": sum(self._bytes.values())}
             self.write_json(
                 INDEX, {"metadata": size, "weight_map": dict(sorted(self._weight_map.items()))}
             )

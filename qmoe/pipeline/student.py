@@ -1,0 +1,162 @@
+"""The quantized model of an unfinished folder as a function of what is distilled.
+
+Layers are read from their shards one at a time, integers as they are. Scales are theirs times
+factors; norms, routers and biases are values of their own. All of it is rounded as it will be
+stored wherever it is used, so that a loss is that of the model that will be written.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmoe.calibration.collect import collecting_experts
+from qmoe.config import QuantConfig
+from qmoe.format.quantized import Quantized
+from qmoe.layer.at_hand import LayerAtHand
+from qmoe.layer.fixed import fixed_matrices, scales_of
+from qmoe.layer.latent import latent_experts, replaced
+from qmoe.layer.routing import Parameters
+from qmoe.layer.trainable import (
+    as_stored,
+    biases,
+    linear_weights,
+    movable,
+    norms,
+    run_with,
+    running,
+)
+from qmoe.model.layerwise import Call, Forward
+from qmoe.model.source import Source, schemes_of
+from qmoe.pipeline.output import OutputFolder
+from qmoe.pipeline.plan import Plan
+from qmoe.pipeline.shard import lm_head_stack, stacks_of, stored_dtype
+from qmoe.system.devices import CPU, move_to, moved
+
+
+@dataclass
+class Student:
+    """factors: of scales [E, N, G], by quantized parameter. values: of parameters that are not
+    quantized. Both are float32 leaves in the machine's memory."""
+
+    plan: Plan
+    out: OutputFolder
+    factors: Parameters = field(default_factory=dict)
+    values: Parameters = field(default_factory=dict)
+
+    @property
+    def source(self) -> Source:
+        return self.plan.source
+
+    @property
+    def config(self) -> QuantConfig:
+        return self.plan.config
+
+    def begin(self) -> None:
+        """Make the leaves: factors of one, and values as they were written."""
+        for i, structure in enumerate(self.source.structure.layers):
+            with self._loaded(i) as stacks:
+                layer = LayerAtHand.of(self.source.model, structure, _not_run)
+                for target, stack in stacks.items():
+                    self.factors[target] = _ones(stack)
+                self._take(movable(layer) | biases(layer))
+        outside = norms(self.source.model.named_modules())
+        self._take({name: p for name, p in outside.items() if not p.is_meta})
+        for target, stack in self._lm_head().items():
+            self.factors[target] = _ones(stack)
+
+    def _take(self, found: Parameters) -> None:
+        """Make leaves of these parameters, but for those that the family stores with others."""
+        split = self.source.weights.split_targets()
+        self.values |= {name: _leaf(p) for name, p in found.items() if name not in split}
+
+    def _lm_head(self) -> dict[str, Quantized]:
+        tensors = self.out.tensors(self.plan.shards - 1)
+        return lm_head_stack(self.source, self.config, tensors)
+
+    def run(self, i: int, forward: Forward, calls: list[Call]) -> list[Any]:
+        """Layer i's output for each call, differentiable in the leaves and in the call."""
+        structure, config = self.source.structure.layers[i], self.config
+        with self._loaded(i) as stacks, ExitStack() as inside:
+            schemes = schemes_of(self.source, structure, config)
+            layer = LayerAtHand.of(self.source.model, structure, forward, schemes)
+            device = self.plan.device
+            move_to(layer.module, device)
+            matrices = {t: fixed_matrices(s, self.factors[t], device) for t, s in stacks.items()}
+            inside.enter_context(latent_experts(layer.experts, matrices))
+            inside.enter_context(collecting_experts(layer.experts))
+            inside.enter_context(running(layer))
+            given = linear_weights(layer, matrices) | self._values_in(structure.name, device)
+            return [moved(run_with(layer, given, call), CPU) for call in calls]
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """The model with the values of norms behind its layers, and with the quantized output
+        projection."""
+        layers = tuple(f"{layer.name}." for layer in self.source.structure.layers)
+        with ExitStack() as inside:
+            for name in (n for n in self.values if not n.startswith(layers)):
+                self._put(inside, name, self._value(name))
+            for target, stack in self._lm_head().items():
+                [matrix] = fixed_matrices(stack, self.factors[target], CPU)
+                self._put(inside, target, matrix.weight())
+            yield
+
+    def moved(self) -> Parameters:
+        """What is to be written otherwise than it is: scales [E, N, G] of quantized parameters,
+        under their names with `_scale`, and other parameters, as they are to be stored."""
+        found: Parameters = {}
+        for i in range(len(self.source.structure.layers)):
+            with self._loaded(i) as stacks:
+                found |= self._moved_scales(stacks)
+        found |= self._moved_scales(self._lm_head())
+        for name, value in self.values.items():
+            found[name] = value.detach().to(stored_dtype(self.source, name))
+        return found
+
+    def _moved_scales(self, stacks: dict[str, Quantized]) -> Parameters:
+        factors = {target: self.factors[target].detach() for target in stacks}
+        return {
+            f"{target}_scale": scales_of(stack, factors[target]).to(stack.scale.dtype)
+            for target, stack in stacks.items()
+            if not bool(factors[target].eq(1).all())
+        }
+
+    def _value(self, name: str) -> Tensor:
+        return as_stored(self.values[name], stored_dtype(self.source, name))
+
+    def _values_in(self, layer: str, device: torch.device) -> Parameters:
+        names = [name for name in self.values if name.startswith(f"{layer}.")]
+        return {name: self._value(name).to(device) for name in names}
+
+    def _put(self, inside: ExitStack, target: str, value: Tensor) -> None:
+        owner, _, name = target.rpartition(".")
+        module = self.source.model.get_submodule(owner)
+        inside.enter_context(replaced(module, name, value))
+
+    @contextmanager
+    def _loaded(self, i: int) -> Iterator[dict[str, Quantized]]:
+        """Layer i with all in memory but its quantized weights, which are given as stacks."""
+        source, structure = self.source, self.source.structure.layers[i]
+        tensors = self.out.tensors(i)
+        with source.freed_after(structure.name):
+            stacks = stacks_of(source, structure, self.config, tensors)
+            replaced = {n for target in stacks for n in source.weights.targets[target]}
+            names = [n for n in source.weights.sources(structure.name) if n not in replaced]
+            source.weights.load(names, torch.float32, tensors)
+            yield stacks
+
+
+def _not_run(*_: Any, **__: Any) -> Any:
+    raise AssertionError("a layer that is only looked at was run")
+
+
+def _ones(stack: Quantized) -> Tensor:
+    return torch.ones_like(stack.scale, dtype=torch.float32).requires_grad_()
+
+
+def _leaf(parameter: Tensor) -> Tensor:
+    return parameter.detach().to(CPU, torch.float32, copy=True).requires_grad_()
