@@ -56,9 +56,9 @@ def linear_weights(
 
 def run_with(layer: LayerAtHand, given: dict[str, Tensor], call: Call) -> Any:
     """The layer's output for one batch with these parameters, by their names in the model, in place
-    of its own. Inside `running`."""
+    of its own. Inside `running`, and with all of it on one device."""
     inside = {name.removeprefix(f"{layer.name}."): p for name, p in given.items()}
-    return functional_call(layer.module, inside, *call.moved(layer.device))
+    return functional_call(layer.module, inside, *call)
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def tune(
         for i in order:
             stored = {n: as_stored(p, settings.stored_dtype(n)) for n, p in unquantized.items()}
             given = linear_weights(layer, matrices) | stored
-            output = run_with(layer, given, calls[i])
+            output = run_with(layer, given, calls[i].moved(device))
             logits = router_logits(seen.inputs, names, fixed | given)
             loss = relative_error(hidden(output), hidden(targets.outputs[i]).to(device))
             loss = loss + LOGITS * logits_error(logits, targets.logits[i])

@@ -1,13 +1,14 @@
 """The quantized model of an unfinished folder as a function of what is distilled.
 
-Layers are read from their shards one at a time, integers as they are. Scales are theirs times
-factors; norms, routers and biases are values of their own. All of it is rounded as it will be
-stored wherever it is used, so that a loss is that of the model that will be written.
+Integers are kept as bytes, in memory or on disk (system/spill.py), and one layer at a time is in
+memory as numbers. Scales are theirs times factors; norms, routers and biases are values of their
+own. All of it is rounded as it will be stored wherever it is used, so that a loss is that of the
+model that will be written.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from qmoe.config import QuantConfig
 from qmoe.format.quantized import Quantized
 from qmoe.layer.at_hand import LayerAtHand
 from qmoe.layer.fixed import fixed_matrices, scales_of
-from qmoe.layer.latent import latent_experts, replaced
+from qmoe.layer.latent import latent_experts
+from qmoe.layer.latent import replaced as put_in_place
 from qmoe.layer.routing import Parameters
 from qmoe.layer.trainable import (
     as_stored,
@@ -31,21 +33,35 @@ from qmoe.layer.trainable import (
 )
 from qmoe.model.layerwise import Call, Forward
 from qmoe.model.source import Source, schemes_of
+from qmoe.model.structure import Layer
 from qmoe.pipeline.output import OutputFolder
 from qmoe.pipeline.plan import Plan
 from qmoe.pipeline.shard import lm_head_stack, stacks_of, stored_dtype
-from qmoe.system.devices import CPU, move_to, moved
+from qmoe.system.devices import CPU, move_to
+from qmoe.system.devices import moved as to_device
+from qmoe.system.spill import Scratch
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A layer that waits: its quantized stacks by parameter, and all other parameters by name, in
+    the dtypes that they are stored in."""
+
+    stacks: dict[str, Quantized]
+    others: Parameters
 
 
 @dataclass
 class Student:
-    """factors: of scales [E, N, G], by quantized parameter. values: of parameters that are not
+    """scratch: where integers wait. factors: of scales [E, N, G], by quantized parameter. values: of parameters that are not
     quantized. Both are float32 leaves in the machine's memory."""
 
     plan: Plan
     out: OutputFolder
+    scratch: Scratch
     factors: Parameters = field(default_factory=dict)
     values: Parameters = field(default_factory=dict)
+    layers: list[Kept] = field(default_factory=list)
 
     @property
     def source(self) -> Source:
@@ -56,17 +72,37 @@ class Student:
         return self.plan.config
 
     def begin(self) -> None:
-        """Make the leaves: factors of one, and values as they were written."""
-        for i, structure in enumerate(self.source.structure.layers):
-            with self._loaded(i) as stacks:
-                layer = LayerAtHand.of(self.source.model, structure, _not_run)
-                for target, stack in stacks.items():
-                    self.factors[target] = _ones(stack)
-                self._take(movable(layer) | biases(layer))
+        """Read the shards, and make the leaves: factors of one, and values as they were written."""
+        for structure in self.source.structure.layers:
+            self.layers.append(self._read(structure))
         outside = norms(self.source.model.named_modules())
         self._take({name: p for name, p in outside.items() if not p.is_meta})
-        for target, stack in self._lm_head().items():
-            self.factors[target] = _ones(stack)
+        self._scale(self._lm_head())
+
+    def _read(self, structure: Layer) -> Kept:
+        source = self.source
+        tensors = self.out.tensors(len(self.layers))
+        with source.freed_after(structure.name) as module:
+            stacks = stacks_of(source, structure, self.config, tensors)
+            packed = {n for target in stacks for n in source.weights.targets[target]}
+            names = [n for n in source.weights.sources(structure.name) if n not in packed]
+            source.weights.load(names, torch.float32, tensors)
+            layer = LayerAtHand.of(source.model, structure, _not_run)
+            self._take(movable(layer) | biases(layer))
+            self._scale(stacks)
+            others = {
+                name: self.scratch.keep(p.to(stored_dtype(source, name)))
+                for name, p in module.named_parameters(prefix=structure.name)
+                if not p.is_meta and name not in self.values
+            }
+        kept = {t: replace(s, q=self.scratch.keep(s.q)) for t, s in stacks.items()}
+        return Kept(kept, others)
+
+    def _scale(self, stacks: dict[str, Quantized]) -> None:
+        """Make leaves of the scales of these stacks."""
+        for target, stack in stacks.items():
+            ones = torch.ones_like(stack.scale, dtype=torch.float32)
+            self.factors[target] = ones.requires_grad_()
 
     def _take(self, found: Parameters) -> None:
         """Make leaves of these parameters, but for those that the family stores with others."""
@@ -79,18 +115,19 @@ class Student:
 
     def run(self, i: int, forward: Forward, calls: list[Call]) -> list[Any]:
         """Layer i's output for each call, differentiable in the leaves and in the call."""
-        structure, config = self.source.structure.layers[i], self.config
-        with self._loaded(i) as stacks, ExitStack() as inside:
-            schemes = schemes_of(self.source, structure, config)
-            layer = LayerAtHand.of(self.source.model, structure, forward, schemes)
-            device = self.plan.device
-            move_to(layer.module, device)
-            matrices = {t: fixed_matrices(s, self.factors[t], device) for t, s in stacks.items()}
+        structure, kept, device = self.source.structure.layers[i], self.layers[i], self.plan.device
+        schemes = schemes_of(self.source, structure, self.config)
+        layer = LayerAtHand.of(self.source.model, structure, forward, schemes)
+        with self.source.freed_after(structure.name) as module, ExitStack() as inside:
+            move_to(module, device)  # its buffers
+            stacks = kept.stacks.items()
+            matrices = {t: fixed_matrices(s, self.factors[t], device) for t, s in stacks}
             inside.enter_context(latent_experts(layer.experts, matrices))
             inside.enter_context(collecting_experts(layer.experts))
             inside.enter_context(running(layer))
-            given = linear_weights(layer, matrices) | self._values_in(structure.name, device)
-            return [moved(run_with(layer, given, call), CPU) for call in calls]
+            given = {name: p.to(device, torch.float32) for name, p in kept.others.items()}
+            given |= linear_weights(layer, matrices) | self._values_in(structure.name, device)
+            return [to_device(run_with(layer, given, call.moved(device)), CPU) for call in calls]
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -109,9 +146,8 @@ class Student:
         """What is to be written otherwise than it is: scales [E, N, G] of quantized parameters,
         under their names with `_scale`, and other parameters, as they are to be stored."""
         found: Parameters = {}
-        for i in range(len(self.source.structure.layers)):
-            with self._loaded(i) as stacks:
-                found |= self._moved_scales(stacks)
+        for kept in self.layers:
+            found |= self._moved_scales(kept.stacks)
         found |= self._moved_scales(self._lm_head())
         for name, value in self.values.items():
             found[name] = value.detach().to(stored_dtype(self.source, name))
@@ -135,27 +171,11 @@ class Student:
     def _put(self, inside: ExitStack, target: str, value: Tensor) -> None:
         owner, _, name = target.rpartition(".")
         module = self.source.model.get_submodule(owner)
-        inside.enter_context(replaced(module, name, value))
-
-    @contextmanager
-    def _loaded(self, i: int) -> Iterator[dict[str, Quantized]]:
-        """Layer i with all in memory but its quantized weights, which are given as stacks."""
-        source, structure = self.source, self.source.structure.layers[i]
-        tensors = self.out.tensors(i)
-        with source.freed_after(structure.name):
-            stacks = stacks_of(source, structure, self.config, tensors)
-            replaced = {n for target in stacks for n in source.weights.targets[target]}
-            names = [n for n in source.weights.sources(structure.name) if n not in replaced]
-            source.weights.load(names, torch.float32, tensors)
-            yield stacks
+        inside.enter_context(put_in_place(module, name, value))
 
 
 def _not_run(*_: Any, **__: Any) -> Any:
     raise AssertionError("a layer that is only looked at was run")
-
-
-def _ones(stack: Quantized) -> Tensor:
-    return torch.ones_like(stack.scale, dtype=torch.float32).requires_grad_()
 
 
 def _leaf(parameter: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class Training:
         self.scratch = Scratch(out.path if plan.spills else None)
         self.samples = Samples.of(text.samples, c.batch, c.seed)
         self.teacher = Teacher(plan, [*self.samples.train, *self.samples.held_out], self.scratch)
-        self.student = Student(plan, out)
+        self.student = Student(plan, out, self.scratch)
         self.student.begin()
         self.model, self.layers = plan.source.model, plan.source.stages()
 
