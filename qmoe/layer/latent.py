@@ -3,7 +3,7 @@ passes straight through, and scales."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from qmoe.model import experts
 INSIDE = 0.45  # how far from its integer a latent value may start
 
 
+@runtime_checkable
 class MakesWeight(Protocol):
     """A quantized matrix whose weight [N, K] is made when it is asked for."""
 
