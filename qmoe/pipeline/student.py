@@ -53,9 +53,9 @@ class Kept:
 
 @dataclass
 class Student:
-    """scratch: where integers wait. factors: of scales [E, N, G], by quantized parameter; values: of
-    parameters that are not quantized; both are float32 leaves in the machine's memory. layers: in
-    running order. All three are empty until `begin`."""
+    """scratch: where integers wait. factors: of scales [E, N, G], by quantized parameter; values:
+    of parameters that are not quantized; both are float32 leaves in the machine's memory. layers:
+    in running order. All three are empty until `begin`."""
 
     plan: Plan
     out: OutputFolder

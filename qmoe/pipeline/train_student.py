@@ -96,7 +96,7 @@ class Training:
             if not loss.isfinite():
                 raise CalibrationError("distilling gave NaN or Inf; use --set distill=0")
             backward(loss, passed, run)
-        return float(loss)
+        return float(loss.detach())
 
     def train(self) -> dict[str, Any]:
         """Move the student's leaves to where KL on held-out text is least; returns what the report

@@ -48,9 +48,7 @@ def test_without_a_leaf_in_front_the_first_layer_hands_nothing_on(model):
 
 @torch.no_grad()
 def test_logits_follow_from_what_comes_out_of_the_last_layer(model):
-    inputs = [
-        {"input_ids": torch.randint(4096, (n, 8)), "use_cache": False} for n in (2, 1)
-    ]
+    inputs = [{"input_ids": torch.randint(4096, (n, 8)), "use_cache": False} for n in (2, 1)]
     layers = list(model.model.layers)
     outputs = last_outputs(model, layers, inputs, _run)
     assert len(outputs) == 2
