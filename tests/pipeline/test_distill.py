@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ONE_DOMAIN, assert_close, first_layers, same_files, slow
+from helpers import ONE_DOMAIN, assert_close, mostly_slow, same_files, save_random, slow
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
@@ -66,16 +66,19 @@ def test_samples_are_held_out_once_and_drawn_by_the_seed():
 
 
 @pytest.mark.parametrize("lm_head", [None, slow(LOW)])
-def test_the_gradient_is_that_of_the_whole_model(short, tmp_path, monkeypatch, lm_head):
+def test_the_gradient_is_that_of_the_whole_model(short, demo, tmp_path, monkeypatch, lm_head):
     config = replace(DISTILLED, lm_head=lm_head)
-    work = training(short, tmp_path / "out", config, monkeypatch)
+    source = short  # whose head is tied to the embedding
+    if lm_head is not None:
+        source = save_random("qwen3_moe", tmp_path / "source", demo, torch.bfloat16)
+    work = training(source, tmp_path / "out", config, monkeypatch)
     student, ids = work.student, work.samples.train[0]
     work.step(0)
     leaves = student.factors | student.values
     found = {name: leaf.grad.clone() for name, leaf in leaves.items()}
     assert all(gradient.isfinite().all() for gradient in found.values())
 
-    whole = AutoModelForCausalLM.from_pretrained(short, dtype=torch.float32)
+    whole = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     wanted = whole(input_ids=ids).logits.detach()
     stacks = {t: s for kept in student.layers for t, s in kept.stacks.items()}
     stacks |= student._lm_head()
@@ -196,7 +199,16 @@ def test_runs_that_cannot_work_are_refused_before_any_work(short, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_families_are_distilled(demo, tmp_path):
-    source = first_layers(demo, tmp_path / "source", 1)
+@pytest.mark.parametrize(
+    "family",
+    mostly_slow(
+        [("deepseek_v3",), ("qwen2_moe",), ("gpt_oss",)], lambda name: name == "deepseek_v3"
+    ),
+)
+def test_distilled_families_pass_the_audit_and_load(family, demo, tmp_path):
+    source = save_random(family, tmp_path / "source", demo, torch.bfloat16)
     report = qmoe.quantize(source, tmp_path / "out", DISTILLED, progress=False)
-    assert report["distilled"]["steps"] == 3
+    assert report["distilled"]["kept_step"] == 3
+    model, tokenizer = qmoe.load(tmp_path / "out")
+    ids = tokenizer("The", return_tensors="pt")["input_ids"]
+    assert model(input_ids=ids).logits.isfinite().all()
