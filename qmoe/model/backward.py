@@ -60,7 +60,8 @@ def backward(loss: Tensor, passed: list[Passed], run: Run) -> None:
             step = passed.pop()
             slopes = [leaf.grad for leaf in _tensors(step.output)]
             given = _each(step.call, lambda t: _leaf(t.detach()) if t.requires_grad else t)
-            [again] = run(step.index, step.forward, [given])
+            # Copies, since a layer may add to its input in place, which a leaf does not allow.
+            [again] = run(step.index, step.forward, [_each(given, Tensor.clone)])
             pairs = [
                 (y, slope)
                 for y, slope in zip(_tensors(again), slopes, strict=True)

@@ -56,7 +56,9 @@ def finish(
         "unpacked_sha256": audit.unpacked_sha256,
         "calibration": _calibration(plan, text),
     }  # fmt: skip
-    if distilled:
+    if "left_out" in distilled:
+        report["fallbacks"].append(f"the model was not distilled: {distilled['left_out']}")
+    elif distilled:
         report["distilled"] = distilled
     out.write_json(REPORT, report)
     write_card(out.path, report, metadata, text_below)

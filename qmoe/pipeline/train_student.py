@@ -11,6 +11,7 @@ A part of the text is held out: of the steps at which its KL is measured, the be
 first among them, at which nothing has moved.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qmoe.errors import CalibrationError
 from qmoe.model.backward import backward, forward
 from qmoe.model.last_layer import last_outputs, logits_of
 from qmoe.model.skeleton import inputs_of
@@ -85,6 +85,15 @@ class Training:
             lost += float(kl(wanted, found)) * ids.numel()
         return lost / sum(ids.numel() for ids in batches)
 
+    def logits_follow(self) -> bool:
+        """Whether the model's logits follow from what comes out of its last layer alone. Of a model
+        for which they do not, neither its teacher nor what is held out would be known."""
+        inputs = inputs_of(self.model, self.samples.held_out[0][:1])
+        with self.student.outside():
+            output, passed = forward(self.model, self.layers, inputs, self.student.run, _same)
+            again = logits_of(self.model, self.layers, inputs, passed[-1].output)
+        return torch.equal(output.logits, again)
+
     def step(self, i: int) -> float:
         """Add the gradient on batch i to the student's leaves; returns the loss."""
         model, run = self.model, self.student.run
@@ -93,14 +102,14 @@ class Training:
             inputs = inputs_of(model, self.samples.train[i])
             output, passed = forward(model, self.layers, inputs, run, self.scratch.keep)
             loss = kl(wanted, output.logits)
-            if not loss.isfinite():
-                raise CalibrationError("distilling gave NaN or Inf; use --set distill=0")
             backward(loss, passed, run)
         return float(loss.detach())
 
     def train(self) -> dict[str, Any]:
         """Move the student's leaves to where KL on held-out text is least; returns what the report
         says of it."""
+        if not self.logits_follow():
+            return {"left_out": "its logits do not follow from its last layer alone"}
         student = self.student
         leaves = [*student.factors.values(), *student.values.values()]
         groups = [
@@ -114,7 +123,8 @@ class Training:
         best = [leaf.detach().clone() for leaf in leaves]
         for n, i in enumerate(progress(order, "distilling"), 1):
             optimizer.zero_grad()
-            self.step(i)
+            if not math.isfinite(self.step(i)):
+                break  # the model overflows; what was best before is kept
             optimizer.step()
             falling.step()
             if n % EVERY == 0 or n == self.steps:
@@ -130,6 +140,10 @@ class Training:
             "held_out_samples": sum(map(len, self.samples.held_out)),
             "held_out_kl": {str(n): round(value, 6) for n, value in curve.items()},
         }
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _order(batches: int, steps: int, seed: int) -> list[int]:
