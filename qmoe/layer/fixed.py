@@ -20,7 +20,8 @@ class FixedIntegers(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         ctx.save_for_backward(q, zero)
         ctx.groups = scale.shape[1]
-        return (_steps(q, zero, scale.shape[1]) * scale[..., None]).flatten(1)
+        weight: Tensor = (_steps(q, zero, scale.shape[1]) * scale[..., None]).flatten(1)
+        return weight
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[None, Tensor, None]:
@@ -30,7 +31,7 @@ class FixedIntegers(torch.autograd.Function):
 
 
 def _steps(q: Tensor, zero: Tensor | None, groups: int) -> Tensor:
-    steps = q.float().unflatten(1, (groups, -1))
+    steps: Tensor = q.float().unflatten(1, (groups, -1))
     return steps if zero is None else steps - zero.float()[..., None]
 
 

@@ -55,7 +55,7 @@ def backward(loss: Tensor, passed: list[Passed], run: Run) -> None:
     """Add the gradient of `loss` to the leaves that `run` computes with, and to those that lie
     behind the last layer. Empties `passed`."""
     with torch.enable_grad():
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         while passed:
             step = passed.pop()
             slopes = [leaf.grad for leaf in _tensors(step.output)]
@@ -97,5 +97,10 @@ def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def _tensors(value: Any) -> list[Tensor]:
     """Those that `_each` changes, in its order."""
     found: list[Tensor] = []
-    _each(value, lambda tensor: found.append(tensor) or tensor)
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _each(value, note)
     return found

@@ -111,10 +111,13 @@ def _stack_of(
         if not scheme.symmetric:
             zero.append(unpack_zeros(tensors[f"{name}_zero_point"][None], b, n)[0])
     scale = [tensors[f"{name}_scale"] for name in names]
-    joined = [
-        torch.cat(parts).unflatten(0, (E, -1)) if parts else None for parts in (q, scale, zero)
-    ]
-    return Quantized(joined[0], joined[1], joined[2], *common(scheme, list(bits)))
+    zeros = _joined(zero, E) if zero else None
+    return Quantized(_joined(q, E), _joined(scale, E), zeros, *common(scheme, bits))
+
+
+def _joined(matrices: list[Tensor], E: int) -> Tensor:
+    """Matrices, of which each expert has some, as a stack."""
+    return torch.cat(matrices).view(E, -1, matrices[0].shape[-1])
 
 
 def scale_tensors(source: Source, target: str, scale: Tensor) -> dict[str, Tensor]:
@@ -155,4 +158,4 @@ def restore(
         E, count = module.num_experts, len(experts.matrices_of(module, weight))
         matrices = matrix_names(source.model, target, E, count)
         rows = torch.cat([tensors[stored] for stored in matrices])
-        experts.put(module, weight, rows.unflatten(0, (E, -1)))
+        experts.put(module, weight, rows.view(E, -1, matrices[0].shape[-1]))
