@@ -117,7 +117,7 @@ def _stack_of(
 
 def _joined(matrices: list[Tensor], E: int) -> Tensor:
     """Matrices, of which each expert has some, as a stack."""
-    return torch.cat(matrices).view(E, -1, matrices[0].shape[-1])
+    return torch.cat(matrices).unflatten(0, (E, -1))
 
 
 def scale_tensors(source: Source, target: str, scale: Tensor) -> dict[str, Tensor]:
@@ -158,4 +158,4 @@ def restore(
         E, count = module.num_experts, len(experts.matrices_of(module, weight))
         matrices = matrix_names(source.model, target, E, count)
         rows = torch.cat([tensors[stored] for stored in matrices])
-        experts.put(module, weight, rows.view(E, -1, matrices[0].shape[-1]))
+        experts.put(module, weight, rows.unflatten(0, (E, -1)))
