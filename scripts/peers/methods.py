@@ -53,7 +53,7 @@ def _presets() -> list[Method]:
 
 
 def _variants() -> list[Method]:
-    """`balanced` without one of its pieces each, distilled, rotated, and with ten times its text."""
+    """`balanced` without one of its pieces each, distilled, rotated, with ten times its text."""
     given_text = ("--self-samples", "0", "--samples", "128")
     changes = {
         "without refit": ("--set", "refit=false"),
