@@ -31,7 +31,7 @@ DISTILLING = (
     4  # bytes per weight of a layer: its matrices as numbers; their gradients are short-lived
 )
 SCALE = 24  # bytes per scale that is distilled: a factor, gradient, two of Adam's, best, stored
-LOGITS = 6  # times the logits of a batch in float32: the original's, ours, logarithms, gradients
+LOGITS = 8  # times the logits of a batch in float32: the original's, ours, logarithms, gradients
 CONTEXT = 1_000_000_000  # CUDA itself, and the activations of one batch
 WORKSPACE = 8  # times the Hessians solved at once
 
@@ -84,6 +84,8 @@ def _with_distilling(source: Source, config: QuantConfig, tokens: int, need: Nee
     outside = 4 * (_elements(source.model) - sum(sizes))
     scales = sum(_scales(source, layer, config) for layer in layers)
     logits = 4 * LOGITS * batch * text.vocab_size
+    if config.lm_head is not None:
+        outside += 2 * DISTILLING * text.hidden_size * text.vocab_size
     fixed = PROCESS + outside + DISTILLING * max(sizes) + SCALE * scales + logits
     waits = sum(sizes) + 4 * text.hidden_size * (tokens + batch * len(layers))
     return Need(max(need.fixed, fixed), max(need.activations, waits))
@@ -133,6 +135,8 @@ def on_device(source: Source, config: QuantConfig) -> int:
         need += max(_hessian_bytes(source, layer) for layer in source.structure.layers)
     if config.tune:
         need += TUNING * max(map(_elements, source.stages()))
+    if config.distill:  # integers beside them
+        need = max(need, (DISTILLING + 1) * max(map(_elements, source.stages())))
     return need + CONTEXT + _solver_bytes(source, config)
 
 

@@ -190,11 +190,6 @@ class OutputFolder:
         """Whether any shard or experts are finished, by this run or one that it goes on with."""
         return self.solved_cache.any() or bool(self._notes())
 
-    def is_distilled(self) -> bool:
-        """Whether an earlier run has found what is to be put into its shards, and may have begun
-        to put it there."""
-        return (self.path / DISTILLED).exists()
-
     def unlocked(self) -> list[str]:
         """In words, the folders that nothing keeps a second run out of."""
         return [
@@ -205,8 +200,8 @@ class OutputFolder:
 
     def records(self) -> list[LayerRecord]:
         """What was done to every shard that was quantized, in order."""
-        records = [note["record"] for note in self._notes().values()]
-        return [LayerRecord.from_json(record) for record in records if record is not None]
+        found = [note["record"] for note in self._notes().values()]
+        return [LayerRecord.from_json(record) for record in found if record is not None]
 
     def digests(self) -> dict[str, str]:
         """Those of all shards, by parameter."""
@@ -218,9 +213,10 @@ class OutputFolder:
 
     def _notes(self) -> dict[int, dict[str, Any]]:
         """The notes of finished shards, in order."""
-        return {i: self._note(i) for i in range(self.shards) if self._note_path(i).exists()}
+        return {i: self.note(i) for i in range(self.shards) if self._note_path(i).exists()}
 
-    def _note(self, i: int) -> dict[str, Any]:
+    def note(self, i: int) -> dict[str, Any]:
+        """Of a finished shard: its "record" (None if nothing was quantized), "digests", "sha256"."""
         note: dict[str, Any] = json.loads(self._note_path(i).read_text())
         return note
 
@@ -237,22 +233,15 @@ class OutputFolder:
                     found[name] = (str(tensor.dtype), list(tensor.shape), tensor.nbytes)
         return found
 
-    def records_and_digests(self, i: int) -> tuple[LayerRecord | None, dict[str, str]]:
-        """What was done to shard i, and the digests of its stacks."""
-        note = self._note(i)
-        record = note["record"]
-        return None if record is None else LayerRecord.from_json(record), note["digests"]
-
     def tensors(self, i: int) -> dict[str, Tensor]:
         """Those of a shard that this run has read or written before, mapped from its file."""
-        found: dict[str, Tensor] = load_file(self.path / self._file(i))
-        return found
+        return load_file(self.path / self._file(i))  # type: ignore[no-any-return]
 
     def read_shard(self, i: int) -> dict[str, Tensor]:
         """The tensors of a finished shard; they count as written."""
         path = self.path / self._file(i)
         try:
-            if sha256(path) != self._note(i)["sha256"]:
+            if sha256(path) != self.note(i)["sha256"]:
                 raise OSError("its checksum does not fit")
             tensors: dict[str, Tensor] = load_file(path)
         except (OSError, SafetensorError) as error:

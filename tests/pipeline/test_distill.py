@@ -12,20 +12,20 @@ from transformers import AutoModelForCausalLM
 import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.checkpoint.model_folder import ModelFolder
+from qmoe.distill import train
+from qmoe.distill.train import Samples, Training, kl
 from qmoe.errors import ConfigError
 from qmoe.measure.evaluate import evaluate
 from qmoe.model.experts import is_experts
 from qmoe.model.source import open_source
-from qmoe.pipeline import train_student
 from qmoe.pipeline.memory import needed
-from qmoe.pipeline.output import OutputFolder
-from qmoe.pipeline.train_student import Samples, Training, kl
+from qmoe.pipeline.output import DISTILLED, OutputFolder
 from qmoe.system.spill import Scratch
 
 LOW = Scheme(2, 32, False)
 TEXT = CalibrationConfig(ONE_DOMAIN, samples=10, seqlen=64, batch=4, self_samples=0)
 SOLVED = QuantConfig(experts=LOW, dense=LOW, search_grid=False, refit=False, calibration=TEXT)
-DISTILLED = replace(SOLVED, distill=3)
+STEPS = replace(SOLVED, distill=3)
 
 
 class Stop(Exception):
@@ -67,7 +67,7 @@ def test_samples_are_held_out_once_and_drawn_by_the_seed():
 
 @pytest.mark.parametrize("lm_head", [None, slow(LOW)])
 def test_the_gradient_is_that_of_the_whole_model(short, demo, tmp_path, monkeypatch, lm_head):
-    config = replace(DISTILLED, lm_head=lm_head)
+    config = replace(STEPS, lm_head=lm_head)
     source = short  # whose head is tied to the embedding
     if lm_head is not None:
         source = save_random("qwen3_moe", tmp_path / "source", demo, torch.bfloat16)
@@ -81,7 +81,7 @@ def test_the_gradient_is_that_of_the_whole_model(short, demo, tmp_path, monkeypa
     whole = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     wanted = whole(input_ids=ids).logits.detach()
     stacks = {t: s for kept in student.layers for t, s in kept.stacks.items()}
-    stacks |= student._lm_head()
+    stacks |= student.lm_head
     given = {name: leaf for name, leaf in student.values.items()}
     for target, stack in stacks.items():
         scale = stack.scale.float() * student.factors[target]
@@ -97,7 +97,7 @@ def test_the_gradient_is_that_of_the_whole_model(short, demo, tmp_path, monkeypa
 
 
 def test_one_step_lowers_the_loss(short, tmp_path, monkeypatch):
-    work = training(short, tmp_path / "out", DISTILLED, monkeypatch)
+    work = training(short, tmp_path / "out", STEPS, monkeypatch)
     before = work.step(0)
     for leaf in [*work.student.factors.values(), *work.student.values.values()]:
         leaf.data -= 1e-3 * leaf.grad.sign()
@@ -123,8 +123,8 @@ def test_the_model_that_is_written_is_the_one_that_was_held_out(demo, tmp_path):
 
 def test_a_phase_that_brings_nothing_changes_nothing(short, tmp_path, monkeypatch):
     solved = qmoe.quantize(short, tmp_path / "solved", SOLVED, progress=False)
-    monkeypatch.setattr(train_student, "SCALES", 3.0)
-    report = qmoe.quantize(short, tmp_path / "out", DISTILLED, progress=False)
+    monkeypatch.setattr(train, "SCALES", 3.0)
+    report = qmoe.quantize(short, tmp_path / "out", STEPS, progress=False)
     assert report["distilled"]["kept_step"] == 0
     assert report["digests"] == solved["digests"]
     assert report["unpacked_sha256"] == solved["unpacked_sha256"]
@@ -134,19 +134,19 @@ def test_a_model_whose_last_layer_does_not_give_its_logits_is_left_as_it_is(
     short, tmp_path, monkeypatch
 ):
     solved = qmoe.quantize(short, tmp_path / "solved", SOLVED, progress=False)
-    monkeypatch.setattr(train_student, "logits_of", lambda *_: torch.zeros(1))
-    report = qmoe.quantize(short, tmp_path / "out", DISTILLED, progress=False)
+    monkeypatch.setattr(train, "logits_of", lambda *_: torch.zeros(1))
+    report = qmoe.quantize(short, tmp_path / "out", STEPS, progress=False)
     assert "the model was not distilled: its logits" in report["fallbacks"][-1]
     assert report["digests"] == solved["digests"] and "distilled" not in report
 
 
 @pytest.mark.parametrize("when", ["training", "writing"])
 def test_a_distilled_run_goes_on_to_the_same_bytes(short, tmp_path, monkeypatch, when):
-    qmoe.quantize(short, tmp_path / "whole", DISTILLED, progress=False)
+    qmoe.quantize(short, tmp_path / "whole", STEPS, progress=False)
     written, trained = OutputFolder.write_shard, Training.step
 
     def write(self, shard):
-        if self.is_distilled() and shard.index == 1:
+        if (self.path / DISTILLED).exists() and shard.index == 1:
             raise KeyboardInterrupt
         written(self, shard)
 
@@ -164,15 +164,15 @@ def test_a_distilled_run_goes_on_to_the_same_bytes(short, tmp_path, monkeypatch,
         else:
             patch.setattr(Training, "step", step)
         with pytest.raises(KeyboardInterrupt):
-            qmoe.quantize(short, tmp_path / "out", DISTILLED, progress=False)
+            qmoe.quantize(short, tmp_path / "out", STEPS, progress=False)
     if when == "writing":  # nothing is distilled again
         monkeypatch.setattr(Training, "train", None)
-    qmoe.quantize(short, tmp_path / "out", DISTILLED, progress=False)
+    qmoe.quantize(short, tmp_path / "out", STEPS, progress=False)
     assert same_files(tmp_path / "whole", tmp_path / "out")
 
 
 def test_waiting_on_disk_changes_no_byte(short, tmp_path, monkeypatch):
-    config = replace(DISTILLED, distill=1)
+    config = replace(STEPS, distill=1)
     qmoe.quantize(short, tmp_path / "whole", config, progress=False)
     need = needed(open_source(ModelFolder(short), torch.float32), config, 640)
     plain = needed(open_source(ModelFolder(short), torch.float32), SOLVED, 640)
@@ -201,14 +201,14 @@ def test_settings_that_cannot_work_are_refused(changes, words):
 
 def test_runs_that_cannot_work_are_refused_before_any_work(short, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="distill: .*statistics"):
-        qmoe.quantize(short, tmp_path / "out", DISTILLED, statistics_from=[tmp_path / "none"])
-    one = replace(DISTILLED, calibration=replace(TEXT, samples=1))
+        qmoe.quantize(short, tmp_path / "out", STEPS, statistics_from=[tmp_path / "none"])
+    one = replace(STEPS, calibration=replace(TEXT, samples=1))
     with pytest.raises(ConfigError, match="distill: .*gives 1; give at least 2"):
         qmoe.quantize(short, tmp_path / "out", one, progress=False)
     two = SimpleNamespace(count=lambda: 2)
     monkeypatch.setattr("qmoe.pipeline.checks.distributed", two)
     with pytest.raises(ConfigError, match="distill: runs in one process"):
-        qmoe.quantize(short, tmp_path / "out", DISTILLED, progress=False)
+        qmoe.quantize(short, tmp_path / "out", STEPS, progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -220,7 +220,7 @@ def test_runs_that_cannot_work_are_refused_before_any_work(short, tmp_path, monk
 )
 def test_distilled_families_pass_the_audit_and_load(family, demo, tmp_path):
     source = save_random(family, tmp_path / "source", demo, torch.bfloat16)
-    report = qmoe.quantize(source, tmp_path / "out", DISTILLED, progress=False)
+    report = qmoe.quantize(source, tmp_path / "out", STEPS, progress=False)
     assert report["distilled"]["kept_step"] == 3
     model, tokenizer = qmoe.load(tmp_path / "out")
     ids = tokenizer("The", return_tensors="pt")["input_ids"]

@@ -6,7 +6,7 @@ own. All of it is rounded as it will be stored wherever it is used, so that a lo
 model that will be written.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qmoe.calibration.collect import collecting_experts
 from qmoe.config import QuantConfig
+from qmoe.distill.stacks import lm_head_stack, stacks_of
 from qmoe.format.quantized import Quantized
 from qmoe.layer.at_hand import LayerAtHand
 from qmoe.layer.fixed import fixed_matrices, scales_of
@@ -34,9 +35,6 @@ from qmoe.layer.trainable import (
 from qmoe.model.layerwise import Call, Forward
 from qmoe.model.source import Source, schemes_of
 from qmoe.model.structure import Layer
-from qmoe.pipeline.output import OutputFolder
-from qmoe.pipeline.plan import Plan
-from qmoe.pipeline.shard import lm_head_stack, stacks_of, stored_dtype
 from qmoe.system.devices import CPU, move_to
 from qmoe.system.devices import moved as to_device
 from qmoe.system.spill import Scratch
@@ -53,24 +51,24 @@ class Kept:
 
 @dataclass
 class Student:
-    """scratch: where integers wait. factors: of scales [E, N, G], by quantized parameter; values:
-    of parameters that are not quantized; both are float32 leaves in the machine's memory. layers:
-    in running order. All three are empty until `begin`."""
+    """source: the original, with what lies outside its layers loaded. device: where layers run.
+    scratch: where integers wait. stored_dtype: of a parameter on disk, by name. shard: the tensors
+    of a finished shard, by index; the last one is of what lies outside the layers.
 
-    plan: Plan
-    out: OutputFolder
+    factors: of scales [E, N, G], by quantized parameter; values: of parameters that are not
+    quantized; both are float32 leaves in the machine's memory. layers: in running order. lm_head:
+    the output projection's stack, if it is quantized. All of these are empty until `begin`."""
+
+    source: Source
+    config: QuantConfig
+    device: torch.device
     scratch: Scratch
+    stored_dtype: Callable[[str], torch.dtype]
+    shard: Callable[[int], dict[str, Tensor]]
     factors: Parameters = field(default_factory=dict)
     values: Parameters = field(default_factory=dict)
     layers: list[Kept] = field(default_factory=list)
-
-    @property
-    def source(self) -> Source:
-        return self.plan.source
-
-    @property
-    def config(self) -> QuantConfig:
-        return self.plan.config
+    lm_head: dict[str, Quantized] = field(default_factory=dict)
 
     def begin(self) -> None:
         """Read the shards, and make the leaves: factors of one, and values as they were written."""
@@ -78,11 +76,12 @@ class Student:
             self.layers.append(self._read(structure))
         outside = norms(self.source.model.named_modules())
         self._take({name: p for name, p in outside.items() if not p.is_meta})
-        self._scale(self._lm_head())
+        self.lm_head = lm_head_stack(self.source, self.config, self.shard(len(self.layers)))
+        self._scale(self.lm_head)
 
     def _read(self, structure: Layer) -> Kept:
         source = self.source
-        tensors = self.out.tensors(len(self.layers))
+        tensors = self.shard(len(self.layers))
         with source.freed_after(structure.name) as module:
             stacks = stacks_of(source, structure, self.config, tensors)
             packed = {n for target in stacks for n in source.weights.targets[target]}
@@ -92,7 +91,7 @@ class Student:
             self._take(movable(layer) | biases(layer))
             self._scale(stacks)
             others = {
-                name: self.scratch.keep(p.to(stored_dtype(source, name)))
+                name: self.scratch.keep(p.to(self.stored_dtype(name)))
                 for name, p in module.named_parameters(prefix=structure.name)
                 if not p.is_meta and name not in self.values
             }
@@ -110,13 +109,9 @@ class Student:
         split = self.source.weights.split_targets()
         self.values |= {name: _leaf(p) for name, p in found.items() if name not in split}
 
-    def _lm_head(self) -> dict[str, Quantized]:
-        tensors = self.out.tensors(self.plan.shards - 1)
-        return lm_head_stack(self.source, self.config, tensors)
-
     def run(self, i: int, forward: Forward, calls: list[Call]) -> list[Any]:
         """Layer i's output for each call, differentiable in the leaves and in the call."""
-        structure, kept, device = self.source.structure.layers[i], self.layers[i], self.plan.device
+        structure, kept, device = self.source.structure.layers[i], self.layers[i], self.device
         schemes = schemes_of(self.source, structure, self.config)
         layer = LayerAtHand.of(self.source.model, structure, forward, schemes)
         with self.source.freed_after(structure.name) as module, ExitStack() as inside:
@@ -138,7 +133,7 @@ class Student:
         with ExitStack() as inside:
             for name in (n for n in self.values if not n.startswith(layers)):
                 self._put(inside, name, self._value(name))
-            for target, stack in self._lm_head().items():
+            for target, stack in self.lm_head.items():
                 [matrix] = fixed_matrices(stack, self.factors[target], CPU)
                 self._put(inside, target, matrix.weight())
             yield
@@ -149,9 +144,9 @@ class Student:
         found: Parameters = {}
         for kept in self.layers:
             found |= self._moved_scales(kept.stacks)
-        found |= self._moved_scales(self._lm_head())
+        found |= self._moved_scales(self.lm_head)
         for name, value in self.values.items():
-            found[name] = value.detach().to(stored_dtype(self.source, name))
+            found[name] = value.detach().to(self.stored_dtype(name))
         return found
 
     def _moved_scales(self, stacks: dict[str, Quantized]) -> Parameters:
@@ -163,7 +158,7 @@ class Student:
         }
 
     def _value(self, name: str) -> Tensor:
-        return as_stored(self.values[name], stored_dtype(self.source, name))
+        return as_stored(self.values[name], self.stored_dtype(name))
 
     def _values_in(self, layer: str, device: torch.device) -> Parameters:
         names = [name for name in self.values if name.startswith(f"{layer}.")]

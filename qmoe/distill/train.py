@@ -17,18 +17,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
+from qmoe.distill.student import Student
+from qmoe.distill.teacher import Teacher
 from qmoe.model.backward import backward, forward
 from qmoe.model.last_layer import last_outputs, logits_of
 from qmoe.model.skeleton import inputs_of
-from qmoe.pipeline.output import OutputFolder
-from qmoe.pipeline.plan import Plan
-from qmoe.pipeline.self_text import CalibrationText
-from qmoe.pipeline.student import Student
-from qmoe.pipeline.teacher import Teacher
 from qmoe.system.progress import progress
-from qmoe.system.spill import Scratch
 
 HELD_OUT = 8  # one sample in so many
 EVERY = 10  # steps between two looks at the samples that are held out
@@ -58,18 +54,24 @@ def kl(wanted: Float[Tensor, "B L V"], found: Float[Tensor, "B L V"]) -> Float[T
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
+@dataclass(frozen=True)
 class Training:
-    """A student, its teacher and their text."""
+    """A student, which has begun, and the original's outputs for batches of `samples`, those to
+    train on first. steps: of one batch each, in an order drawn by the seed."""
 
-    def __init__(self, plan: Plan, text: CalibrationText, out: OutputFolder):
-        c = plan.config.calibration
-        self.plan, self.steps = plan, plan.config.distill
-        self.scratch = Scratch(out.path if plan.spills else None)
-        self.samples = Samples.of(text.samples, c.batch, c.seed)
-        self.teacher = Teacher(plan, [*self.samples.train, *self.samples.held_out], self.scratch)
-        self.student = Student(plan, out, self.scratch)
-        self.student.begin()
-        self.model, self.layers = plan.source.model, plan.source.stages()
+    student: Student
+    teacher: Teacher
+    samples: Samples
+    steps: int
+    seed: int
+
+    @property
+    def model(self) -> Any:
+        return self.student.source.model
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return self.student.source.stages()
 
     def held_out(self) -> float:
         """KL on the text that is held out, of the student as it is."""
@@ -100,7 +102,7 @@ class Training:
         wanted = self.teacher.logits(i)
         with torch.enable_grad(), self.student.outside():
             inputs = inputs_of(model, self.samples.train[i])
-            output, passed = forward(model, self.layers, inputs, run, self.scratch.keep)
+            output, passed = forward(model, self.layers, inputs, run, self.student.scratch.keep)
             loss = kl(wanted, output.logits)
             backward(loss, passed, run)
         return float(loss.detach())
@@ -118,7 +120,7 @@ class Training:
         ]
         optimizer = torch.optim.Adam(groups, betas=BETAS)
         falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 - n / self.steps)
-        order = _order(len(self.samples.train), self.steps, self.plan.config.calibration.seed)
+        order = _order(len(self.samples.train), self.steps, self.seed)
         curve = {0: self.held_out()}
         best = [leaf.detach().clone() for leaf in leaves]
         for n, i in enumerate(progress(order, "distilling"), 1):
