@@ -161,12 +161,11 @@ class OutputFolder:
     def _end(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
         if kind is None:
             self.solved_cache.clear()
-            for own in (SELF_TEXT, DISTILLED):
-                (self.path / own).unlink(missing_ok=True)
             for copy in self.path.glob(COPY + "*"):
                 shutil.rmtree(copy)
-            for note in self.path.glob(NOTE.format("*")):
-                note.unlink()
+            for own in (SELF_TEXT, DISTILLED, NOTE.format("*")):
+                for file in self.path.glob(own):
+                    file.unlink()
             # In this order: a kill between the two leaves a whole model with one file too many, and
             # not a folder that nothing goes on with.
             self.path.rename(self.dst)
@@ -200,25 +199,21 @@ class OutputFolder:
 
     def records(self) -> list[LayerRecord]:
         """What was done to every shard that was quantized, in order."""
-        found = [note["record"] for note in self._notes().values()]
-        return [LayerRecord.from_json(record) for record in found if record is not None]
+        records = filter(None, (note["record"] for note in self._notes().values()))
+        return list(map(LayerRecord.from_json, records))
 
     def digests(self) -> dict[str, str]:
         """Those of all shards, by parameter."""
-        return {
-            target: digest
-            for note in self._notes().values()
-            for target, digest in note["digests"].items()
-        }
+        each = (note["digests"] for note in self._notes().values())
+        return {target: digest for digests in each for target, digest in digests.items()}
 
     def _notes(self) -> dict[int, dict[str, Any]]:
         """The notes of finished shards, in order."""
         return {i: self.note(i) for i in range(self.shards) if self._note_path(i).exists()}
 
     def note(self, i: int) -> dict[str, Any]:
-        """Of a finished shard: its "record" (None if nothing was quantized), "digests", "sha256"."""
-        note: dict[str, Any] = json.loads(self._note_path(i).read_text())
-        return note
+        """Of a finished shard: its "record" (None if it has none), "digests" and "sha256"."""
+        return dict(json.loads(self._note_path(i).read_text()))
 
     def _note_path(self, i: int) -> Path:
         return self.path / NOTE.format(i)
@@ -235,7 +230,7 @@ class OutputFolder:
 
     def tensors(self, i: int) -> dict[str, Tensor]:
         """Those of a shard that this run has read or written before, mapped from its file."""
-        return load_file(self.path / self._file(i))  # type: ignore[no-any-return]
+        return dict(load_file(self.path / self._file(i)))
 
     def read_shard(self, i: int) -> dict[str, Tensor]:
         """The tensors of a finished shard; they count as written."""
@@ -243,7 +238,7 @@ class OutputFolder:
         try:
             if sha256(path) != self.note(i)["sha256"]:
                 raise OSError("its checksum does not fit")
-            tensors: dict[str, Tensor] = load_file(path)
+            tensors = self.tensors(i)
         except (OSError, SafetensorError) as error:
             raise OutputError(
                 f"{self.path}: unfinished work is damaged ({path.name}: {error}); remove it"
@@ -287,10 +282,11 @@ class OutputFolder:
 
     def write_index(self) -> None:
         if self.shards > 1:
-            size = {"total_size": sum(self._bytes.values())}
-            self.write_json(
-                INDEX, {"metadata": size, "weight_map": dict(sorted(self._weight_map.items()))}
+            size, where = (
+                {"total_size": sum(self._bytes.values())},
+                sorted(self._weight_map.items()),
             )
+            self.write_json(INDEX, {"metadata": size, "weight_map": dict(where)})
 
     def copy_companions(self, source: Path) -> list[str]:
         """Copy every file without weights (checkpoint/folders.py); returns what is left behind, by
