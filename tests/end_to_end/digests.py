@@ -35,6 +35,7 @@ CHANGES: dict[str, dict[str, object]] = {
     "fast": {"search_grid": False, "refit": False},
     "balanced": {},
     "tuned": {"tune": 4},
+    "distilled": {"distill": 2},
 }
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import ONE_DOMAIN, assert_close, mostly_slow, same_files, save_random, slow
+from remote_models import save
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
@@ -225,3 +226,13 @@ def test_distilled_families_pass_the_audit_and_load(family, demo, tmp_path):
     model, tokenizer = qmoe.load(tmp_path / "out")
     ids = tokenizer("The", return_tensors="pt")["input_ids"]
     assert model(input_ids=ids).logits.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_cache")
+def test_experts_that_are_modules_are_distilled(demo, tmp_path):
+    save("deepseek", tmp_path / "source", demo)
+    told = qmoe.quantize(
+        tmp_path / "source", tmp_path / "out", STEPS, progress=False, trust_remote_code=True
+    )["distilled"]
+    assert told["held_out_kl"]["3"] < told["held_out_kl"]["0"]
