@@ -93,7 +93,7 @@ class Student:
             others = {
                 name: self.scratch.keep(p.to(self.stored_dtype(name)))
                 for name, p in module.named_parameters(prefix=structure.name)
-                if not p.is_meta and name not in self.values
+                if name not in self.values and name not in stacks
             }
         kept = {t: replace(s, q=self.scratch.keep(s.q)) for t, s in stacks.items()}
         return Kept(kept, others)
