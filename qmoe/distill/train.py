@@ -42,6 +42,7 @@ class Samples:
 
     @classmethod
     def of(cls, samples: Int[Tensor, "n L"], batch: int, seed: int) -> "Samples":
+        """One in HELD_OUT is held out, at least one; the rest is for training."""
         drawn = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
         out = max(1, len(samples) // HELD_OUT)
         held_out, train = samples[drawn[:out]], samples[drawn[out:]]
@@ -129,10 +130,11 @@ class Training:
                 break  # the model overflows; what was best before is kept
             optimizer.step()
             falling.step()
-            if n % EVERY == 0 or n == self.steps:
-                curve[n] = self.held_out()
-                if curve[n] == min(curve.values()):
-                    best = [leaf.detach().clone() for leaf in leaves]
+            if n % EVERY and n < self.steps:
+                continue
+            curve[n] = self.held_out()
+            if curve[n] == min(curve.values()):
+                best = [leaf.detach().clone() for leaf in leaves]
         for leaf, kept in zip(leaves, best, strict=True):
             leaf.data.copy_(kept)
         kept_at = min(curve, key=lambda n: curve[n])
