@@ -35,7 +35,6 @@ CHANGES: dict[str, dict[str, object]] = {
     "fast": {"search_grid": False, "refit": False},
     "balanced": {},
     "tuned": {"tune": 4},
-    "distilled": {"distill": 2},
 }
 
 
