@@ -28,7 +28,8 @@ from qmoe.system.progress import progress
 
 HELD_OUT = 8  # one sample in so many
 EVERY = 10  # steps between two looks at the samples that are held out
-# Adam's rates at the first step; they fall to zero in equal steps.
+# Adam's rates at the first step for two bits; they fall to zero in equal steps. With every bit more
+# the error of rounding halves, and so do the rates: there is less to make up for.
 SCALES, UNQUANTIZED = 0.003, 0.0005
 BETAS = (0.9, 0.95)
 
@@ -115,9 +116,10 @@ class Training:
             return {"left_out": "its logits do not follow from its last layer alone"}
         student = self.student
         leaves = [*student.factors.values(), *student.values.values()]
+        rate = 2.0 ** (2 - student.config.experts.bits)
         groups = [
-            {"params": [*student.factors.values()], "lr": SCALES},
-            {"params": [*student.values.values()], "lr": UNQUANTIZED},
+            {"params": [*student.factors.values()], "lr": SCALES * rate},
+            {"params": [*student.values.values()], "lr": UNQUANTIZED * rate},
         ]
         optimizer = torch.optim.Adam(groups, betas=BETAS)
         falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 - n / self.steps)
