@@ -32,6 +32,7 @@ ROOMS = [
     "plan",
     "layer",
     "rotation",
+    "distill",
     "runtime",
     "vllm_plugin",
     "packed",

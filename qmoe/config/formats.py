@@ -16,6 +16,7 @@ WITH_CODES = {
     "method": ("gptq", "rtn"),
     "rotate": ("off",),
     "tune": (0,),
+    "distill": (0,),
     "search_grid": (False,),
 }
 

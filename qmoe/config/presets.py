@@ -28,6 +28,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "search_grid": ("gptq", "awq-gptq"),
     "refit": ("gptq",),
     "tune": ("gptq", "awq-gptq"),
+    "distill": ("gptq", "awq", "awq-gptq"),
 }
 
 

@@ -83,6 +83,8 @@ class QuantConfig:
         Runs that save or reuse statistics leave it out, because it needs text between matrices.
     tune: steps of tuning each layer against the original's output after it is solved
         (qmoe/layer/tune.py); 0 is none.
+    distill: steps of distilling the finished model, its scales, norms, routers and biases, against
+        the original's predictions (qmoe/pipeline/distill.py); 0 is none.
     rotate: a Hadamard rotation of what quantized weights read. "online" rotates all of it, in the
         largest blocks that fit, which is work at run time (qmoe/format/hadamard.py). "fused"
         rotates the residual stream alone, which is no work, as all weights around it are rotated
@@ -116,6 +118,7 @@ class QuantConfig:
     search_grid: bool = BY_METHOD
     refit: bool = BY_METHOD
     tune: int = 0
+    distill: int = 0
     rotate: Rotate = "off"
     format: Format = "compressed-tensors"
     beam: int = 256
@@ -141,7 +144,7 @@ class QuantConfig:
                 object.__setattr__(self, name, has)
         for name in ("act_order", "routing_weighted", "search_grid", "refit"):
             expect(name, getattr(self, name), bool)
-        for name in ("min_tokens", "tune", "beam"):
+        for name in ("min_tokens", "tune", "distill", "beam"):
             expect(name, getattr(self, name), int)
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
@@ -218,7 +221,7 @@ class QuantConfig:
 
     def rounded_to_nearest(self) -> "QuantConfig":
         """The same schemes and rotation with the method that needs no text."""
-        return replace(self, method="rtn", search_grid=False, refit=False, tune=0)
+        return replace(self, method="rtn", search_grid=False, refit=False, tune=0, distill=0)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,19 +1,41 @@
 """A quantized weight while it is tuned: latent integers that are rounded, with a gradient that
 passes straight through, and scales."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from qmoe.config import Scheme
 from qmoe.format.grid import limits, settled, stored_scale
 from qmoe.format.hadamard import rotate
 from qmoe.format.quantized import Quantized
 from qmoe.model import experts
 
 INSIDE = 0.45  # how far from its integer a latent value may start
+
+
+@runtime_checkable
+class MakesWeight(Protocol):
+    """A quantized matrix whose weight [N, K] is made when it is asked for."""
+
+    def weight(self) -> Tensor: ...
+
+
+def scales_as_stored(
+    exact: Float[Tensor, "*any G"],
+    zero: Float[Tensor, "*any G"],
+    in_features: int,
+    scheme: Scheme,
+    dtype: torch.dtype,
+) -> Float[Tensor, "*any G"]:
+    """Scales as they will be stored in `dtype`; the gradient passes straight through."""
+    stored = stored_scale(exact.detach(), dtype)
+    stored = settled(stored, zero, in_features, scheme, dtype)
+    return exact + (stored - exact).detach()
 
 
 class FakeQuantize(torch.autograd.Function):
@@ -60,11 +82,9 @@ class Matrix:
 
     def scales(self) -> Tensor:
         """As they will be stored; the gradient passes straight through."""
-        exact = self.scale * self.ratio
-        dtype, scheme = self.stack.scale.dtype, self.stack.scheme
-        stored: Tensor = stored_scale(exact.detach(), dtype)
-        stored = settled(stored, self.zero, self.latent.shape[1], scheme, dtype)
-        return exact + (stored - exact).detach()
+        exact, stack = self.scale * self.ratio, self.stack
+        k, dtype = self.latent.shape[1], stack.scale.dtype
+        return scales_as_stored(exact, self.zero, k, stack.scheme, dtype)
 
     def weight(self) -> Tensor:
         scheme = self.stack.scheme
@@ -78,7 +98,7 @@ class Matrix:
 class LatentExperts:
     """Stands for a weight stack in an experts module: gives matrix e, made when it is asked for."""
 
-    def __init__(self, module: Any, name: str, matrices: list[Matrix]):
+    def __init__(self, module: Any, name: str, matrices: Sequence[MakesWeight]):
         self.module, self.name, self.matrices = module, name, matrices
 
     def __getitem__(self, e: int) -> Tensor:
@@ -86,18 +106,21 @@ class LatentExperts:
 
 
 @contextmanager
-def latent_experts(modules: dict[str, Any], matrices: dict[str, list[Matrix]]) -> Iterator[None]:
+def latent_experts(
+    modules: dict[str, Any], matrices: Mapping[str, Sequence[MakesWeight]]
+) -> Iterator[None]:
     """These experts modules, by name, make their matrices one by one. matrices: by parameter."""
     with ExitStack() as stack:
         for name, module in modules.items():
             for weight in experts.expert_weights(module):
                 latent = LatentExperts(module, weight, matrices[f"{name}.{weight}"])
-                stack.enter_context(_replaced(module, weight, latent))
+                stack.enter_context(replaced(module, weight, latent))
         yield
 
 
 @contextmanager
-def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """A module with something else in the place of a parameter."""
     parameter = module._parameters.pop(name)
     module.__dict__[name] = value
     try:

@@ -12,14 +12,11 @@ and a few huge ones (attention sinks) must not outweigh the rest. To it comes th
 logits, or tuning would send tokens to other experts (routing.py).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from qmoe.calibration.collect import collecting_experts
 from qmoe.config import QuantConfig
@@ -39,6 +36,7 @@ from qmoe.layer.routing import (
     routes_kept,
 )
 from qmoe.layer.solve import hold
+from qmoe.layer.trainable import as_stored, linear_weights, movable, run_with, running
 from qmoe.model.layerwise import Call
 from qmoe.system.devices import CPU, moved
 
@@ -110,7 +108,7 @@ def tune(
         for target, stack in made.weights.items()
         if isinstance(stack, Quantized)  # codes are not tuned
     }
-    unquantized = {n: p.detach().clone().requires_grad_() for n, p in _unquantized(layer).items()}
+    unquantized = {n: p.detach().clone().requires_grad_() for n, p in movable(layer).items()}
     optimizer, schedule = _optimizer(settings.config, matrices, [*unquantized.values()])
     order = _order(len(calls), steps, settings.config.calibration.seed)
     seen, names, fixed = Seen(), routers(layer), router_parameters(layer)
@@ -118,13 +116,12 @@ def tune(
         torch.enable_grad(),
         latent_experts(layer.experts, matrices),
         collecting_experts(layer.experts, seen.given),
-        _running(layer),
+        running(layer),
     ):
         for i in order:
-            stored = {n: _as_stored(p, settings.stored_dtype(n)) for n, p in unquantized.items()}
-            given = _linear_weights(layer, matrices) | stored
-            inside = {n.removeprefix(f"{layer.name}."): p for n, p in given.items()}
-            output = functional_call(layer.module, inside, *calls[i].moved(device))
+            stored = {n: as_stored(p, settings.stored_dtype(n)) for n, p in unquantized.items()}
+            given = linear_weights(layer, matrices) | stored
+            output = run_with(layer, given, calls[i].moved(device))
             logits = router_logits(seen.inputs, names, fixed | given)
             loss = relative_error(hidden(output), hidden(targets.outputs[i]).to(device))
             loss = loss + LOGITS * logits_error(logits, targets.logits[i])
@@ -160,43 +157,6 @@ def _order(calls: int, steps: int, seed: int) -> list[int]:
     return order
 
 
-def _unquantized(layer: LayerAtHand) -> dict[str, Tensor]:
-    """What stays in 16 bits and may move: norms and routers."""
-    found = router_parameters(layer)
-    for name, module in layer.named_modules():
-        if "norm" in type(module).__name__.lower():
-            own = module.named_parameters(recurse=False)
-            found |= {f"{name}.{key}": p for key, p in own if p.dim() == 1}
-    return found
-
-
-def _as_stored(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded as it will be stored; the gradient passes straight through."""
-    stored = parameter.detach().to(dtype).to(parameter.dtype)
-    return parameter + (stored - parameter).detach()
-
-
-def _linear_weights(layer: LayerAtHand, matrices: dict[str, list[Matrix]]) -> dict[str, Tensor]:
-    owners = {target: target.rpartition(".")[0] for target in matrices}
-    return {
-        target: matrices[target][0].weight()
-        for target, owner in owners.items()
-        if owner not in layer.experts
-    }
-
-
-@contextmanager
-def _running(layer: LayerAtHand) -> Iterator[None]:
-    """Calling the layer's module runs it, though its batches are suspended there."""
-    module: Any = layer.module
-    before = module.forward
-    module.forward = layer.forward
-    try:
-        yield
-    finally:
-        module.forward = before
-
-
 def _put_back(
     layer: LayerAtHand,
     settings: LayerSettings,
@@ -214,5 +174,5 @@ def _put_back(
         hold(layer, target, new)
     for name, value in unquantized.items():
         parameter = layer.parameter(name)
-        parameter.data.copy_(_as_stored(value, settings.stored_dtype(name)).detach())
+        parameter.data.copy_(as_stored(value, settings.stored_dtype(name)).detach())
         made.changed.add(name)

@@ -116,12 +116,24 @@ def check_combination(
         raise ConfigError("statistics: the same folder is given twice")
     if given and config.tune:
         raise ConfigError("tune: runs text through each layer; leave out the saved statistics")
-    if config.tune and distributed.count() > 1:
-        raise ConfigError(f"tune: runs in one process, this is one of {distributed.count()}")
+    if given and config.distill:
+        raise ConfigError("distill: runs text through the model; leave out the saved statistics")
+    for name in ("tune", "distill"):
+        if getattr(config, name) and distributed.count() > 1:
+            raise ConfigError(f"{name}: runs in one process, this is one of {distributed.count()}")
     if given and config.lm_head is not None:
         raise ConfigError("saved statistics do not cover lm_head; leave it out or use text")
     if saved is not None and saved.resolve() == dst.resolve():
         raise ConfigError(f"{dst}: the model and its statistics need different folders")
+
+
+def check_held_out(config: QuantConfig, samples: Int[Tensor, "n L"]) -> None:
+    """Distilling holds out some of the samples, and needs others."""
+    if config.distill and len(samples) < 2:
+        raise ConfigError(
+            f"distill: holds out a part of the samples, and the text gives {len(samples)}; give at "
+            "least 2, or leave the steps out"
+        )
 
 
 def check_seqlen(config: Any, seqlen: int) -> None:

@@ -29,9 +29,11 @@ from qmoe.pipeline.plan import Plan
 from qmoe.pipeline.self_text import CalibrationText
 
 
-def finish(plan: Plan, text: CalibrationText, out: OutputFolder) -> dict[str, Any]:
+def finish(
+    plan: Plan, text: CalibrationText, out: OutputFolder, distilled: dict[str, Any]
+) -> dict[str, Any]:
     """Write what goes beside the shards, audit the folder, and return its report. AuditError if the
-    folder is not what was promised."""
+    folder is not what was promised. distilled: what the report says of that phase, if anything."""
     source = plan.source
     out.write_index()
     left = out.copy_companions(source.folder.path)
@@ -55,6 +57,10 @@ def finish(plan: Plan, text: CalibrationText, out: OutputFolder) -> dict[str, An
         "unpacked_sha256": audit.unpacked_sha256,
         "calibration": _calibration(plan, text),
     }  # fmt: skip
+    if "left_out" in distilled:
+        report["fallbacks"].append(f"the model was not distilled: {distilled['left_out']}")
+    elif distilled:
+        report["distilled"] = distilled
     out.write_json(REPORT, report)
     write_card(out.path, report, metadata, text_below)
     return report

@@ -2,9 +2,11 @@
 
 Counted: the largest layer as it is loaded and solved, what lies outside the layers, the Hessians of
 a few experts with the solver's workspace, and the activations of all calibration text. Only the
-last can wait on disk (system/spill.py). `scripts/bench_quantize.py` prints what a run really took.
+last can wait on disk (system/spill.py), and with it the integers of layers that are distilled.
+`scripts/bench_quantize.py` prints what a run really took.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +16,8 @@ from torch import nn
 from qmoe.config import QuantConfig
 from qmoe.errors import ConfigError
 from qmoe.model import experts
-from qmoe.model.source import Source
+from qmoe.model.schemes import weight_shapes
+from qmoe.model.source import Source, schemes_of
 from qmoe.model.structure import Layer
 from qmoe.solvers.solve import experts_at_once
 from qmoe.system import distributed
@@ -24,6 +27,11 @@ from qmoe.system.sizes import format_size
 TUNING = (
     22  # bytes per weight: the original, a latent value, its gradient, two of Adam's, the weight
 )
+DISTILLING = (
+    4  # bytes per weight of a layer: its matrices as numbers; their gradients are short-lived
+)
+SCALE = 24  # bytes per scale that is distilled: a factor, gradient, two of Adam's, best, stored
+LOGITS = 8  # times the logits of a batch in float32: the original's, ours, logarithms, gradients
 CONTEXT = 1_000_000_000  # CUDA itself, and the activations of one batch
 WORKSPACE = 8  # times the Hessians solved at once
 
@@ -61,7 +69,34 @@ def needed(source: Source, config: QuantConfig, tokens: int, all_hessians: bool 
             * max(map(partial(_dense_inputs, source), source.structure.layers))
             * (tokens // distributed.count())
         )
-    return Need(PROCESS + resident + layer + _solver_bytes(source, config), activations)
+    need = Need(PROCESS + resident + layer + _solver_bytes(source, config), activations)
+    return _with_distilling(source, config, tokens, need) if config.distill else need
+
+
+def _with_distilling(source: Source, config: QuantConfig, tokens: int, need: Need) -> Need:
+    """What distilling takes, which comes after all layers are solved, or what that took if it is
+    more. Integers of all layers, what comes out of the original's last layer, and the inputs of all
+    layers for one batch may wait on disk."""
+    layers = source.structure.layers
+    sizes = [_elements(stage) for stage in source.stages()]
+    text = source.model.config.get_text_config()
+    batch = config.calibration.batch * config.calibration.seqlen
+    outside = 4 * (_elements(source.model) - sum(sizes))
+    scales = sum(_scales(source, layer, config) for layer in layers)
+    logits = 4 * LOGITS * batch * text.vocab_size
+    if config.lm_head is not None:
+        outside += 2 * DISTILLING * text.hidden_size * text.vocab_size
+    fixed = PROCESS + outside + DISTILLING * max(sizes) + SCALE * scales + logits
+    waits = sum(sizes) + 4 * text.hidden_size * (tokens + batch * len(layers))
+    return Need(max(need.fixed, fixed), max(need.activations, waits))
+
+
+def _scales(source: Source, layer: Layer, config: QuantConfig) -> int:
+    return sum(
+        math.prod(shape[:-1]) * scheme.groups(shape[-1])
+        for name, scheme in schemes_of(source, layer, config).items()
+        for _, shape in weight_shapes(source.model, name)
+    )
 
 
 def spills(need: Need, allowed: int | None) -> bool:
@@ -100,6 +135,8 @@ def on_device(source: Source, config: QuantConfig) -> int:
         need += max(_hessian_bytes(source, layer) for layer in source.structure.layers)
     if config.tune:
         need += TUNING * max(map(_elements, source.stages()))
+    if config.distill:  # integers beside them
+        need = max(need, (DISTILLING + 1) * max(map(_elements, source.stages())))
     return need + CONTEXT + _solver_bytes(source, config)
 
 

@@ -25,6 +25,7 @@ from qmoe.system.lock import NAME, Lock
 MARKER = ".qmoe-partial"  # what is being written
 NOTE = ".qmoe-shard-{}.json"  # what was done for a finished shard
 SELF_TEXT = ".qmoe-self-text.safetensors"  # calibration text sampled from the model
+DISTILLED = ".qmoe-distilled.safetensors"  # scales and other values, until all shards have them
 COPY = ".qmoe-copy"  # a small copy of the model while it is sampled from
 # Of what lies in an unfinished folder; another number wherever an older one would be misread.
 LAYOUT = "2"
@@ -64,7 +65,7 @@ class OutputFolder:
         self.leads = distributed.rank() == 0  # of several processes, one writes
         self.finished: frozenset[int] = frozenset()  # shards of an earlier run
         self._weight_map: dict[str, str] = {}
-        self._bytes = 0
+        self._bytes: dict[int, int] = {}
 
     def __enter__(self) -> "OutputFolder":
         refused: OutputError | None = None
@@ -160,11 +161,11 @@ class OutputFolder:
     def _end(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
         if kind is None:
             self.solved_cache.clear()
-            (self.path / SELF_TEXT).unlink(missing_ok=True)
             for copy in self.path.glob(COPY + "*"):
                 shutil.rmtree(copy)
-            for note in self.path.glob(NOTE.format("*")):
-                note.unlink()
+            for own in (SELF_TEXT, DISTILLED, NOTE.format("*")):
+                for file in self.path.glob(own):
+                    file.unlink()
             # In this order: a kill between the two leaves a whole model with one file too many, and
             # not a folder that nothing goes on with.
             self.path.rename(self.dst)
@@ -198,24 +199,21 @@ class OutputFolder:
 
     def records(self) -> list[LayerRecord]:
         """What was done to every shard that was quantized, in order."""
-        records = [note["record"] for note in self._notes().values()]
-        return [LayerRecord.from_json(record) for record in records if record is not None]
+        records = filter(None, (note["record"] for note in self._notes().values()))
+        return list(map(LayerRecord.from_json, records))
 
     def digests(self) -> dict[str, str]:
         """Those of all shards, by parameter."""
-        return {
-            target: digest
-            for note in self._notes().values()
-            for target, digest in note["digests"].items()
-        }
+        each = (note["digests"] for note in self._notes().values())
+        return {target: digest for digests in each for target, digest in digests.items()}
 
     def _notes(self) -> dict[int, dict[str, Any]]:
         """The notes of finished shards, in order."""
-        return {i: self._note(i) for i in range(self.shards) if self._note_path(i).exists()}
+        return {i: self.note(i) for i in range(self.shards) if self._note_path(i).exists()}
 
-    def _note(self, i: int) -> dict[str, Any]:
-        note: dict[str, Any] = json.loads(self._note_path(i).read_text())
-        return note
+    def note(self, i: int) -> dict[str, Any]:
+        """Of a finished shard: its "record" (None if it has none), "digests" and "sha256"."""
+        return dict(json.loads(self._note_path(i).read_text()))
 
     def _note_path(self, i: int) -> Path:
         return self.path / NOTE.format(i)
@@ -230,13 +228,17 @@ class OutputFolder:
                     found[name] = (str(tensor.dtype), list(tensor.shape), tensor.nbytes)
         return found
 
+    def tensors(self, i: int) -> dict[str, Tensor]:
+        """Those of a shard that this run has read or written before, mapped from its file."""
+        return dict(load_file(self.path / self._file(i)))
+
     def read_shard(self, i: int) -> dict[str, Tensor]:
         """The tensors of a finished shard; they count as written."""
         path = self.path / self._file(i)
         try:
-            if sha256(path) != self._note(i)["sha256"]:
+            if sha256(path) != self.note(i)["sha256"]:
                 raise OSError("its checksum does not fit")
-            tensors: dict[str, Tensor] = load_file(path)
+            tensors = self.tensors(i)
         except (OSError, SafetensorError) as error:
             raise OutputError(
                 f"{self.path}: unfinished work is damaged ({path.name}: {error}); remove it"
@@ -268,7 +270,7 @@ class OutputFolder:
 
     def _count(self, i: int, tensors: dict[str, Tensor]) -> None:
         self._weight_map |= dict.fromkeys(tensors, self._file(i))
-        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
+        self._bytes[i] = sum(tensor.nbytes for tensor in tensors.values())
 
     def _replace(self, name: str, text: str) -> None:
         temporary = self.path / f"{name}.tmp"
@@ -280,10 +282,11 @@ class OutputFolder:
 
     def write_index(self) -> None:
         if self.shards > 1:
-            size = {"total_size": self._bytes}
-            self.write_json(
-                INDEX, {"metadata": size, "weight_map": dict(sorted(self._weight_map.items()))}
+            size, where = (
+                {"total_size": sum(self._bytes.values())},
+                sorted(self._weight_map.items()),
             )
+            self.write_json(INDEX, {"metadata": size, "weight_map": dict(where)})
 
     def copy_companions(self, source: Path) -> list[str]:
         """Copy every file without weights (checkpoint/folders.py); returns what is left behind, by

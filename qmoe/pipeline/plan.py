@@ -26,6 +26,7 @@ from qmoe.pipeline.checks import (
     check_codes,
     check_combination,
     check_companions,
+    check_held_out,
     check_space,
     choose_text,
     make_statistics_folder,
@@ -139,6 +140,7 @@ def check(
     samples, notes = torch.empty(0, 0, dtype=torch.long), list[str]()
     if uses_text:
         samples, notes = choose_text(source, tokenizer, config.calibration, text)
+    check_held_out(config, samples)
     sha256 = source.checkpoint.check_finite()
     c = config.calibration
     tokens = samples.numel() + (c.self_samples * c.seqlen if uses_text else 0)

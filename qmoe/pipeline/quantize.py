@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from qmoe.config import QuantConfig, expect
+from qmoe.pipeline.distill import distill
 from qmoe.pipeline.finish import finish
 from qmoe.pipeline.layers import load_outside, outside_layers, quantize_layers
 from qmoe.pipeline.lm_head import collecting_lm_head
-from qmoe.pipeline.output import OutputFolder
+from qmoe.pipeline.output import DISTILLED, OutputFolder
 from qmoe.pipeline.plan import Plan, check
 from qmoe.pipeline.self_text import calibration_text
 from qmoe.system import distributed
@@ -83,10 +84,12 @@ def _carry_out(plan: Plan, quantize_copy: Callable[..., Any]) -> dict[str, Any]:
     with OutputFolder(plan.dst, plan.shards, plan.fingerprint(), plan.save_statistics) as out:
         text = calibration_text(plan, out, quantize_copy)
         changed = load_outside(plan)
-        with collecting_lm_head(plan, text) as lm_head:
-            for shard in quantize_layers(plan, text, out):
-                out.write_shard(shard)
-                del shard  # or its tensors would be in memory beside the next layer
-        out.write_shard(outside_layers(plan, changed, lm_head))
-        report = finish(plan, text, out) if out.leads else {}
+        if not (out.path / DISTILLED).exists():
+            with collecting_lm_head(plan, text) as lm_head:
+                for shard in quantize_layers(plan, text, out):
+                    out.write_shard(shard)
+                    del shard  # or its tensors would be in memory beside the next layer
+            out.write_shard(outside_layers(plan, changed, lm_head))
+        distilled = distill(plan, text, out) if plan.config.distill else {}
+        report = finish(plan, text, out, distilled) if out.leads else {}
     return distributed.broadcast(report)

@@ -61,6 +61,12 @@ def _packed(source: Source, target: str, quantized: Quantized) -> dict[str, Tens
     return out
 
 
+def scale_tensors(source: Source, target: str, scale: Tensor) -> dict[str, Tensor]:
+    """The scales [E, N, G] of a quantized stack, as they are stored."""
+    named = packed_names(source.model, target, scale[0] if target.endswith(".weight") else scale)
+    return {f"{name}_scale": part.contiguous() for name, part in named.items()}
+
+
 def _coded(source: Source, target: str, stack: Trellis) -> dict[str, Tensor]:
     count, E = len(stack.parts), len(stack.scale)
     single = target.endswith(".weight")

@@ -53,7 +53,7 @@ def _presets() -> list[Method]:
 
 
 def _variants() -> list[Method]:
-    """`balanced` without one of its pieces each, rotated, and with ten times its text."""
+    """`balanced` without one of its pieces each, distilled, rotated, with ten times its text."""
     given_text = ("--self-samples", "0", "--samples", "128")
     changes = {
         "without refit": ("--set", "refit=false"),
@@ -64,6 +64,7 @@ def _variants() -> list[Method]:
         "without self-samples and borrowing": (*given_text, "--set", "min_tokens=0"),
         # As many borrowed tokens as there are: every expert's Hessian is mostly the layer's.
         "without self-samples, borrowing all": (*given_text, "--set", "min_tokens=32768"),
+        "distilled": ("--set", "distill=100"),
         "rotated at run time": ("--rotate", "online"),
         "with a fused rotation": ("--rotate", "fused"),
         "with ten times the text": ("--self-samples", "640", "--samples", "640"),

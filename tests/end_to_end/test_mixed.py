@@ -134,8 +134,8 @@ def test_widths_that_are_alike_are_the_scheme(tmp_path, short):
 
 
 @pytest.mark.slow
-def test_tuning_keeps_each_width(tmp_path, short):
-    qmoe.quantize(short, tmp_path / "out", mixed(tune=2), progress=False)
+def test_tuning_and_distilling_keep_each_width(tmp_path, short):
+    qmoe.quantize(short, tmp_path / "out", mixed(tune=2, distill=1), progress=False)
     model, _ = qmoe.load(tmp_path / "out", torch.float32, progress=False)
     assert logits(model).isfinite().all()
 

@@ -1,6 +1,7 @@
 """Layers run and solved on a device of their own, which is pretended: see pretend_device.py."""
 
 from collections import OrderedDict, namedtuple
+from dataclasses import replace
 
 import pretend_device
 import pytest
@@ -92,6 +93,18 @@ def test_so_it_does_with_grouped_routing_and_bf16(demo, tmp_path, there):
 def test_so_it_does_with_experts_that_are_modules(demo, tmp_path, there):
     save("deepseek", tmp_path / "source", demo)
     check(tmp_path / "source", FAST, tmp_path, trust_remote_code=True)
+
+
+@pytest.mark.slow
+def test_distilling_on_a_device_comes_to_what_the_cpu_comes_to(demo, tmp_path, there):
+    source = save_random("qwen2_moe", tmp_path / "source", demo, torch.float32)
+    config = replace(FAST, distill=3)
+    here = qmoe.quantize(source, tmp_path / "here", config, progress=False)
+    pretend_device.operations.clear()
+    away = qmoe.quantize(source, tmp_path / "there", config, device="cuda", progress=False)
+    curves = [list(report["distilled"]["held_out_kl"].values()) for report in (here, away)]
+    assert curves[1] == pytest.approx(curves[0], rel=3e-3)
+    assert pretend_device.operations["aten::_softmax_backward_data"]
 
 
 @pytest.mark.slow

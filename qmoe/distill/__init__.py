@@ -1,0 +1,1 @@
+"""Distilling a solved model against the original's predictions."""
