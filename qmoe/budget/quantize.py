@@ -150,7 +150,7 @@ def measured(plan: Plan, folder: Path, quantize_copy: Callable[..., Any]) -> Mea
     """The measurements in a folder, made first if they are not there. Raises ConfigError for those
     of another model, text or settings."""
     told = plan.fingerprint()
-    left = ("statistics", "widths", "target", "tune", "refit")  # which play no part
+    left = ("statistics", "widths", "target", "tune", "distill", "refit")  # which play no part
     about = {key: value for key, value in told.items() if key not in left}
     if not folder.exists():
         check_destination(folder, 0)
