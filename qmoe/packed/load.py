@@ -17,6 +17,7 @@ from qmoe.packed.audit import audit_model, audit_unpacked
 from qmoe.packed.loaded import guard
 from qmoe.packed.quantizer import attach
 from qmoe.packed.skeleton import open_packed
+from qmoe.plan.run_plan import RunPlan
 from qmoe.runtime.attention import fuse_attention
 from qmoe.runtime.fill import fill
 from qmoe.runtime.run_on import RunOn, usable_device
@@ -37,6 +38,7 @@ class Loading:
     trust_remote_code: bool = False
     activations: Activations = "int8"
     cache: bool = True
+    plan: bool | str | Path = False
 
     def __call__(self, path: str | Path) -> Any:
         """The model alone."""
@@ -51,6 +53,7 @@ def load(
     *,
     device: str | torch.device = "cpu",
     expert_memory: str | int | None = None,
+    plan: bool | str | Path = False,
     activations: Activations = "int8",
     cache: bool = True,
     progress: bool = True,
@@ -68,6 +71,9 @@ def load(
     expert_memory: the GPU's memory for routed experts, in bytes or as a size ("6GB"). If they need
         more they stay in pinned host memory, and those in use are copied to the GPU
         (qmoe/runtime/offload.py). None keeps all of them on the GPU.
+    plan: True for the plan in the folder, which `quantize_to_size` wrote for a GPU's memory, or the
+        path of one that `qmoe plan --save` wrote. The experts that see most tokens lie on the GPU
+        then, and the CPU computes the others beside it (qmoe/runtime/hybrid.py).
     activations: "int8" rounds the inputs of packed products on a CPU to 8 bits per token and 32
         features, which is several times faster; "bf16" takes them as they are. Models in float32
         and models on a GPU always do.
@@ -82,8 +88,8 @@ def load(
 
     Returns a transformers model and a transformers tokenizer. Layers are loaded and repacked one at
     a time, so memory stays near the checkpoint's size. Raises CheckpointError for a folder that is
-    not a complete quantized model, ConfigError for a device that is not there, and AuditError if
-    anything is left unpacked or without data.
+    not a complete quantized model, ConfigError for a device that is not there and for a plan that
+    needs more memory than is free, and AuditError if anything is left unpacked or without data.
     """
     if activations not in get_args(Activations):
         raise ConfigError(
@@ -93,11 +99,18 @@ def load(
     run_on = usable_device(device)
     if memory is not None and not uses_arena(run_on):
         raise ConfigError(f"expert_memory: is of use with a GPU only, the device is {device}")
+    if memory is not None and plan:
+        raise ConfigError("expert_memory: the plan says how much; leave out one of them")
     chosen = _dtype(dtype)
     with shown(progress):
-        home = None if memory is None else torch.device("cpu")
+        folder, hybrid = ModelFolder.find(path, trust_remote_code, **hub), False
+        if plan:
+            given = folder.path if plan is True else Path(plan).expanduser()
+            found = RunPlan.read(given)
+            found.check(run_on, given)
+            memory, hybrid = found.expert_memory, found.hybrid
+        home = None if memory is None or hybrid else torch.device("cpu")
         run = RunOn(run_on, home, exact=activations == "bf16", cache=cache)
-        folder = ModelFolder.find(path, trust_remote_code, **hub)
         return _load(folder, chosen, run, memory, attn_implementation)
 
 

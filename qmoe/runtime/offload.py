@@ -40,7 +40,7 @@ def offload_experts(
             f"expert_memory: {format_size(expert_memory)} hold {slots} experts of each layer, a "
             f"token chooses {least}; give {need} bytes or more"
         )
-    counts = _calibration_counts(folder)
+    counts = calibration_counts(folder)
     previous: SlotStack | None = None
     for name, module in modules.items():
         stack = SlotStack(module.qmoe_arena, slots, device)
@@ -52,7 +52,7 @@ def offload_experts(
         previous = stack
 
 
-def _calibration_counts(folder: Path) -> dict[str, list[float]]:
+def calibration_counts(folder: Path) -> dict[str, list[float]]:
     """Calibration tokens of each expert, by the name of their module; none for plain rounding."""
     path = folder / "qmoe_report.json"
     report = read_json(path) if path.is_file() else {"layers": []}
