@@ -31,6 +31,7 @@ from qmoe.pipeline.output import OutputFolder
 from qmoe.pipeline.plan import Plan, check
 from qmoe.pipeline.quantize import quantize
 from qmoe.pipeline.self_text import calibration_text
+from qmoe.plan.run_plan import FILE as RUN_PLAN
 from qmoe.system import distributed
 from qmoe.system.files import write_json
 from qmoe.system.progress import shown
@@ -43,25 +44,30 @@ ANY = 4  # bits of the settings that are measured with; widths take their place
 class Budget:
     """size: bytes of the weight files, as a number or a size ("14GB"). bits: instead, of a
     quantized weight on average, scales and zero points counted. vram: instead, of a GPU's memory
-    that holds all of the model, and the cache of a sequence of `context` tokens. guard_text:
-    held-out text on which the result is compared with the uniform one of the same bytes."""
+    that holds all of the model, and the cache of a sequence of `context` tokens. ram: beside vram,
+    bytes of host memory for routed experts that the GPU does not hold. guard_text: held-out text on
+    which the result is compared with the uniform one of the same bytes."""
 
     size: str | int | None = None
     bits: float | None = None
     vram: str | int | None = None
     context: int = 8192
+    ram: str | int | None = None
     guard_text: str | list[str] = "heldout"
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.size, self.bits, self.vram)) != 1:
             raise ConfigError("budget: give one of a size, an average of bits, or a GPU's memory")
+        if self.ram is not None and self.vram is None:
+            raise ConfigError("ram: goes with vram, the memory of the GPU")
         if self.bits is not None:
             expect("bits", self.bits, float, int)
 
     def of(self, plan: Plan) -> tuple[Memory, int]:
         """Where bytes are counted, and how many may be taken there."""
         if self.vram is not None:
-            memory = Gpu(plan.source, self.context)
+            ram = None if self.ram is None else parse_size("ram", self.ram)
+            memory = Gpu(plan.source, self.context, ram)
             return memory, memory.usable(parse_size("vram", self.vram))
         disk = Disk(plan.source)
         if self.bits is not None:
@@ -114,7 +120,14 @@ def quantize_to_size(
         chosen = choose(memory, base, found, limit)
         rival = uniform(memory, base, limit)
         make = partial(quantize, src, progress=progress, **how)
-        return _guarded(plan, chosen, rival, text, notes, make)
+        report = _guarded(plan, chosen, rival, text, notes, make)
+        if isinstance(memory, Gpu) and budget.vram is not None:
+            written, nbytes = chosen.config, chosen.nbytes
+            if rival is not None and report["budget"]["written"] == "uniform":
+                written, nbytes = rival, memory.total(rival)
+            how_to_run = memory.plan(written, nbytes, parse_size("vram", budget.vram))
+            how_to_run.write(dst / RUN_PLAN)
+        return report
 
 
 def base_config(config: QuantConfig) -> QuantConfig:

@@ -62,6 +62,7 @@ def _loading(args: argparse.Namespace, dtype: torch.dtype | None) -> Loading:
         args.trust_remote_code,
         args.activations,
         cache=not args.no_cache,
+        plan=args.plan or False,
     )
 
 
@@ -121,7 +122,7 @@ def _with_conditions(
     args: argparse.Namespace, folder: Path, result: dict[str, Any]
 ) -> dict[str, Any]:
     """The figures of `qmoe bench` with what they depend on, and what the plan of the model says."""
-    keys = ("prompt", "tokens", "batch", "device", "activations", "expert_memory")
+    keys = ("prompt", "tokens", "batch", "device", "activations", "expert_memory", "plan")
     settings = {key: getattr(args, key) for key in keys} | {"threads": torch.get_num_threads()}
     processor = cpu()
     found = {

@@ -39,6 +39,12 @@ def loading_options(p: argparse.ArgumentParser) -> None:
         help=f"GPU memory for routed experts, {SIZE_HELP}; the others wait in host memory",
     )
     p.add_argument(
+        "--plan",
+        metavar="FILE",
+        help="run as planned: a file of qmoe plan --save, or a folder of quantize --vram; hot "
+        "experts lie on the GPU, and the CPU computes the others",
+    )
+    p.add_argument(
         "--activations",
         choices=["int8", "bf16"],
         default="int8",

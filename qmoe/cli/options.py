@@ -185,6 +185,9 @@ def _plan_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--context", type=int, default=8192, help="tokens of a sequence")
     p.add_argument("--batch", type=int, default=1, help="sequences at once")
+    p.add_argument(
+        "--save", metavar="FILE", help="write the plan there, for --plan of bench and eval"
+    )
     given = p.add_argument_group(
         "settings of quantize", f"{SETTINGS}Bits and group size that are given are not chosen."
     )

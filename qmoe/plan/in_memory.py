@@ -157,6 +157,15 @@ def gpu_matrices(parts: Sequence[Stack]) -> "list[Matrix]":
     return matrices
 
 
+def expert_sizes(parts: Sequence[Stack], dtype: torch.dtype) -> list[int]:
+    """Bytes of each expert of a module in the layout of the GPU's kernels, whatever its widths."""
+    from qmoe.kernels.arena import expert_bytes
+
+    matrices = gpu_matrices(parts)
+    each = zip(*(part.each_width() for part in parts), strict=True)
+    return [expert_bytes(matrices, bits, dtype) for bits in each]
+
+
 def _on_cpu(parts: Sequence[Stack], dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of an expert's integers and of its scales (kernels/cpu/layout.py)."""
     integers = total = 0

@@ -7,7 +7,7 @@ from qmoe.errors import ConfigError
 from qmoe.kernels.cpu.stack import uses_cpu_kernels
 from qmoe.kernels.placement import hottest
 from qmoe.model.source import Source
-from qmoe.plan.in_memory import gpu_matrices
+from qmoe.plan.in_memory import expert_sizes
 from qmoe.plan.sizes import Stack
 from qmoe.runtime.offload import calibration_counts
 from qmoe.runtime.run_on import RunOn
@@ -53,21 +53,12 @@ def place_experts(source: Source, run: RunOn, memory: int) -> RunOn:
 
 def _expert_bytes(module: Any, name: str, layer: str) -> list[int]:
     """Bytes of each expert in the layout of the GPU's kernels."""
-    from qmoe.kernels.arena import expert_bytes
-
     declared: dict[str, Declared] = module._qmoe_stored
-    parts = [
-        Stack(f"{name}.{weight}", layer, _stack_shape(d), d.parts, d.scheme, True, d.widths)
-        for weight, d in declared.items()
-    ]
-    matrices, dtype = gpu_matrices(parts), next(iter(declared.values())).dtype
-    bits = zip(*(part.each_width() for part in parts), strict=True)
-    return [expert_bytes(matrices, each, dtype) for each in bits]
-
-
-def _stack_shape(declared: Declared) -> tuple[int, int, int]:
-    E, N, K = declared.shape
-    return E, N, K
+    parts = []
+    for weight, d in declared.items():
+        E, N, K = d.shape
+        parts.append(Stack(f"{name}.{weight}", layer, (E, N, K), d.parts, d.scheme, True, d.widths))
+    return expert_sizes(parts, next(iter(declared.values())).dtype)
 
 
 def measure_rates(model: Any) -> None:
