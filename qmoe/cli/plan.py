@@ -15,6 +15,7 @@ from qmoe.plan.choose import AT_ONCE, Candidate, describe, measure, schemes
 from qmoe.plan.choose import plan as choose
 from qmoe.plan.placement import Budget
 from qmoe.plan.run_plan import RunPlan
+from qmoe.runtime.int8_cache import to_int8
 from qmoe.system.host_memory import room
 from qmoe.system.sizes import format_size, parse_size
 
@@ -33,16 +34,17 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     with find_headers(args.src, args.trust_remote_code) as folder:
         source = open_source(folder, torch.float32)
         configs = schemes(source, config, fixed.get("bits"), fixed.get("group_size"))
-        run = measure(source, args.context, args.batch)
+        run = measure(source, args.context, args.batch, to_int8 if args.kv == "int8" else None)
         found = choose(source, configs, budget, run, args.batch)
     chosen = found.chosen
     if args.save is not None:
-        made = RunPlan.of(chosen.placement, budget, args.context, args.batch)
+        made = RunPlan.of(chosen.placement, budget, args.context, args.batch, args.kv)
         made.write(Path(args.save).expanduser())
     return {
         "model": str(args.src),
         "context": args.context,
         "batch": args.batch,
+        "kv": args.kv,
         "vram": budget.gpu,
         "ram": budget.host,
         "ram_is": budget.host_is,
@@ -79,6 +81,8 @@ def _commands(args: argparse.Namespace, chosen: Candidate, gpu: bool) -> list[st
         run += ["--plan", args.save or "FILE"]
     elif chosen.placement.expert_memory is not None:
         run += ["--expert-memory", f"{chosen.placement.expert_memory}B"]
+    if args.kv == "int8" and "--plan" not in run:
+        run += ["--kv", args.kv]
     return [shlex.join(quantize), shlex.join(run)]
 
 

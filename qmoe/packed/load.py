@@ -10,6 +10,7 @@ from qmoe.checkpoint.folders import HubOptions
 from qmoe.checkpoint.model_config import generation_config
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.checkpoint.tokenizer import has_tokenizer
+from qmoe.config import Kv
 from qmoe.errors import ConfigError
 from qmoe.kernels import uses_arena
 from qmoe.model.source import check_complete
@@ -20,6 +21,7 @@ from qmoe.packed.skeleton import open_packed
 from qmoe.plan.run_plan import RunPlan
 from qmoe.runtime.attention import fuse_attention
 from qmoe.runtime.fill import fill
+from qmoe.runtime.int8_cache import keep_caches_in_int8
 from qmoe.runtime.run_on import RunOn, usable_device
 from qmoe.system.host_memory import return_freed
 from qmoe.system.progress import is_shown, shown
@@ -39,6 +41,7 @@ class Loading:
     activations: Activations = "int8"
     cache: bool = True
     plan: bool | str | Path = False
+    kv: Kv = "bf16"
 
     def __call__(self, path: str | Path) -> Any:
         """The model alone."""
@@ -54,6 +57,7 @@ def load(
     device: str | torch.device = "cpu",
     expert_memory: str | int | None = None,
     plan: bool | str | Path = False,
+    kv: Kv = "bf16",
     activations: Activations = "int8",
     cache: bool = True,
     progress: bool = True,
@@ -74,6 +78,9 @@ def load(
     plan: True for the plan in the folder, which `quantize_to_size` wrote for a GPU's memory, or the
         path of one that `qmoe plan --save` wrote. The experts that see most tokens lie on the GPU
         then, and the CPU computes the others beside it (qmoe/runtime/hybrid.py).
+    kv: "int8" keeps the keys and values of a cache in 8 bits, where whole ones are kept
+        (qmoe/runtime/int8_cache.py); "bf16" keeps them as the model computes them, unless the plan
+        says int8.
     activations: "int8" rounds the inputs of packed products on a CPU to 8 bits per token and 32
         features, which is several times faster; "bf16" takes them as they are. Models in float32
         and models on a GPU always do.
@@ -91,10 +98,8 @@ def load(
     not a complete quantized model, ConfigError for a device that is not there and for a plan that
     needs more memory than is free, and AuditError if anything is left unpacked or without data.
     """
-    if activations not in get_args(Activations):
-        raise ConfigError(
-            f"activations: expected one of {get_args(Activations)}, got {activations!r}"
-        )
+    _check_choice("activations", activations, get_args(Activations))
+    _check_choice("kv", kv, get_args(Kv))
     memory = None if expert_memory is None else parse_size("expert_memory", expert_memory)
     run_on = usable_device(device)
     if memory is not None and not uses_arena(run_on):
@@ -109,9 +114,18 @@ def load(
             found = RunPlan.read(given)
             found.check(run_on, given)
             memory, hybrid = found.expert_memory, found.hybrid
+            kv = found.kv if kv == "bf16" else kv
         home = None if memory is None or hybrid else torch.device("cpu")
         run = RunOn(run_on, home, exact=activations == "bf16", cache=cache)
-        return _load(folder, chosen, run, memory, attn_implementation)
+        model, tokenizer = _load(folder, chosen, run, memory, attn_implementation)
+        if kv == "int8":
+            keep_caches_in_int8(model)
+        return model, tokenizer
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}: expected one of {choices}, got {value!r}")
 
 
 def _dtype(value: torch.dtype | str | None) -> torch.dtype | None:

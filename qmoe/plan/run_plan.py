@@ -2,10 +2,12 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from qmoe.checkpoint.folders import read_json
+from qmoe.config import Kv
 from qmoe.errors import CheckpointError, ConfigError
 from qmoe.plan.placement import CUDA, CUDA_HOST, Budget, Placement
 from qmoe.system.files import write_json
@@ -21,7 +23,7 @@ class RunPlan:
     sequence, and sequences. gpu, host: that loading and running take beyond what CUDA and the
     process take themselves. expert_memory: of the GPU for routed experts, None where all lie in the
     memory that computes. hybrid: whether the CPU computes the experts that are not on the GPU; they
-    are copied to slots otherwise."""
+    are copied to slots otherwise. kv: see above."""
 
     vram: int | None
     ram: int
@@ -31,9 +33,12 @@ class RunPlan:
     host: int
     expert_memory: int | None
     hybrid: bool
+    kv: Kv = "bf16"
 
     @classmethod
-    def of(cls, placement: Placement, budget: Budget, context: int, batch: int) -> "RunPlan":
+    def of(
+        cls, placement: Placement, budget: Budget, context: int, batch: int, kv: Kv
+    ) -> "RunPlan":
         """What a placement that fits comes to."""
         gpu, host = placement.total()
         on_gpu = budget.gpu is not None
@@ -46,6 +51,7 @@ class RunPlan:
             host - PROCESS - (CUDA_HOST if on_gpu else 0),
             placement.expert_memory,
             placement.hybrid,
+            kv,
         )
 
     def write(self, path: Path) -> None:
@@ -65,10 +71,11 @@ class RunPlan:
         kinds = {
             name: (int, type(None)) if name in ("vram", "expert_memory") else (int,)
             for name in cls.__dataclass_fields__
-        } | {"hybrid": (bool,)}
+        } | {"hybrid": (bool,), "kv": (str,)}
         for name, kind in kinds.items():
             value = found.get(name, "missing")
-            if type(value) not in kind or (type(value) is int and value < 0):
+            wrong = type(value) not in kind or (type(value) is int and value < 0)
+            if wrong or (name == "kv" and value not in get_args(Kv)):
                 raise CheckpointError(f"{file}: {name} is {value!r:.100}; make the plan again")
         return cls(**{name: found[name] for name in kinds})
 
