@@ -8,6 +8,7 @@ that all layers share, whichever is faster for their rows (placement.py).
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -85,7 +86,7 @@ class HybridStack(nn.Module):
             self.hot = ArenaStack(stacks, dtype, device, activation, paired, only=self.ids["hot"])
         # In lists: not submodules, never moved.
         self.cold: list[ArenaStack] = []
-        self.cpu: list[CpuStack] = []
+        self.beside: list[CpuStack] = []
         self.host_biases: Biases | None = None
         if cold:
             arena = ArenaStack(stacks, dtype, device, activation, paired, HOST, cold)
@@ -94,7 +95,9 @@ class HybridStack(nn.Module):
             each = [stack.matrices() for stack in stacks]
             own = [[stack[e] for e in cold] for stack in each]
             self.cold.append(arena)
-            self.cpu.append(CpuStack(own, dtype, activation, how.exact or dtype == torch.float32))
+            self.beside.append(
+                CpuStack(own, dtype, activation, how.exact or dtype == torch.float32)
+            )
             self.ranges = arena.arena.ranges()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -119,11 +122,11 @@ class HybridStack(nn.Module):
         given = [part.to(HOST) for part in (x, cold, gates)] if computed else []
         parts = []
         if self.hot is not None:
-            mine = tuple(_of(bias, self.ids["hot"]) for bias in biases)
-            parts.append(self.hot.experts(x, hot, gates, activation, mine))
+            own = _of(biases, self.ids["hot"])
+            parts.append(self.hot.experts(x, hot, gates, activation, own))
         if copied:
-            mine = tuple(_of(bias, self.ids["cold"]) for bias in biases)
-            parts += self._streamed(copied, (x, cold, gates), activation, mine)
+            own = _of(biases, self.ids["cold"])
+            parts += self._streamed(copied, (x, cold, gates), activation, own)
         if computed:
             y = self._on_cpu(computed, given, activation, biases, x.device)
             parts.append(y.to(x.device, non_blocking=True))
@@ -176,7 +179,7 @@ class HybridStack(nn.Module):
         """What experts add that the CPU computes, [T, H2] in host memory."""
         x, cold, gates = given
         if self.host_biases is None:
-            first, second = (_of(bias, self.ids["cold"]) for bias in biases)
+            first, second = _of(biases, self.ids["cold"])
             self.host_biases = (
                 None if first is None else first.to(HOST),
                 None if second is None else second.to(HOST),
@@ -188,7 +191,7 @@ class HybridStack(nn.Module):
             # A family's own activation may have parameters, which lie on the device.
             return activation(product.to(device)).to(HOST)
 
-        return self.cpu[0].experts(x, mine, gates, between, self.host_biases)
+        return self.beside[0].experts(x, mine, gates, between, self.host_biases)
 
     def packed_bytes(self) -> int:
         """Bytes of packed integers, each expert counted once."""
@@ -197,15 +200,17 @@ class HybridStack(nn.Module):
 
     def nbytes(self) -> int:
         """Bytes on the device and in host memory; slots that layers share are not counted."""
-        stacks = [*([self.hot] if self.hot is not None else []), *self.cold, *self.cpu]
+        stacks = [*([self.hot] if self.hot is not None else []), *self.cold, *self.beside]
         return sum(stack.nbytes() for stack in stacks) + int(self.placed.nbytes)
 
     def extra_repr(self) -> str:
         return f"{len(self.ids['hot'])} experts on the GPU, {len(self.ids['cold'])} in host memory"
 
 
-def _of(bias: Tensor | None, ids: Sequence[int]) -> Tensor | None:
-    return None if bias is None else bias[ids]
+def _of(biases: Biases, ids: Sequence[int]) -> Biases:
+    """Those of some experts."""
+    first, second = biases
+    return (None if first is None else first[ids], None if second is None else second[ids])
 
 
 def measured_rates(device: torch.device, stack: CpuStack, hidden: int, nbytes: float) -> Rates:
@@ -220,7 +225,7 @@ def measured_rates(device: torch.device, stack: CpuStack, hidden: int, nbytes: f
     for rows in (1, 33):
         x, gates = torch.randn(rows, hidden).to(dtype), torch.ones(rows, E)
         ids = every.expand(rows, E).contiguous()
-        seconds.append(_seconds(lambda x=x, ids=ids, gates=gates: _compute(stack, x, ids, gates)))
+        seconds.append(_seconds(partial(_compute, stack, x, ids, gates)))
     read = seconds[0] / (E * nbytes)
     row = max(0.0, seconds[1] - seconds[0]) / (32 * E * nbytes)
     if device.type != "cuda":

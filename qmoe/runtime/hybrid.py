@@ -70,5 +70,5 @@ def measure_rates(model: Any) -> None:
         if isinstance(stack, HybridStack) and stack.cold:
             hidden, device = stack.cold[0].matrices[0].k, stack.how.staging.buffer.device
             nbytes = max(length for _, length in stack.ranges)
-            stack.how.staging.rates = measured_rates(device, stack.cpu[0], hidden, nbytes)
+            stack.how.staging.rates = measured_rates(device, stack.beside[0], hidden, nbytes)
             return

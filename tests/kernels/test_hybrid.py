@@ -140,13 +140,13 @@ def test_each_expert_lies_on_the_device_or_in_host_memory():
     )
     assert hybrid.packed_bytes() == whole.packed_bytes()
     moved = [name for name, _ in hybrid.named_buffers()]
-    assert not any(name.startswith(("cold", "cpu")) for name in moved)
+    assert not any(name.startswith(("cold", "beside")) for name in moved)
 
 
 def test_rates_are_those_of_this_machine():
     _, hybrid = made([3, 7], ON_CPU)
     nbytes = hybrid.ranges[0][1]
     with torch.device("cpu"):
-        rates = measured_rates(DEVICE, hybrid.cpu[0], H, nbytes)
+        rates = measured_rates(DEVICE, hybrid.beside[0], H, nbytes)
     assert 0 < rates.read < 1e-3 and 0 <= rates.row < rates.read
     assert rates.known.startswith("measured")
