@@ -18,6 +18,7 @@ import torch
 
 from qmoe.budget.choose import Chosen, all_in, choose, uniform
 from qmoe.budget.guard import GuardText, batches_of, divergences
+from qmoe.budget.kept_layers import forget_layers
 from qmoe.budget.measure import measure
 from qmoe.budget.measurements import FILE, Measurements
 from qmoe.budget.memory import Disk, Gpu, Memory, average_bits, bytes_for
@@ -163,9 +164,11 @@ def measured(plan: Plan, folder: Path, quantize_copy: Callable[..., Any]) -> Mea
     about = {key: value for key, value in told.items() if key not in left}
     if not folder.exists():
         check_destination(folder, 0)
-        with OutputFolder(folder, 0, about) as out:
-            text = calibration_text(plan, out, quantize_copy)
-            out.write_json(FILE, measure(plan, text, about).to_json())
+        with OutputFolder(folder, len(plan.source.structure.layers), about) as out:
+            if not (out.path / FILE).exists():
+                text = calibration_text(plan, out, quantize_copy)
+                out.write_json(FILE, measure(plan, text, about, out).to_json())
+            forget_layers(out)
     found = Measurements.read(folder)
     found.check(about, folder)
     return found
