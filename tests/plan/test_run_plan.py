@@ -21,13 +21,13 @@ def test_what_is_written_is_read(tmp_path):
 def test_what_cuda_and_the_process_take_is_not_asked_for_again():
     parts = [Part("CUDA itself", CUDA, CUDA_HOST), Part("Python", 0, PROCESS), Part("x", 70, 30)]
     placement = Placement(parts, None, 50, 0.5, (1, 1), (0, 0), True)
-    found = RunPlan.of(placement, Budget(10**9, 10**10), 64, 2)
-    assert found == RunPlan(10**9, 10**10, 64, 2, 70, 30, 50, True)
+    found = RunPlan.of(placement, Budget(10**9, 10**10), 64, 2, "int8")
+    assert found == RunPlan(10**9, 10**10, 64, 2, 70, 30, 50, True, "int8")
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"vram": "12GB"}, {"host": -1}, {"hybrid": 1}, {"context": None}, {"gpu": 1.5}],
+    [{"vram": "12GB"}, {"host": -1}, {"hybrid": 1}, {"context": None}, {"gpu": 1.5}, {"kv": "fp8"}],
     ids=str,
 )
 def test_a_damaged_plan_is_refused_by_its_field(tmp_path, change):

@@ -1,11 +1,15 @@
 """A cache in 8 bits beside transformers' own."""
 
+from typing import get_args
+
 import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
 import qmoe
+from qmoe.config import Kv
 from qmoe.errors import ConfigError
+from qmoe.packed.load import _check_choice
 from qmoe.runtime.int8_cache import Int8Layer, decode, encode, to_int8
 
 
@@ -91,6 +95,6 @@ def test_a_model_that_keeps_its_cache_in_8_bits(quantized_short):
     assert made.shape == (1, 34)
 
 
-def test_another_cache_is_refused_by_name(quantized_short):
+def test_another_cache_is_refused_by_name():
     with pytest.raises(ConfigError, match=r"kv: expected one of \('bf16', 'int8'\), got 'fp8'"):
-        qmoe.load(quantized_short, progress=False, kv="fp8")
+        _check_choice("kv", "fp8", get_args(Kv))
