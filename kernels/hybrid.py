@@ -200,8 +200,9 @@ class HybridStack(nn.Module):
 
     def nbytes(self) -> int:
         """Bytes on the device and in host memory; slots that layers share are not counted."""
-        stacks = [*([self.hot] if self.hot is not None else []), *self.cold, *self.beside]
-        return sum(stack.nbytes() for stack in stacks) + int(self.placed.nbytes)
+        arenas = [*([self.hot] if self.hot is not None else []), *self.cold]
+        on_cpu = sum(stack.nbytes() for stack in self.beside)
+        return sum(arena.nbytes() for arena in arenas) + on_cpu + int(self.placed.nbytes)
 
     def extra_repr(self) -> str:
         return f"{len(self.ids['hot'])} experts on the GPU, {len(self.ids['cold'])} in host memory"

@@ -12,7 +12,7 @@ that was stopped solves nothing twice; text and probes run through its layers ag
 Left out: refitting and tuning, which come when the choice is made.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from qmoe.budget.kept_layers import keep_layer, kept_layer
+from qmoe.budget.lm_head import LmHead
 from qmoe.budget.measurements import PROBE, Measured, Measurements
 from qmoe.budget.solve_all import Solution, laid_out, solve_experts, solve_linear
 from qmoe.errors import CalibrationError
@@ -29,6 +30,7 @@ from qmoe.layer import unfused
 from qmoe.layer.at_hand import LayerAtHand, LayerSettings
 from qmoe.layer.statistics import collect_statistics
 from qmoe.model import experts
+from qmoe.model.hooks import hooked
 from qmoe.model.layerwise import Call, Finished, Waiting, suspended
 from qmoe.model.skeleton import inputs_of
 from qmoe.model.source import schemes_of
@@ -73,23 +75,31 @@ def measure(
     is found of each layer is kept. Raises CalibrationError if the model predicts nothing on the
     probes."""
     load_outside(plan)
-    settings = layer_settings(plan, text, None)
+    settings, head = layer_settings(plan, text, None), LmHead.of(plan)
     model, batches = plan.source.model, text.batches(plan.config.calibration)
     layers = plan.source.structure.layers
-    probes = Probes(len(batches), [g for i in range(len(layers)) for g in _groups(plan, i)])
+    groups = [g for i in range(len(layers)) for g in _groups(plan, i)]
+    probes = Probes(len(batches), groups if head is None else [*groups, head.name])
     ids = [*batches, *[_probe(plan)] * (1 + len(probes.groups))]
     passes = suspended(model, plan.source.stages(), [inputs_of(model, each) for each in ids])
     bar, parts, done = iter(progress(layers, "measuring layers")), list[Measured](), 0
-    for event in passes:
-        if isinstance(event, Finished):
-            probes.finished(done, event.output.logits)
-            done += 1
-        else:
-            next(bar)
-            found, outputs = _layer(plan, settings, event, probes, out)
-            parts += found
-            event.go_on(outputs)
+    with hooked([] if head is None else [(head.module, head.collect)]):
+        for event in passes:
+            if isinstance(event, Finished):
+                probes.finished(done, event.output.logits)
+                done += 1
+                if head is not None and done == len(batches):
+                    parts.append(head.solve(settings))
+                if head is not None and done == len(ids) - 1:
+                    head.swap()  # for the last probe
+            else:
+                next(bar)
+                found, outputs = _layer(plan, settings, event, probes, out)
+                parts += found
+                event.go_on(outputs)
     next(bar, None)  # lets the progress bar close
+    if head is not None:
+        head.swap()
     wrong = [group for group, kl in probes.kl.items() if not kl < float("inf")]
     if wrong:
         raise CalibrationError(f"{wrong[0]}: with this at {PROBE} bits the model predicts nothing")
@@ -163,7 +173,7 @@ def _with(layer: LayerAtHand, solution: Solution, probe: Call) -> Any:
 
 
 def _solved(
-    layer: LayerAtHand, settings: LayerSettings, text: Sequence[Call]
+    layer: LayerAtHand, settings: LayerSettings, text: list[Call]
 ) -> Iterator[tuple[str, Solution]]:
     """The groups of a layer, in the order of `_groups`, solved on the calibration text."""
     structure = layer.structure

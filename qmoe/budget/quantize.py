@@ -146,6 +146,8 @@ def base_config(config: QuantConfig) -> QuantConfig:
 def _check_budget(memory: Memory, config: QuantConfig, limit: int) -> None:
     """Refuse one that nothing fits, before the measuring."""
     narrow = all_in(config, replace(config.experts, bits=min(BITS)))
+    if narrow.lm_head is not None:
+        narrow = replace(narrow, lm_head=replace(narrow.lm_head, bits=min(BITS)))
     least = memory.total(narrow)
     if least > limit:
         average = average_bits(memory.source, narrow)

@@ -10,7 +10,7 @@ from qmoe.budget.measurements import PROBE, Measured
 from qmoe.calibration.coverage import average_weight
 from qmoe.calibration.routed_tokens import RoutedTokens
 from qmoe.calibration.stats import ExpertStats, check_finite
-from qmoe.config import BITS
+from qmoe.config import BITS, Scheme
 from qmoe.format.grid import dequantize
 from qmoe.format.quantized import Quantized
 from qmoe.layer.at_hand import LayerAtHand, LayerSettings
@@ -40,7 +40,7 @@ def solve_linear(
     """A linear by its own Hessian; by none, where no token came to it. tokens: that it saw."""
     weight = layer.linears[name].weight[None]
     seen = torch.eye(weight.shape[-1]) if hessian is None else hessian
-    errors, probe = _at_all(layer, settings, name, weight, seen[None])
+    errors, probe = at_all(settings, layer.schemes[name], name, weight, seen[None])
     part = Measured(name, layer.name, group, [tokens], errors, [1.0])
     return Solution([part], {f"{name}.weight": probe})
 
@@ -67,7 +67,7 @@ def solve_experts(
         borrow_rare(module, part, average_weight(stats), settings.config.min_tokens, start)
         for i, hessian in enumerate((part.first, part.second)):
             stack = experts.stack(module, weights[i], start, end)
-            found, probe = _at_all(layer, settings, name, stack, hessian)
+            found, probe = at_all(settings, layer.schemes[name], name, stack, hessian)
             errors[i] += found
             probes[i].append(probe)
         total = output_error(stack.float(), part.second.to(stack.device))
@@ -81,14 +81,14 @@ def solve_experts(
         yield target, Solution([measured], {target: _joined(probes[i])})
 
 
-def _at_all(
-    layer: LayerAtHand, settings: LayerSettings, name: str, weight: Tensor, hessian: Tensor
+def at_all(
+    settings: LayerSettings, like: Scheme, name: str, weight: Tensor, hessian: Tensor
 ) -> tuple[list[list[float]], Quantized]:
     """Of matrices [E, N, K]: their squared relative errors at each of BITS, and what they are at
-    PROBE bits."""
+    PROBE bits. like: the scheme but for its bits."""
     config, columns = settings.config, list[list[float]]()
     for bits in BITS:
-        scheme = replace(layer.schemes[name], bits=bits)
+        scheme = replace(like, bits=bits)
         solved = solve_as(
             config, config.method, name, weight, hessian, scheme, settings.scale_dtype
         )

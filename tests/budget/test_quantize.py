@@ -175,6 +175,28 @@ def test_a_run_that_was_stopped_goes_on(made, short, tmp_path, monkeypatch):
     assert same_files(folder / "out", tmp_path / "out")
 
 
+@pytest.mark.slow
+def test_bits_of_lm_head_are_chosen_where_it_is_quantized(short, tmp_path):
+    """Its KL is that of the original with the weight that was solved; a budget of few bytes gives
+    it fewer bits than one of many."""
+    config = replace(CONFIG, lm_head=replace(SCHEME, bits=8))
+    found, given = {}, {"guard_text": GUARD}
+    for bits in (3.0, 7.8):
+        how = {"measurements": tmp_path / "measured", "progress": False}
+        report = qmoe.quantize_to_size(
+            short, tmp_path / str(bits), Budget(bits=bits, **given), config, **how
+        )
+        assert report["budget"]["bits"]["planned"] <= bits
+        made = QuantConfig.from_dict(report["config"])
+        assert "lm_head" not in made.widths
+        found[bits] = made.lm_head.bits
+    assert found[3.0] < found[7.8] == 8
+    told = Measurements.read(tmp_path / "measured")
+    (part,) = [part for part in told.parts if part.target == "lm_head"]
+    assert part.tokens[0] > 100 and part.errors[0] == sorted(part.errors[0], reverse=True)
+    assert 0 < told.kl["lm_head"] < 1
+
+
 def test_a_measuring_pass_that_was_stopped_solves_no_layer_twice(
     made, short, tmp_path, monkeypatch
 ):
