@@ -2,7 +2,7 @@
 
     python -P scripts/bench_hybrid.py --threads 2
 
-For random experts of Qwen3-30B-A3B's shapes (or `--hidden` and `--inner`), with bfloat16 activations
+For random experts of Qwen3-30B-A3B's shapes (or `--hidden` and `--inner`), with 16-bit activations
 that are rounded to 8 bits: microseconds of the CPU for an expert with some rows, and the bytes of
 experts that it reads in a second. Beside it is what the cost model (kernels/placement.py) says of
 the same machine, and what a copy to the GPU takes, which is assumed where there is none.
