@@ -33,7 +33,7 @@ class ArenaStack(nn.Module):
     ):
         """stacks: the matrices of an experts module [E, N, K], first and second, or the one of a
         linear (E = 1). activation: the fused one between them, None for the unfused path. device:
-        where it is computed; home: where the bytes are for now, if elsewhere (offload.py). only:
+        where it is computed; home: where the bytes are for now, if elsewhere (hosted/). only:
         the experts that are taken, all if None."""
         super().__init__()
         order = device_table(device)[0].order
@@ -75,7 +75,7 @@ class ArenaStack(nn.Module):
         activation: Callable[[Tensor], Tensor],
         biases: Biases = (None, None),
     ) -> Tensor:
-        """`experts`, with their bytes in `buffer` where `table` says (offload.py)."""
+        """`experts`, with their bytes in `buffer` where `table` says (hosted/slots.py)."""
         known = self.activation
         if known is not None:
             return ops.routed_experts(  # type: ignore[no-any-return]

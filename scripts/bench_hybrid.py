@@ -4,8 +4,8 @@
 
 For random experts of Qwen3-30B-A3B's shapes (or `--hidden` and `--inner`), with 16-bit activations
 that are rounded to 8 bits: microseconds of the CPU for an expert with some rows, and the bytes of
-experts that it reads in a second. Beside it is what the cost model (kernels/placement.py) says of
-the same machine, and what a copy to the GPU takes, which is assumed where there is none.
+experts that it reads in a second. Beside it is what the cost model (kernels/hosted/placement.py)
+says of the same machine, and what a copy to the GPU takes, which is assumed where there is none.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from qmoe.cli import tables
 from qmoe.config import Scheme
 from qmoe.kernels.activation import Activation
 from qmoe.kernels.cpu.stack import CpuStack
-from qmoe.kernels.hybrid import measured_rates
+from qmoe.kernels.hosted.hybrid import measured_rates
 from qmoe.solvers.rtn import rtn
 
 SILU = Activation("silu")

@@ -3,9 +3,9 @@
     python -P scripts/hit_rates.py QUANTIZED --text 'DIR/*.test.txt'
 
 For several shares of the experts that lie on the GPU, chosen by the calibration counts in the
-report in one ranking over all layers (kernels/placement.py): the share of assignments of tokens to
-experts that go to them, predicted by the same counts and measured on the text. Beside it, what a
-quota for every layer would take, and any choice (the share itself). Experts count as equally large.
+report in one ranking over all layers (kernels/hosted/placement.py): the share of assignments of
+tokens to experts that go to them, predicted by the same counts and measured on the text. Beside it,
+what the same share of every layer's experts takes. Experts count as equally large.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 from qmoe.calibration.text import load_texts
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.cli import tables
-from qmoe.kernels.placement import hit_rate, hottest
+from qmoe.kernels.hosted.placement import hit_rate, hottest
 from qmoe.measure.logits import make_batches
 from qmoe.measure.routes import experts_used, recorded
 from qmoe.packed.load import load

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Unpack, get_args
+from typing import Any, Literal, Unpack, cast, get_args
 
 import torch
 
@@ -28,6 +28,13 @@ from qmoe.system.progress import is_shown, shown
 from qmoe.system.sizes import parse_size
 
 Activations = Literal["int8", "bf16"]
+
+
+class MoreOptions(HubOptions, total=False):
+    """Of `load`."""
+
+    plan: bool | str | Path
+    kv: Kv
 
 
 @dataclass(frozen=True)
@@ -56,14 +63,12 @@ def load(
     *,
     device: str | torch.device = "cpu",
     expert_memory: str | int | None = None,
-    plan: bool | str | Path = False,
-    kv: Kv = "bf16",
     activations: Activations = "int8",
     cache: bool = True,
     progress: bool = True,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
-    **hub: Unpack[HubOptions],
+    **more: Unpack[MoreOptions],
 ) -> tuple[Any, Any]:
     """Load a quantized model that runs packed, and its tokenizer (None if the folder has none).
 
@@ -75,12 +80,6 @@ def load(
     expert_memory: the GPU's memory for routed experts, in bytes or as a size ("6GB"). If they need
         more they stay in pinned host memory, and those in use are copied to the GPU
         (qmoe/runtime/offload.py). None keeps all of them on the GPU.
-    plan: True for the plan in the folder, which `quantize_to_size` wrote for a GPU's memory, or the
-        path of one that `qmoe plan --save` wrote. The experts that see most tokens lie on the GPU
-        then, and the CPU computes the others beside it (qmoe/runtime/hybrid.py).
-    kv: "int8" keeps the keys and values of a cache in 8 bits, where whole ones are kept
-        (qmoe/runtime/int8_cache.py); "bf16" keeps them as the model computes them, unless the plan
-        says int8.
     activations: "int8" rounds the inputs of packed products on a CPU to 8 bits per token and 32
         features, which is several times faster; "bf16" takes them as they are. Models in float32
         and models on a GPU always do.
@@ -91,7 +90,13 @@ def load(
         class for the model.
     attn_implementation: as in transformers ("sdpa", "eager", ..); None is transformers' choice, but
         on a CPU qmoe's kernel instead of "sdpa".
-    hub: `revision`, `token` and `cache_dir` for a hub name, as in transformers.
+    plan: True for the plan in the folder, which `quantize_to_size` wrote for a GPU's memory, or the
+        path of one that `qmoe plan --save` wrote. The experts that see most tokens lie on the GPU
+        then, and the CPU computes the others beside it (qmoe/runtime/hybrid.py).
+    kv: "int8" keeps the keys and values of a cache in 8 bits, where whole ones are kept
+        (qmoe/runtime/int8_cache.py); "bf16" keeps them as the model computes them, unless the plan
+        says int8.
+    revision, token, cache_dir: for a hub name, as in transformers.
 
     Returns a transformers model and a transformers tokenizer. Layers are loaded and repacked one at
     a time, so memory stays near the checkpoint's size. Raises CheckpointError for a folder that is
@@ -99,16 +104,17 @@ def load(
     needs more memory than is free, and AuditError if anything is left unpacked or without data.
     """
     _check_choice("activations", activations, get_args(Activations))
-    _check_choice("kv", kv, get_args(Kv))
     memory = None if expert_memory is None else parse_size("expert_memory", expert_memory)
     run_on = usable_device(device)
     if memory is not None and not uses_arena(run_on):
         raise ConfigError(f"expert_memory: is of use with a GPU only, the device is {device}")
+    plan, kv = more.pop("plan", False), more.pop("kv", "bf16")
+    _check_choice("kv", kv, get_args(Kv))
     if memory is not None and plan:
         raise ConfigError("expert_memory: the plan says how much; leave out one of them")
     chosen = _dtype(dtype)
     with shown(progress):
-        folder, hybrid = ModelFolder.find(path, trust_remote_code, **hub), False
+        folder, hybrid = ModelFolder.find(path, trust_remote_code, **_for_hub(more)), False
         if plan:
             given = folder.path if plan is True else Path(plan).expanduser()
             found = RunPlan.read(given)
@@ -121,6 +127,11 @@ def load(
         if kv == "int8":
             keep_caches_in_int8(model)
         return model, tokenizer
+
+
+def _for_hub(options: MoreOptions) -> HubOptions:
+    """Those of a hub name."""
+    return cast(HubOptions, options)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -141,7 +141,7 @@ def _hybrid(
     return replace(found, expert_memory=room + staging, hybrid=True, read=read)
 
 
-SLOTS = 8  # experts for which the slots have room (kernels/hybrid.py)
+SLOTS = 8  # experts for which the slots have room (kernels/hosted/hybrid.py)
 LOADING = "loading, beyond the above"
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from qmoe.errors import ConfigError
 from qmoe.kernels.cpu.stack import uses_cpu_kernels
-from qmoe.kernels.placement import hottest
+from qmoe.kernels.hosted.placement import hottest
 from qmoe.model.source import Source
 from qmoe.plan.in_memory import expert_sizes
 from qmoe.plan.sizes import Stack
@@ -24,7 +24,7 @@ def place_experts(source: Source, run: RunOn, memory: int) -> RunOn:
     source: an opened folder whose experts are declared. Raises ConfigError if the memory does not
     hold the slots, or the CPU's kernels are not installed.
     """
-    from qmoe.kernels.hybrid import AT_ONCE, How, Staging
+    from qmoe.kernels.hosted.hybrid import AT_ONCE, How, Staging
 
     sizes = {
         name: _expert_bytes(source.model.get_submodule(name), name, layer.name)
@@ -64,7 +64,7 @@ def _expert_bytes(module: Any, name: str, layer: str) -> list[int]:
 def measure_rates(model: Any) -> None:
     """Find out what copying an expert costs here, and computing it on the CPU, by trying both with
     the first layer that has experts in host memory."""
-    from qmoe.kernels.hybrid import HybridStack, measured_rates
+    from qmoe.kernels.hosted.hybrid import HybridStack, measured_rates
 
     for stack in model.modules():
         if isinstance(stack, HybridStack) and stack.cold:

@@ -208,7 +208,7 @@ def _arena_stack(
 ) -> nn.Module:
     """The form of the Triton kernels, which only machines that have Triton can import."""
     from qmoe.kernels.arena_stack import ArenaStack
-    from qmoe.kernels.hybrid import HybridStack
+    from qmoe.kernels.hosted.hybrid import HybridStack
 
     dtype, paired = stacks[0].scale.dtype, activation is not None
     if run.how is not None and where in run.hot:

@@ -20,7 +20,7 @@ def offload_experts(
     filled with the experts that saw most calibration tokens, if the folder's report knows. Raises
     ConfigError if a layer would get fewer slots than a token chooses experts.
     """
-    from qmoe.kernels.offload import SlotStack
+    from qmoe.kernels.hosted.slots import SlotStack
 
     names = [name for layer in structure.layers for name in layer.experts]
     modules = {name: model.get_submodule(name) for name in names}

@@ -11,7 +11,7 @@ from qmoe.errors import ConfigError
 from qmoe.system.devices import find_device
 
 if TYPE_CHECKING:
-    from qmoe.kernels.hybrid import How
+    from qmoe.kernels.hosted.hybrid import How
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from qmoe.format.quantized import common
 from qmoe.kernels.activation import Activation
 from qmoe.kernels.arena_stack import ArenaStack
 from qmoe.kernels.cpu.stack import uses_cpu_kernels
-from qmoe.kernels.hybrid import AT_ONCE, How, HybridStack, Staging, measured_rates
-from qmoe.kernels.placement import Rates
+from qmoe.kernels.hosted.hybrid import AT_ONCE, How, HybridStack, Staging, measured_rates
+from qmoe.kernels.hosted.placement import Rates
 from qmoe.solvers.rtn import rtn
 
 E, A, H, I = 12, 3, 64, 32  # noqa: E741

@@ -15,9 +15,9 @@ from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.config import QuantConfig, Scheme
 from qmoe.kernels.activation import Activation
 from qmoe.kernels.arena_stack import ArenaStack
-from qmoe.kernels.hybrid import AT_ONCE, HybridStack
-from qmoe.kernels.offload import SlotStack
-from qmoe.kernels.placement import hit_rate
+from qmoe.kernels.hosted.hybrid import AT_ONCE, HybridStack
+from qmoe.kernels.hosted.placement import hit_rate
+from qmoe.kernels.hosted.slots import SlotStack
 from qmoe.model.source import open_source
 from qmoe.plan.choose import measure
 from qmoe.plan.in_memory import in_memory

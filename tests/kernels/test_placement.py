@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from qmoe.kernels.placement import ASSUMED, Rates, hit_rate, hottest, shared_out
+from qmoe.kernels.hosted.placement import ASSUMED, Rates, hit_rate, hottest, shared_out
 
 COUNTS = {"a": [5.0, 90.0, 1.0], "b": [40.0, 30.0, 26.0]}
 ALIKE = {"a": [10.0] * 3, "b": [10.0] * 3}

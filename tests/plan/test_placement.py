@@ -152,7 +152,7 @@ def test_experts_wait_in_slots_where_host_memory_does_not_hold_them_twice():
 
 
 def test_the_slots_are_those_of_the_runtime():
-    hybrid = pytest.importorskip("qmoe.kernels.hybrid")
+    hybrid = pytest.importorskip("qmoe.kernels.hosted.hybrid")
     assert SLOTS == 2 * hybrid.AT_ONCE
 
 

@@ -19,9 +19,9 @@ from qmoe.kernels.activation import Activation
 from qmoe.kernels.arena import ALIGN, WEIGHTS
 from qmoe.kernels.arena_stack import ArenaStack
 from qmoe.kernels.cpu.stack import CpuStack
+from qmoe.kernels.hosted.placement import ASSUMED, Rates, shared_out
+from qmoe.kernels.hosted.slots import Copier, NowCopier, StreamCopier
 from qmoe.kernels.moe import Biases
-from qmoe.kernels.offload import Copier, NowCopier, StreamCopier
-from qmoe.kernels.placement import ASSUMED, Rates, shared_out
 
 AT_ONCE = 4  # experts that are computed while as many are copied
 HOST = torch.device("cpu")
