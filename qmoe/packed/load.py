@@ -31,7 +31,15 @@ Activations = Literal["int8", "bf16"]
 
 
 class MoreOptions(HubOptions, total=False):
-    """Of `load`."""
+    """Of `load`.
+
+    plan: True for the plan in the folder, which `quantize_to_size` wrote for a GPU's memory, or the
+        path of one that `qmoe plan --save` wrote. The experts that see most tokens lie on the GPU
+        then, and the CPU computes the others beside it (qmoe/runtime/hybrid.py).
+    kv: "int8" keeps the keys and values of a cache in 8 bits, where whole ones are kept
+        (qmoe/runtime/int8_cache.py); "bf16" keeps them as the model computes them, unless the plan
+        says int8.
+    """
 
     plan: bool | str | Path
     kv: Kv
@@ -90,13 +98,7 @@ def load(
         class for the model.
     attn_implementation: as in transformers ("sdpa", "eager", ..); None is transformers' choice, but
         on a CPU qmoe's kernel instead of "sdpa".
-    plan: True for the plan in the folder, which `quantize_to_size` wrote for a GPU's memory, or the
-        path of one that `qmoe plan --save` wrote. The experts that see most tokens lie on the GPU
-        then, and the CPU computes the others beside it (qmoe/runtime/hybrid.py).
-    kv: "int8" keeps the keys and values of a cache in 8 bits, where whole ones are kept
-        (qmoe/runtime/int8_cache.py); "bf16" keeps them as the model computes them, unless the plan
-        says int8.
-    revision, token, cache_dir: for a hub name, as in transformers.
+    more: `plan` and `kv` (MoreOptions); for a hub name, `revision`, `token` and `cache_dir`.
 
     Returns a transformers model and a transformers tokenizer. Layers are loaded and repacked one at
     a time, so memory stays near the checkpoint's size. Raises CheckpointError for a folder that is
@@ -108,30 +110,34 @@ def load(
     run_on = usable_device(device)
     if memory is not None and not uses_arena(run_on):
         raise ConfigError(f"expert_memory: is of use with a GPU only, the device is {device}")
-    plan, kv = more.pop("plan", False), more.pop("kv", "bf16")
-    _check_choice("kv", kv, get_args(Kv))
-    if memory is not None and plan:
-        raise ConfigError("expert_memory: the plan says how much; leave out one of them")
     chosen = _dtype(dtype)
     with shown(progress):
-        folder, hybrid = ModelFolder.find(path, trust_remote_code, **_for_hub(more)), False
-        if plan:
-            given = folder.path if plan is True else Path(plan).expanduser()
-            found = RunPlan.read(given)
-            found.check(run_on, given)
-            memory, hybrid = found.expert_memory, found.hybrid
-            kv = found.kv if kv == "bf16" else kv
+        plan, kv = more.pop("plan", False), more.pop("kv", "bf16")
+        _check_choice("kv", kv, get_args(Kv))
+        folder = ModelFolder.find(path, trust_remote_code, **cast(HubOptions, more))
+        planned = _planned(folder, plan, run_on, memory)
+        hybrid = planned is not None and planned.hybrid
+        memory = memory if planned is None else planned.expert_memory
         home = None if memory is None or hybrid else torch.device("cpu")
         run = RunOn(run_on, home, exact=activations == "bf16", cache=cache)
         model, tokenizer = _load(folder, chosen, run, memory, attn_implementation)
-        if kv == "int8":
+        if "int8" in (kv, planned and planned.kv):
             keep_caches_in_int8(model)
         return model, tokenizer
 
 
-def _for_hub(options: MoreOptions) -> HubOptions:
-    """Those of a hub name."""
-    return cast(HubOptions, options)
+def _planned(
+    folder: ModelFolder, plan: bool | str | Path, device: torch.device, memory: int | None
+) -> RunPlan | None:
+    """The plan that was asked for. Raises ConfigError if it cannot be kept here."""
+    if not plan:
+        return None
+    if memory is not None:
+        raise ConfigError("expert_memory: the plan says how much; leave out one of them")
+    given = folder.path if plan is True else Path(plan).expanduser()
+    found = RunPlan.read(given)
+    found.check(device, given)
+    return found
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
