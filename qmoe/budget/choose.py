@@ -89,9 +89,9 @@ def _with(
     for some, way in zip(together, found.picked, strict=True):
         for name, e in some:
             digits.setdefault(name, {})[e] = str(BITS[way])
-    head = digits.pop(head_name, None) if config.lm_head is not None else None
-    if head is not None:
-        config = replace(config, lm_head=replace(config.lm_head, bits=int(head[0])))
+    if config.lm_head is not None and head_name in digits:
+        head = replace(config.lm_head, bits=int(digits.pop(head_name)[0]))
+        config = replace(config, lm_head=head)
     widths = {name: "".join(own[e] for e in sorted(own)) for name, own in digits.items()}
     every = "".join(text for text in widths.values() if len(text) > 1)
     most = max(BITS, key=lambda bits: (every.count(str(bits)), -bits))
