@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import LITTLE_TEXT, QUICK, same_files
+from helpers import LITTLE_TEXT, QUICK, same_files, save_random
 
 import qmoe
 import qmoe.budget.measure
@@ -176,21 +176,22 @@ def test_a_run_that_was_stopped_goes_on(made, short, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_bits_of_lm_head_are_chosen_where_it_is_quantized(short, tmp_path):
-    """Its KL is that of the original with the weight that was solved; a budget of few bytes gives
-    it fewer bits than one of many."""
-    config = replace(CONFIG, lm_head=replace(SCHEME, bits=8))
+def test_bits_of_lm_head_are_chosen_where_it_is_quantized(demo, tmp_path):
+    """A budget of few bytes gives it fewer bits than one of many."""
+    source = save_random("mixtral", tmp_path / "m", demo, torch.float32)
+    scheme = Scheme(4, 32, symmetric=False)
+    config = replace(CONFIG, experts=scheme, dense=scheme, lm_head=replace(scheme, bits=8))
     found, given = {}, {"guard_text": GUARD}
-    for bits in (3.0, 7.8):
+    for bits in (3.6, 8.6):
         how = {"measurements": tmp_path / "measured", "progress": False}
         report = qmoe.quantize_to_size(
-            short, tmp_path / str(bits), Budget(bits=bits, **given), config, **how
+            source, tmp_path / str(bits), Budget(bits=bits, **given), config, **how
         )
         assert report["budget"]["bits"]["planned"] <= bits
         made = QuantConfig.from_dict(report["config"])
         assert "lm_head" not in made.widths
         found[bits] = made.lm_head.bits
-    assert found[3.0] < found[7.8] == 8
+    assert found[3.6] < found[8.6] == 8
     told = Measurements.read(tmp_path / "measured")
     (part,) = [part for part in told.parts if part.target == "lm_head"]
     assert part.tokens[0] > 100 and part.errors[0] == sorted(part.errors[0], reverse=True)
