@@ -120,41 +120,38 @@ class HybridStack(nn.Module):
         copied, computed = shared_out(rows, lengths, self.how.staging.rates)
         # Read before the GPU is given work, which a copy to the host would wait for.
         given = [part.to(HOST) for part in (x, cold, gates)] if computed else []
-        parts = []
+        total = torch.zeros(len(x), self.width, device=x.device)
         if self.hot is not None:
             own = _of(biases, self.ids["hot"])
-            parts.append(self.hot.experts(x, hot, gates, activation, own))
+            total += self.hot.experts(x, hot, gates, activation, own)
         if copied:
             own = _of(biases, self.ids["cold"])
-            parts += self._streamed(copied, (x, cold, gates), activation, own)
+            self._add_copied(total, copied, (x, cold, gates), activation, own)
         if computed:
             y = self._on_cpu(computed, given, activation, biases, x.device)
-            parts.append(y.to(x.device, non_blocking=True))
-        total = torch.zeros(len(x), self.width, device=x.device)
-        for part in parts:
-            total += part
+            total += y.to(x.device, non_blocking=True)
         return total.to(x.dtype)
 
-    def _streamed(
+    def _add_copied(
         self,
+        total: Tensor,
         copied: Sequence[int],
         given: tuple[Tensor, Tensor, Tensor],
         activation: Callable[[Tensor], Tensor],
         biases: Biases,
-    ) -> list[Tensor]:
-        """What experts in host memory add that are copied to the device, a few at a time."""
+    ) -> None:
+        """Add what experts in host memory give, which are copied to the device a few at a time."""
         (x, cold, gates), stack, staging = given, self.cold[0], self.how.staging
         waves = [copied[i : i + AT_ONCE] for i in range(0, len(copied), AT_ONCE)]
-        found, table = [], self._bring(waves[0], 0)
+        table = self._bring(waves[0], 0)
         for i, wave in enumerate(waves):
             staging.copier.wait()
             # Before this wave's products are asked for, so that the copies need not wait for them.
             following = self._bring(waves[i + 1], i + 1) if i + 1 < len(waves) else table
             here = torch.isin(cold, torch.tensor(wave, device=cold.device))
             mine = torch.where(here, cold, len(self.ids["cold"]))
-            found.append(stack.run(staging.buffer, table, x, mine, gates, activation, biases))
+            total += stack.run(staging.buffer, table, x, mine, gates, activation, biases)
             table = following
-        return found
 
     def _bring(self, wave: Sequence[int], turn: int) -> Tensor:
         """Start copying experts into one half of the slots; the table that says so."""
