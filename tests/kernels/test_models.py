@@ -93,6 +93,8 @@ def test_slots_are_as_planned(demo, tmp_path, through_kernels, family):
     config = QuantConfig(method="rtn", experts=Scheme(4, 32))
     source = open_source(ModelFolder.find(folder), torch.float32)
     weights = in_memory(source, config, stacks(source, config), gpu=True)
+    # More for the CPU than any host memory has, so that experts wait in slots.
+    weights = replace(weights, packed=[replace(m, on_cpu=10**15) for m in weights.packed])
     load = Load(measure(source, 64), 0, 1)
     largest = place(weights, load, Budget(10**12, 10**12)).total()[0]
     placed = place(weights, load, Budget(largest - 5_000, 10**12))
