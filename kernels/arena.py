@@ -1,7 +1,7 @@
 """The packed matrices of one experts module (or of one linear) in one flat buffer on one device.
 
 An expert is one contiguous range: the byte planes of its matrices (layout.py), then their scales
-and zero points. So it is moved between memories with one copy (residency.py), and experts of
+and zero points. So it is moved between memories with one copy (hosted/residency.py), and experts of
 different widths lie side by side. `table` says where each matrix is.
 """
 

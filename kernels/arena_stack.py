@@ -29,13 +29,17 @@ class ArenaStack(nn.Module):
         activation: Activation | None = None,
         paired: bool = False,
         home: torch.device | None = None,
+        only: Sequence[int] | None = None,
     ):
         """stacks: the matrices of an experts module [E, N, K], first and second, or the one of a
         linear (E = 1). activation: the fused one between them, None for the unfused path. device:
-        where it is computed; home: where the bytes are for now, if elsewhere (offload.py)."""
+        where it is computed; home: where the bytes are for now, if elsewhere (hosted/). only:
+        the experts that are taken, all if None."""
         super().__init__()
         order = device_table(device)[0].order
         each = [stack.matrices() for stack in stacks]
+        if only is not None:
+            each = [[stack[e] for e in only] for stack in each]
         arena = build_arena(each, dtype, order, home or device, paired)
         self.scheme, self.activation = stacks[0].scheme, activation
         # Not the arena itself: its buffer would stay in the old memory when this module is moved.
@@ -71,7 +75,7 @@ class ArenaStack(nn.Module):
         activation: Callable[[Tensor], Tensor],
         biases: Biases = (None, None),
     ) -> Tensor:
-        """`experts`, with their bytes in `buffer` where `table` says (offload.py)."""
+        """`experts`, with their bytes in `buffer` where `table` says (hosted/slots.py)."""
         known = self.activation
         if known is not None:
             return ops.routed_experts(  # type: ignore[no-any-return]

@@ -123,14 +123,31 @@ def _result(args: argparse.Namespace, config: QuantConfig, path: Path) -> dict[s
 
 
 def _relate(rows: list[dict[str, Any]]) -> None:
-    """ratio: of a planned model's KL to that of the uniform one of the same bytes."""
+    """ratio: of a planned model's KL to that of the uniform one of the same bytes, or between two
+    of these to what lies on the line between them, with KL on a logarithmic scale."""
     place = ("preset", "regime", "seed")
     for row in rows:
         row["ratio"] = ""
         like = [r for r in rows if r["kind"] == "uniform" and all(r[k] == row[k] for k in place)]
-        for rival in like:
-            if row["kind"] == "planned" and abs(row["bits"] - rival["bits"]) < 0.02:
-                row["ratio"] = round(row["kl"] / rival["kl"], 3)
+        if row["kind"] == "planned" and (rival := _uniform_at(row, like)) is not None:
+            row["ratio"] = round(row["kl"] / rival, 3)
+
+
+def _uniform_at(row: dict[str, Any], uniform: list[dict[str, Any]]) -> float | None:
+    """KL of uniform models at the bytes of a planned one; None beyond the smallest or largest."""
+    for rival in uniform:
+        if abs(row["bits"] - rival["bits"]) < 0.02:
+            return float(rival["kl"])
+    below = max((r for r in uniform if r["bits"] < row["bits"]), key=_bits, default=None)
+    above = min((r for r in uniform if r["bits"] > row["bits"]), key=_bits, default=None)
+    if below is None or above is None:
+        return None
+    share = (row["bytes"] - below["bytes"]) / (above["bytes"] - below["bytes"])
+    return float(below["kl"] ** (1 - share) * above["kl"] ** share)
+
+
+def _bits(row: dict[str, Any]) -> float:
+    return float(row["bits"])
 
 
 def draw(rows: list[dict[str, Any]], stem: Path) -> bool:

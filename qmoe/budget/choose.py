@@ -32,7 +32,7 @@ def choose(memory: Memory, config: QuantConfig, measurements: Measurements, budg
     one module.
     Raises ConfigError if 2 bits are more than the budget."""
     narrow = replace(config, widths={})
-    parts = [part for part in stacks(memory.source, narrow) if part.layer]
+    parts = stacks(memory.source, narrow)
     costs = measurements.costs()
     modules: dict[str, list[Stack]] = {}
     for part in parts:
@@ -54,7 +54,8 @@ def choose(memory: Memory, config: QuantConfig, measurements: Measurements, budg
             f"{smallest - budget} more than the {budget} that were given"
         )
     found = allocate(nbytes, cost, budget - fixed)
-    return Chosen(_with(config, together, found), fixed + found.nbytes, found.cost, found.gap)
+    made = _with(config, together, found, str(memory.source.structure.lm_head))
+    return Chosen(made, fixed + found.nbytes, found.cost, found.gap)
 
 
 def _key(part: Stack) -> str:
@@ -80,12 +81,18 @@ def _together(parts: Sequence[Stack], config: QuantConfig) -> list[list[Place]]:
     return list(found.values())
 
 
-def _with(config: QuantConfig, together: list[list[Place]], found: Choice) -> QuantConfig:
-    """The settings with these widths; the experts' scheme has the most common one."""
+def _with(
+    config: QuantConfig, together: list[list[Place]], found: Choice, head_name: str
+) -> QuantConfig:
+    """The settings with these widths; the experts' scheme has the most common one, and that of
+    lm_head its own."""
     digits: dict[str, dict[int, str]] = {}
     for some, way in zip(together, found.picked, strict=True):
         for name, e in some:
             digits.setdefault(name, {})[e] = str(BITS[way])
+    if config.lm_head is not None and head_name in digits:
+        head = replace(config.lm_head, bits=int(digits.pop(head_name)[0]))
+        config = replace(config, lm_head=head)
     widths = {name: "".join(own[e] for e in sorted(own)) for name, own in digits.items()}
     every = "".join(text for text in widths.values() if len(text) > 1)
     most = max(BITS, key=lambda bits: (every.count(str(bits)), -bits))

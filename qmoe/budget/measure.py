@@ -6,6 +6,9 @@ short probes run through the model: one through the original, and one for each g
 text, so the model is still read one layer at a time, and a probe is only computed from its group's
 layer on. What the probes predict at the end, compared with the original's, is the groups' KL.
 
+What is found of a layer is kept in the folder of unfinished work (kept_layers.py), so that a pass
+that was stopped solves nothing twice; text and probes run through its layers again.
+
 Left out: refitting and tuning, which come when the choice is made.
 """
 
@@ -18,17 +21,21 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from qmoe.budget.kept_layers import keep_layer, kept_layer
+from qmoe.budget.lm_head import LmHead
 from qmoe.budget.measurements import PROBE, Measured, Measurements
-from qmoe.budget.solve_all import Solution, solve_experts, solve_linear
+from qmoe.budget.solve_all import Solution, laid_out, solve_experts, solve_linear
 from qmoe.errors import CalibrationError
 from qmoe.layer import unfused
 from qmoe.layer.at_hand import LayerAtHand, LayerSettings
-from qmoe.layer.statistics import CollectedStats, collect_statistics
+from qmoe.layer.statistics import collect_statistics
 from qmoe.model import experts
+from qmoe.model.hooks import hooked
 from qmoe.model.layerwise import Call, Finished, Waiting, suspended
 from qmoe.model.skeleton import inputs_of
 from qmoe.model.source import schemes_of
 from qmoe.pipeline.layers import layer_settings, load_outside, rotate_layer
+from qmoe.pipeline.output import OutputFolder
 from qmoe.pipeline.plan import Plan
 from qmoe.pipeline.self_text import CalibrationText
 from qmoe.system.devices import move_to
@@ -61,27 +68,38 @@ class Probes:
 
 
 @torch.no_grad()
-def measure(plan: Plan, text: CalibrationText, about: dict[str, str]) -> Measurements:
-    """Measure every matrix of a model that `plan.config` quantizes in the layers. Raises
-    CalibrationError if the model predicts nothing on the probes."""
+def measure(
+    plan: Plan, text: CalibrationText, about: dict[str, str], out: OutputFolder
+) -> Measurements:
+    """Measure every matrix of a model that `plan.config` quantizes in the layers. out: where what
+    is found of each layer is kept. Raises CalibrationError if the model predicts nothing on the
+    probes."""
     load_outside(plan)
-    settings = layer_settings(plan, text, None)
+    settings, head = layer_settings(plan, text, None), LmHead.of(plan)
     model, batches = plan.source.model, text.batches(plan.config.calibration)
     layers = plan.source.structure.layers
-    probes = Probes(len(batches), [g for i in range(len(layers)) for g in _groups(plan, i)])
+    groups = [g for i in range(len(layers)) for g in _groups(plan, i)]
+    probes = Probes(len(batches), groups if head is None else [*groups, head.name])
     ids = [*batches, *[_probe(plan)] * (1 + len(probes.groups))]
     passes = suspended(model, plan.source.stages(), [inputs_of(model, each) for each in ids])
     bar, parts, done = iter(progress(layers, "measuring layers")), list[Measured](), 0
-    for event in passes:
-        if isinstance(event, Finished):
-            probes.finished(done, event.output.logits)
-            done += 1
-        else:
-            next(bar)
-            found, outputs = _layer(plan, settings, event, probes)
-            parts += found
-            event.go_on(outputs)
+    with hooked([] if head is None else [(head.module, head.collect)]):
+        for event in passes:
+            if isinstance(event, Finished):
+                probes.finished(done, event.output.logits)
+                done += 1
+                if head is not None and done == len(batches):
+                    parts.append(head.solve(settings))
+                if head is not None and done == len(ids) - 1:
+                    head.swap()  # for the last probe
+            else:
+                next(bar)
+                found, outputs = _layer(plan, settings, event, probes, out)
+                parts += found
+                event.go_on(outputs)
     next(bar, None)  # lets the progress bar close
+    if head is not None:
+        head.swap()
     wrong = [group for group, kl in probes.kl.items() if not kl < float("inf")]
     if wrong:
         raise CalibrationError(f"{wrong[0]}: with this at {PROBE} bits the model predicts nothing")
@@ -108,7 +126,7 @@ def _groups(plan: Plan, i: int) -> list[str]:
 
 
 def _layer(
-    plan: Plan, settings: LayerSettings, event: Waiting, probes: Probes
+    plan: Plan, settings: LayerSettings, event: Waiting, probes: Probes, out: OutputFolder
 ) -> tuple[list[Measured], list[Any]]:
     """What is measured of a layer at which all batches wait, and their outputs."""
     source, structure = plan.source, plan.source.structure.layers[event.index]
@@ -118,13 +136,15 @@ def _layer(
         rotate_layer(plan, structure)
         move_to(module, plan.device)
         layer = LayerAtHand.of(source.model, structure, event.forward, schemes)
-        names = [n for n in [*structure.dense, *structure.experts, *structure.unfused_linears()]
-                 if n in schemes]  # fmt: skip
-        stats, _ = collect_statistics(layer, settings, names, text, keep=False)
+        if event.index in out.finished:
+            solved = kept_layer(out, event.index)
+        else:
+            solved = list(_solved(layer, settings, text))
+            keep_layer(out, event.index, solved)
         outputs = [settings.scratch.keep(output) for output in layer.run([*text, probe])]
         mine = _groups(plan, event.index)
         parts, changed = list[Measured](), dict[str, Any]()
-        for group, solution in _solved(layer, settings, stats):
+        for group, solution in solved:
             parts += solution.measured
             changed[group] = settings.scratch.keep(_with(layer, solution, probe))
         earlier = True
@@ -142,10 +162,10 @@ def _layer(
 
 def _with(layer: LayerAtHand, solution: Solution, probe: Call) -> Any:
     """The layer's output with some of its weights replaced for that long."""
-    parameters = {name: layer.parameter(name) for name in solution.weights}
+    parameters = {name: layer.parameter(name) for name in solution.probes}
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    for name, weight in solution.weights.items():
-        parameters[name].data.copy_(weight)
+    for name, stack in solution.probes.items():
+        parameters[name].data.copy_(laid_out(layer, name, stack))
     [output] = layer.run([probe])
     for name, parameter in parameters.items():
         parameter.data.copy_(before[name])
@@ -153,9 +173,13 @@ def _with(layer: LayerAtHand, solution: Solution, probe: Call) -> Any:
 
 
 def _solved(
-    layer: LayerAtHand, settings: LayerSettings, stats: CollectedStats
+    layer: LayerAtHand, settings: LayerSettings, text: list[Call]
 ) -> Iterator[tuple[str, Solution]]:
-    """The groups of a layer, in the order of `_groups`."""
+    """The groups of a layer, in the order of `_groups`, solved on the calibration text."""
+    structure = layer.structure
+    names = [*structure.dense, *structure.experts, *structure.unfused_linears()]
+    names = [name for name in names if name in layer.schemes]
+    stats, _ = collect_statistics(layer, settings, names, text, keep=False)
     for name in layer.structure.dense:
         if name in layer.schemes:
             linear = stats.linears.get(name)
@@ -175,5 +199,5 @@ def _solved(
                 hessian = None if seen is None else seen.hessian
                 one = solve_linear(layer, settings, own, hessian, count, name)
                 group.measured.extend(one.measured)
-                group.weights.update(one.weights)
+                group.probes.update(one.probes)
         yield name, group

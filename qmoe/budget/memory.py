@@ -5,15 +5,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, prod
 
-from qmoe.config import BITS, QuantConfig
+from qmoe.config import BITS, QuantConfig, Scheme
 from qmoe.model.source import Source
 from qmoe.plan.choose import AT_ONCE, measure
-from qmoe.plan.in_memory import gpu_matrices, in_memory
-from qmoe.plan.placement import MARGIN, Budget, Load, place
+from qmoe.plan.in_memory import Weights, expert_sizes, gpu_matrices, in_memory
+from qmoe.plan.placement import CUDA, CUDA_HOST, MARGIN, SLOTS, Budget, Load, place
+from qmoe.plan.run_plan import RunPlan
 from qmoe.plan.sizes import SHAPE, Stack, sizes, stacks
 from qmoe.plan.workspace import workspace
+from qmoe.system.host_memory import PROCESS
 
 PLENTY = 1 << 60  # bytes
+COPIES = 3  # of an expert in host memory: for the CPU, and pinned, which rounds up to twice as much
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,57 @@ class Disk:
 
 @dataclass(frozen=True)
 class Gpu:
-    """Bytes of a GPU's memory, margin left out, if all of the model lies there: what `qmoe plan`
-    counts. context: tokens of a sequence."""
+    """Bytes of a GPU's memory, margin left out: what `qmoe plan` counts. context: tokens of a
+    sequence. ram: bytes of host memory in which routed experts may lie, None for none: all of the
+    model is on the GPU then."""
 
     source: Source
     context: int
+    ram: int | None = None
 
     def usable(self, vram: int) -> int:
-        """Of so many bytes, those that are not margin."""
-        return int(vram / (1 + MARGIN))
+        """Bytes that the model may take, in the layout of the GPU's kernels, if the GPU has `vram`
+        bytes: those that are not margin, and what host memory has room for."""
+        on_gpu = int(vram / (1 + MARGIN))
+        if self.ram is None:
+            return on_gpu
+        room = int(self.ram / (1 + MARGIN)) - PROCESS - CUDA_HOST - self._loading
+        return on_gpu - self._staging + max(0, room // COPIES)
+
+    @cached_property
+    def _widest(self) -> Weights:
+        scheme = Scheme(max(BITS), 128)
+        config = QuantConfig(experts=scheme)
+        return in_memory(self.source, config, stacks(self.source, config), gpu=True)
+
+    @property
+    def _loading(self) -> int:
+        """What loading takes of host memory at most."""
+        found = self._widest
+        return found.loading() + found.embeddings + found.lm_head + found.other
+
+    @property
+    def _staging(self) -> int:
+        """What slots take at most through which experts in host memory are copied."""
+        every = self._widest.routed
+        return SLOTS * max((m.expert for m in every), default=0) + 2 * sum(m.table for m in every)
+
+    def plan(self, config: QuantConfig, nbytes: int, vram: int) -> RunPlan:
+        """How the model runs that takes `nbytes` bytes with these settings."""
+        on_gpu = int(vram / (1 + MARGIN))
+        loading, ram = self._loading, self.ram
+        host = loading if ram is None else ram
+        if nbytes <= on_gpu:
+            return RunPlan(vram, host, self.context, 1, nbytes - CUDA, loading, None, False)
+        modules: dict[str, list[Stack]] = {}
+        for part in stacks(self.source, config):
+            if part.routed:
+                modules.setdefault(part.module, []).append(part)
+        dtype = self.source.weight_dtype()
+        routed = sum(sum(expert_sizes(parts, dtype)) for parts in modules.values())
+        memory = on_gpu - (nbytes - routed)
+        need = loading + COPIES * (routed - memory + self._staging)
+        return RunPlan(vram, host, self.context, 1, on_gpu - CUDA, need, memory, True)
 
     @cached_property
     def run(self) -> Load:

@@ -18,6 +18,7 @@ import torch
 
 from qmoe.budget.choose import Chosen, all_in, choose, uniform
 from qmoe.budget.guard import GuardText, batches_of, better, divergences
+from qmoe.budget.kept_layers import forget_layers
 from qmoe.budget.measure import measure
 from qmoe.budget.measurements import FILE, Measurements
 from qmoe.budget.memory import Disk, Gpu, Memory, average_bits, bytes_for
@@ -32,6 +33,7 @@ from qmoe.pipeline.output import OutputFolder
 from qmoe.pipeline.plan import Plan, check
 from qmoe.pipeline.quantize import quantize
 from qmoe.pipeline.self_text import calibration_text
+from qmoe.plan.run_plan import FILE as RUN_PLAN
 from qmoe.system import distributed
 from qmoe.system.files import write_json
 from qmoe.system.progress import shown
@@ -44,25 +46,30 @@ ANY = 4  # bits of the settings that are measured with; widths take their place
 class Budget:
     """size: bytes of the weight files, as a number or a size ("14GB"). bits: instead, of a
     quantized weight on average, scales and zero points counted. vram: instead, of a GPU's memory
-    that holds all of the model, and the cache of a sequence of `context` tokens. guard_text:
-    held-out text on which the result is compared with the uniform one of the same bytes."""
+    that holds all of the model, and the cache of a sequence of `context` tokens. ram: beside vram,
+    bytes of host memory for routed experts that the GPU does not hold. guard_text: held-out text on
+    which the result is compared with the uniform one of the same bytes."""
 
     size: str | int | None = None
     bits: float | None = None
     vram: str | int | None = None
     context: int = 8192
+    ram: str | int | None = None
     guard_text: str | list[str] = "heldout"
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.size, self.bits, self.vram)) != 1:
             raise ConfigError("budget: give one of a size, an average of bits, or a GPU's memory")
+        if self.ram is not None and self.vram is None:
+            raise ConfigError("ram: goes with vram, the memory of the GPU")
         if self.bits is not None:
             expect("bits", self.bits, float, int)
 
     def of(self, plan: Plan) -> tuple[Memory, int]:
         """Where bytes are counted, and how many may be taken there."""
         if self.vram is not None:
-            memory = Gpu(plan.source, self.context)
+            ram = None if self.ram is None else parse_size("ram", self.ram)
+            memory = Gpu(plan.source, self.context, ram)
             return memory, memory.usable(parse_size("vram", self.vram))
         disk = Disk(plan.source)
         if self.bits is not None:
@@ -118,7 +125,14 @@ def quantize_to_size(
         chosen = choose(memory, base, found, limit)
         rival = uniform(memory, base, limit)
         make = partial(quantize, src, progress=progress, **how)
-        return _guarded(plan, chosen, rival, text, notes, make)
+        report = _guarded(plan, chosen, rival, text, notes, make)
+        if isinstance(memory, Gpu) and budget.vram is not None:
+            written, nbytes = chosen.config, chosen.nbytes
+            if rival is not None and report["budget"]["written"] == "uniform":
+                written, nbytes = rival, memory.total(rival)
+            how_to_run = memory.plan(written, nbytes, parse_size("vram", budget.vram))
+            how_to_run.write(dst / RUN_PLAN)
+        return report
 
 
 def base_config(config: QuantConfig) -> QuantConfig:
@@ -136,6 +150,8 @@ def base_config(config: QuantConfig) -> QuantConfig:
 def _check_budget(memory: Memory, config: QuantConfig, limit: int) -> None:
     """Refuse one that nothing fits, before the measuring."""
     narrow = all_in(config, replace(config.experts, bits=min(BITS)))
+    if narrow.lm_head is not None:
+        narrow = replace(narrow, lm_head=replace(narrow.lm_head, bits=min(BITS)))
     least = memory.total(narrow)
     if least > limit:
         average = average_bits(memory.source, narrow)
@@ -154,9 +170,11 @@ def measured(plan: Plan, folder: Path, quantize_copy: Callable[..., Any]) -> Mea
     about = {key: value for key, value in told.items() if key not in left}
     if not folder.exists():
         check_destination(folder, 0)
-        with OutputFolder(folder, 0, about) as out:
-            text = calibration_text(plan, out, quantize_copy)
-            out.write_json(FILE, measure(plan, text, about).to_json())
+        with OutputFolder(folder, len(plan.source.structure.layers), about) as out:
+            if not (out.path / FILE).exists():
+                text = calibration_text(plan, out, quantize_copy)
+                out.write_json(FILE, measure(plan, text, about, out).to_json())
+            forget_layers(out)
     found = Measurements.read(folder)
     found.check(about, folder)
     return found

@@ -1,6 +1,6 @@
-"""Matrices of a layer solved at every width: what each loses, and the weights of PROBE bits."""
+"""Matrices of a layer solved at every width: what each loses, and the matrices of PROBE bits."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +10,7 @@ from qmoe.budget.measurements import PROBE, Measured
 from qmoe.calibration.coverage import average_weight
 from qmoe.calibration.routed_tokens import RoutedTokens
 from qmoe.calibration.stats import ExpertStats, check_finite
-from qmoe.config import BITS
+from qmoe.config import BITS, Scheme
 from qmoe.format.grid import dequantize
 from qmoe.format.quantized import Quantized
 from qmoe.layer.at_hand import LayerAtHand, LayerSettings
@@ -23,10 +23,10 @@ from qmoe.system.devices import CPU
 
 @dataclass(frozen=True)
 class Solution:
-    """Of a group. weights: at PROBE bits, by parameter, as the model lays them out."""
+    """Of a group. probes: its matrices [E, N, K] at PROBE bits, by parameter."""
 
     measured: list[Measured]
-    weights: dict[str, Tensor]
+    probes: dict[str, Quantized]
 
 
 def solve_linear(
@@ -40,9 +40,9 @@ def solve_linear(
     """A linear by its own Hessian; by none, where no token came to it. tokens: that it saw."""
     weight = layer.linears[name].weight[None]
     seen = torch.eye(weight.shape[-1]) if hessian is None else hessian
-    errors, probe = _at_all(layer, settings, name, weight, seen[None])
+    errors, probe = at_all(settings, layer.schemes[name], name, weight, seen[None])
     part = Measured(name, layer.name, group, [tokens], errors, [1.0])
-    return Solution([part], {f"{name}.weight": probe[0]})
+    return Solution([part], {f"{name}.weight": probe})
 
 
 def solve_experts(
@@ -58,7 +58,7 @@ def solve_experts(
     shapes = [experts.rows(module, weight).shape for weight in weights]
     chunk, E = experts_at_once(max(shape[2] for shape in shapes)), shapes[0][0]
     errors: list[list[list[float]]] = [[], []]
-    probes: list[list[Tensor]] = [[], []]
+    probes: list[list[Quantized]] = [[], []]
     energy: list[float] = []
     for start in range(0, E, chunk):
         end = min(start + chunk, E)
@@ -67,7 +67,7 @@ def solve_experts(
         borrow_rare(module, part, average_weight(stats), settings.config.min_tokens, start)
         for i, hessian in enumerate((part.first, part.second)):
             stack = experts.stack(module, weights[i], start, end)
-            found, probe = _at_all(layer, settings, name, stack, hessian)
+            found, probe = at_all(settings, layer.schemes[name], name, stack, hessian)
             errors[i] += found
             probes[i].append(probe)
         total = output_error(stack.float(), part.second.to(stack.device))
@@ -77,25 +77,44 @@ def solve_experts(
     tokens = stats.tokens.tolist()
     for i, weight in enumerate(weights):
         target = f"{name}.{weight}"
-        laid_out = experts.family_rows(module, weight, torch.cat(probes[i]))
-        laid_out = laid_out.mT if module.is_transposed else laid_out
         measured = Measured(target, layer.name, target, tokens, errors[i], scaled)
-        yield target, Solution([measured], {target: laid_out})
+        yield target, Solution([measured], {target: _joined(probes[i])})
 
 
-def _at_all(
-    layer: LayerAtHand, settings: LayerSettings, name: str, weight: Tensor, hessian: Tensor
-) -> tuple[list[list[float]], Tensor]:
-    """Of matrices [E, N, K]: their squared relative errors at each of BITS, and their weights at
-    PROBE bits."""
-    config, columns, probe = settings.config, list[list[float]](), weight
+def at_all(
+    settings: LayerSettings, like: Scheme, name: str, weight: Tensor, hessian: Tensor
+) -> tuple[list[list[float]], Quantized]:
+    """Of matrices [E, N, K]: their squared relative errors at each of BITS, and what they are at
+    PROBE bits. like: the scheme but for its bits."""
+    config, columns = settings.config, list[list[float]]()
     for bits in BITS:
-        scheme = replace(layer.schemes[name], bits=bits)
+        scheme = replace(like, bits=bits)
         solved = solve_as(
             config, config.method, name, weight, hessian, scheme, settings.scale_dtype
         )
         columns.append([error**2 for error in solved.error])
         if bits == PROBE:
             assert isinstance(solved.quantized, Quantized)  # codes have no widths to choose
-            probe = dequantize(solved.quantized).to(CPU)
+            probe = solved.quantized.to(CPU)
     return [list(row) for row in zip(*columns, strict=True)], probe
+
+
+def _joined(stacks: Sequence[Quantized]) -> Quantized:
+    """Stacks of one scheme as one."""
+    zeros = [stack.zero for stack in stacks if stack.zero is not None]
+    return Quantized(
+        torch.cat([stack.q for stack in stacks]),
+        torch.cat([stack.scale for stack in stacks]),
+        torch.cat(zeros) if zeros else None,
+        stacks[0].scheme,
+    )
+
+
+def laid_out(layer: LayerAtHand, parameter: str, stack: Quantized) -> Tensor:
+    """The matrices in floating point as the model lays the parameter out."""
+    weights, (owner, _, weight) = dequantize(stack), parameter.rpartition(".")
+    if owner not in layer.experts:
+        return weights[0]
+    module = layer.experts[owner]
+    rows: Tensor = experts.family_rows(module, weight, weights)
+    return rows.mT if module.is_transposed else rows

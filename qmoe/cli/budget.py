@@ -20,7 +20,7 @@ def budget_of(args: argparse.Namespace) -> Budget | None:
         raise ConfigError("--size, --vram: bits are not chosen for the format exl3; give --bits")
     average = bits if isinstance(bits, float) and not coded else None
     if args.size is None and args.vram is None and average is None:
-        for option in ("measurements", "guard_text", "context"):
+        for option in ("measurements", "guard_text", "context", "ram"):
             if getattr(args, option) is not None:
                 name = option.replace("_", "-")
                 raise ConfigError(f"--{name}: goes with --size, --vram or an average of --bits")
@@ -30,6 +30,8 @@ def budget_of(args: argparse.Namespace) -> Budget | None:
     if args.statistics or args.save_statistics:
         raise ConfigError("budget: matrices are measured on text; leave out saved statistics")
     more: dict[str, Any] = {} if args.context is None else {"context": args.context}
+    if args.ram is not None:
+        more["ram"] = args.ram
     if args.guard_text:
         more["guard_text"] = merged(args.guard_text)
     return Budget(args.size, average, args.vram, **more)

@@ -70,6 +70,8 @@ def _loading(args: argparse.Namespace, dtype: torch.dtype | None) -> Loading:
         args.trust_remote_code,
         args.activations,
         cache=not args.no_cache,
+        plan=args.plan or False,
+        kv=args.kv,
     )
 
 
@@ -180,7 +182,7 @@ def _with_conditions(
     args: argparse.Namespace, folder: Path, result: dict[str, Any]
 ) -> dict[str, Any]:
     """The figures of `qmoe bench` with what they depend on, and what the plan of the model says."""
-    keys = ("prompt", "tokens", "batch", "device", "activations", "expert_memory")
+    keys = ("prompt", "tokens", "batch", "device", "activations", "expert_memory", "plan", "kv")
     settings = {key: getattr(args, key) for key in keys} | {"threads": torch.get_num_threads()}
     processor = cpu()
     found = {

@@ -1,8 +1,10 @@
 """The options of `qmoe eval` and `qmoe bench`."""
 
 import argparse
+from typing import get_args
 
-from qmoe.cli.help_texts import SIZE_HELP, TEXT_HELP
+from qmoe.cli.help_texts import KV_HELP, SIZE_HELP, TEXT_HELP
+from qmoe.config import Kv
 
 STORED = "checkpoint"  # a dtype: the one that is stored
 
@@ -63,6 +65,13 @@ def loading_options(p: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help=f"GPU memory for routed experts, {SIZE_HELP}; the others wait in host memory",
     )
+    p.add_argument(
+        "--plan",
+        metavar="FILE",
+        help="run as planned: a file of qmoe plan --save, or a folder of quantize --vram; hot "
+        "experts lie on the GPU, and the CPU computes the others",
+    )
+    p.add_argument("--kv", choices=get_args(Kv), default="bf16", help=KV_HELP)
     p.add_argument(
         "--activations",
         choices=["int8", "bf16"],

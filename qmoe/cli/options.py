@@ -7,7 +7,7 @@ from qmoe._version import __version__
 from qmoe.cli.check_options import add_check
 from qmoe.cli.completion import Completion
 from qmoe.cli.export_options import export_options
-from qmoe.cli.help_texts import SIZE_HELP
+from qmoe.cli.help_texts import KV_HELP, SIZE_HELP
 from qmoe.cli.measure_options import bench_options, eval_options, loading_options
 from qmoe.cli.measured import METHODS
 from qmoe.cli.renamed import add_renamed
@@ -21,6 +21,7 @@ from qmoe.cli.setting_options import (
 )
 from qmoe.config import (
     PRESETS,
+    Kv,
     Method,
     QuantConfig,
     Rotate,
@@ -186,6 +187,10 @@ def _plan_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--context", type=int, default=8192, help="tokens of a sequence")
     p.add_argument("--batch", type=int, default=1, help="sequences at once")
+    p.add_argument("--kv", choices=get_args(Kv), default="bf16", help=KV_HELP)
+    p.add_argument(
+        "--save", metavar="FILE", help="write the plan there, for --plan of bench and eval"
+    )
     given = p.add_argument_group(
         "settings of quantize", f"{SETTINGS}Bits and group size that are given are not chosen."
     )

@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from qmoe.model.source import open_source
 from qmoe.plan.choose import AT_ONCE, Candidate, describe, measure, schemes
 from qmoe.plan.choose import plan as choose
 from qmoe.plan.placement import Budget
+from qmoe.plan.run_plan import RunPlan
+from qmoe.runtime.int8_cache import to_int8
 from qmoe.system.host_memory import room
 from qmoe.system.sizes import format_size, parse_size
 
@@ -31,13 +34,17 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     with find_headers(args.src, args.trust_remote_code) as folder:
         source = open_source(folder, torch.float32)
         configs = schemes(source, config, fixed.get("bits"), fixed.get("group_size"))
-        run = measure(source, args.context, args.batch)
+        run = measure(source, args.context, args.batch, to_int8 if args.kv == "int8" else None)
         found = choose(source, configs, budget, run, args.batch)
     chosen = found.chosen
+    if args.save is not None:
+        made = RunPlan.of(chosen.placement, budget, args.context, args.batch, args.kv)
+        made.write(Path(args.save).expanduser())
     return {
         "model": str(args.src),
         "context": args.context,
         "batch": args.batch,
+        "kv": args.kv,
         "vram": budget.gpu,
         "ram": budget.host,
         "ram_is": budget.host_is,
@@ -59,6 +66,7 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
         "short": dict(zip(names, placement.short, strict=True)),
         "experts_on_gpu": placement.on_gpu,
         "slots": placement.slots,
+        "hybrid": placement.hybrid,
         "read_per_step": dict(zip(names, placement.read, strict=True)),
     }
 
@@ -69,8 +77,12 @@ def _commands(args: argparse.Namespace, chosen: Candidate, gpu: bool) -> list[st
     quantize = ["qmoe", "quantize", str(args.src), "DST", "--bits", str(scheme.bits)]
     quantize += ["--group-size", str(scheme.group_size), *as_options(args, CHOSEN)]
     run = ["qmoe", "bench", "DST", *(["--device", "cuda"] if gpu else [])]
-    if chosen.placement.expert_memory is not None:
+    if args.save is not None or chosen.placement.hybrid:
+        run += ["--plan", args.save or "FILE"]
+    elif chosen.placement.expert_memory is not None:
         run += ["--expert-memory", f"{chosen.placement.expert_memory}B"]
+    if args.kv == "int8" and "--plan" not in run:
+        run += ["--kv", args.kv]
     return [shlex.join(quantize), shlex.join(run)]
 
 
@@ -110,6 +122,11 @@ def show_plan(result: dict[str, Any]) -> None:
         f"prompts go through the model {AT_ONCE} tokens at a time: "
         f"model.generate(..., prefill_chunk_size={AT_ONCE})"
     )
+    if result["hybrid"]:
+        print(
+            "experts that do not lie on the GPU are computed by the CPU, or copied where they have "
+            "many tokens; --save FILE writes the plan that says so"
+        )
     print(f"{format_size(result['bytes_on_disk'])} on disk; these commands make and run the model:")
     for command in result["commands"]:
         print(f"  {command}")

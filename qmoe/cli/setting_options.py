@@ -41,6 +41,11 @@ def budget_options(p: argparse.ArgumentParser) -> None:
         "--vram", metavar="SIZE", help="of a GPU's memory that holds all of the model, likewise"
     )
     budget.add_argument(
+        "--ram",
+        metavar="SIZE",
+        help="with --vram: of host memory, where the experts lie that the GPU does not hold",
+    )
+    budget.add_argument(
         "--context", type=int, metavar="N", help="with --vram: tokens of a sequence (default: 8192)"
     )
     budget.add_argument(

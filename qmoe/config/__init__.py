@@ -1,5 +1,6 @@
 """Settings: what to do to a model. A key, type or combination that cannot work is an error."""
 
+from qmoe.config.cache import Kv
 from qmoe.config.formats import Format
 from qmoe.config.presets import PRESETS, check_preset
 from qmoe.config.quant import (
@@ -24,6 +25,7 @@ __all__ = [
     "UNQUANTIZED",
     "CalibrationConfig",
     "Format",
+    "Kv",
     "Method",
     "QuantConfig",
     "Rotate",

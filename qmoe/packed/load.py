@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Unpack, get_args
+from typing import Any, Literal, Unpack, cast, get_args
 
 import torch
 
@@ -10,6 +10,7 @@ from qmoe.checkpoint.folders import HubOptions
 from qmoe.checkpoint.model_config import generation_config
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.checkpoint.tokenizer import has_tokenizer
+from qmoe.config import Kv
 from qmoe.errors import ConfigError
 from qmoe.kernels import uses_arena
 from qmoe.model.source import check_complete
@@ -17,14 +18,31 @@ from qmoe.packed.audit import audit_model, audit_unpacked
 from qmoe.packed.loaded import guard
 from qmoe.packed.quantizer import attach
 from qmoe.packed.skeleton import open_packed
+from qmoe.plan.run_plan import RunPlan
 from qmoe.runtime.attention import fuse_attention
 from qmoe.runtime.fill import fill
+from qmoe.runtime.int8_cache import keep_caches_in_int8
 from qmoe.runtime.run_on import RunOn, usable_device
 from qmoe.system.host_memory import return_freed
 from qmoe.system.progress import is_shown, shown
 from qmoe.system.sizes import parse_size
 
 Activations = Literal["int8", "bf16"]
+
+
+class MoreOptions(HubOptions, total=False):
+    """Of `load`.
+
+    plan: True for the plan in the folder, which `quantize_to_size` wrote for a GPU's memory, or the
+        path of one that `qmoe plan --save` wrote. The experts that see most tokens lie on the GPU
+        then, and the CPU computes the others beside it (qmoe/runtime/hybrid.py).
+    kv: "int8" keeps the keys and values of a cache in 8 bits, where whole ones are kept
+        (qmoe/runtime/int8_cache.py); "bf16" keeps them as the model computes them, unless the plan
+        says int8.
+    """
+
+    plan: bool | str | Path
+    kv: Kv
 
 
 @dataclass(frozen=True)
@@ -37,6 +55,8 @@ class Loading:
     trust_remote_code: bool = False
     activations: Activations = "int8"
     cache: bool = True
+    plan: bool | str | Path = False
+    kv: Kv = "bf16"
 
     def __call__(self, path: str | Path) -> Any:
         """The model alone."""
@@ -56,7 +76,7 @@ def load(
     progress: bool = True,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
-    **hub: Unpack[HubOptions],
+    **more: Unpack[MoreOptions],
 ) -> tuple[Any, Any]:
     """Load a quantized model that runs packed, and its tokenizer (None if the folder has none).
 
@@ -78,27 +98,51 @@ def load(
         class for the model.
     attn_implementation: as in transformers ("sdpa", "eager", ..); None is transformers' choice, but
         on a CPU qmoe's kernel instead of "sdpa".
-    hub: `revision`, `token` and `cache_dir` for a hub name, as in transformers.
+    more: `plan` and `kv` (MoreOptions); for a hub name, `revision`, `token` and `cache_dir`.
 
     Returns a transformers model and a transformers tokenizer. Layers are loaded and repacked one at
     a time, so memory stays near the checkpoint's size. Raises CheckpointError for a folder that is
-    not a complete quantized model, ConfigError for a device that is not there, and AuditError if
-    anything is left unpacked or without data.
+    not a complete quantized model, ConfigError for a device that is not there and for a plan that
+    needs more memory than is free, and AuditError if anything is left unpacked or without data.
     """
-    if activations not in get_args(Activations):
-        raise ConfigError(
-            f"activations: expected one of {get_args(Activations)}, got {activations!r}"
-        )
+    _check_choice("activations", activations, get_args(Activations))
     memory = None if expert_memory is None else parse_size("expert_memory", expert_memory)
     run_on = usable_device(device)
     if memory is not None and not uses_arena(run_on):
         raise ConfigError(f"expert_memory: is of use with a GPU only, the device is {device}")
     chosen = _dtype(dtype)
     with shown(progress):
-        home = None if memory is None else torch.device("cpu")
+        plan, kv = more.pop("plan", False), more.pop("kv", "bf16")
+        _check_choice("kv", kv, get_args(Kv))
+        folder = ModelFolder.find(path, trust_remote_code, **cast(HubOptions, more))
+        planned = _planned(folder, plan, run_on, memory)
+        hybrid = planned is not None and planned.hybrid
+        memory = memory if planned is None else planned.expert_memory
+        home = None if memory is None or hybrid else torch.device("cpu")
         run = RunOn(run_on, home, exact=activations == "bf16", cache=cache)
-        folder = ModelFolder.find(path, trust_remote_code, **hub)
-        return _load(folder, chosen, run, memory, attn_implementation)
+        model, tokenizer = _load(folder, chosen, run, memory, attn_implementation)
+        if "int8" in (kv, planned and planned.kv):
+            keep_caches_in_int8(model)
+        return model, tokenizer
+
+
+def _planned(
+    folder: ModelFolder, plan: bool | str | Path, device: torch.device, memory: int | None
+) -> RunPlan | None:
+    """The plan that was asked for. Raises ConfigError if it cannot be kept here."""
+    if not plan:
+        return None
+    if memory is not None:
+        raise ConfigError("expert_memory: the plan says how much; leave out one of them")
+    given = folder.path if plan is True else Path(plan).expanduser()
+    found = RunPlan.read(given)
+    found.check(device, given)
+    return found
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}: expected one of {choices}, got {value!r}")
 
 
 def _dtype(value: torch.dtype | str | None) -> torch.dtype | None:

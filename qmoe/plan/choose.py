@@ -2,8 +2,9 @@
 lie. Nothing but config.json and the headers of the weights is read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from qmoe.config import BITS, CHANNEL, GROUPS, QuantConfig, Scheme
 from qmoe.errors import ConfigError, UnsupportedModelError
@@ -62,8 +63,10 @@ def plan(
     return Plan(candidates, chosen, run)
 
 
-def measure(source: Source, context: int, batch: int = 1) -> Pass:
-    """The cache and the activations of `batch` sequences of `context` tokens.
+def measure(
+    source: Source, context: int, batch: int = 1, keep: Callable[[Any], None] | None = None
+) -> Pass:
+    """The cache and the activations of `batch` sequences of `context` tokens. keep: see `dry_run`.
 
     Raises ConfigError if the model has fewer positions, UnsupportedModelError for a family of which
     this cannot be found without running it.
@@ -77,7 +80,7 @@ def measure(source: Source, context: int, batch: int = 1) -> Pass:
         raise ConfigError(
             f"context: {context} tokens are more than the {positions} positions of this model"
         )
-    run = dry_run(source.model, context, batch, source.weight_dtype(), AT_ONCE)
+    run = dry_run(source.model, context, batch, source.weight_dtype(), AT_ONCE, keep)
     names = [n for layer in source.structure.layers for n in [*layer.experts, *layer.unfused]]
     if unknown := [name for name in names if name not in run.chosen]:
         raise UnsupportedModelError(

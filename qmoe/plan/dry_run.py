@@ -9,7 +9,7 @@ many rows each gets depends on values; plan/sizes.py adds what they take.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -66,11 +66,19 @@ class Pass:
         return sum(kind.nbytes for kind in self.cache)
 
 
-def dry_run(model: Any, context: int, batch: int, dtype: torch.dtype, at_once: int = 512) -> Pass:
+def dry_run(
+    model: Any,
+    context: int,
+    batch: int,
+    dtype: torch.dtype,
+    at_once: int = 512,
+    keep: Callable[[Any], None] | None = None,
+) -> Pass:
     """Run `batch` sequences of `context` tokens through a model on the meta device.
 
     dtype: of weights and activations, and so of the cache. at_once: tokens of a sequence in one
-    forward pass; the last part of the context is the one whose activations are counted. Raises
+    forward pass; the last part of the context is the one whose activations are counted. keep: what
+    is done to a cache after a forward pass, such as putting it into 8 bits. Raises
     UnsupportedModelError for a family whose forward looks at values, which fake tensors lack, and
     for an encoder-decoder, whose cache grows with two texts.
     """
@@ -91,8 +99,12 @@ def dry_run(model: Any, context: int, batch: int, dtype: torch.dtype, at_once: i
                 cache = None
                 if context > last:
                     cache = _forward(model, fakes, ids[:, :-last], None)
+                    if keep is not None:
+                        keep(cache)
                 peak.most = peak.now
                 cache = _forward(model, fakes, ids[:, -last:], cache)
+                if keep is not None:
+                    keep(cache)
         except CANNOT as error:
             raise UnsupportedModelError(
                 f"{type(model).__name__}: what its cache takes cannot be found without running the "
@@ -167,7 +179,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _in_words(name: str) -> str:
-    """DynamicSlidingWindowLayer -> sliding window."""
+    """DynamicSlidingWindowLayer -> sliding window. Int8Layer: whole keys and values, rounded."""
+    if name == "Int8Layer":
+        return "full in 8 bits"
     words = re.findall(r"[A-Z][a-z]+", name.removesuffix("Layer").removeprefix("Dynamic"))
     return " ".join(words).lower() or "full"
 

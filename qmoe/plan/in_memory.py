@@ -30,7 +30,8 @@ class Packed:
     layer: the decoder layer it is in, empty for lm_head.
     integers, scales: bytes of one expert, zero points counted with the scales. table: bytes that
     the kernels' table of all experts takes. unpacked: most bytes that its integers take while the
-    module is loaded, unpacked to one byte each.
+    module is loaded, unpacked to one byte each. on_cpu: bytes of one expert in the layout of the
+    CPU's kernels.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Packed:
     scales: int
     table: int
     unpacked: int
+    on_cpu: int = 0
 
     @property
     def expert(self) -> int:
@@ -121,6 +123,7 @@ def _packed(parts: Sequence[Stack], dtype: torch.dtype, gpu: bool) -> Packed:
         scales=measured[1],
         table=E * len(parts) * (GPU_ROW if gpu else CPU_ROW),
         unpacked=sum(sizes) + max(sizes),
+        on_cpu=sum(_on_cpu(parts, dtype)) + len(parts) * CPU_ROW,
     )
 
 
@@ -152,6 +155,15 @@ def gpu_matrices(parts: Sequence[Stack]) -> "list[Matrix]":
         group, zero = (0 if groups == 1 else K // groups), not part.scheme.symmetric
         matrices.append(Matrix(N, K, rows, part.scheme.bits, group, zero, rows != N))
     return matrices
+
+
+def expert_sizes(parts: Sequence[Stack], dtype: torch.dtype) -> list[int]:
+    """Bytes of each expert of a module in the layout of the GPU's kernels, whatever its widths."""
+    from qmoe.kernels.arena import expert_bytes
+
+    matrices = gpu_matrices(parts)
+    each = zip(*(part.each_width() for part in parts), strict=True)
+    return [expert_bytes(matrices, bits, dtype) for bits in each]
 
 
 def _on_cpu(parts: Sequence[Stack], dtype: torch.dtype) -> tuple[int, int]:

@@ -1,9 +1,11 @@
 """Where the parts of a model lie, and whether they fit: in host memory alone, or on a GPU, with the
-routed experts that do not fit there in host memory (runtime/offload.py).
+routed experts that do not fit there in host memory, where the CPU computes them
+(runtime/hybrid.py), or from where they are copied to slots (runtime/offload.py).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil, floor
 
 from qmoe.plan.dry_run import Pass
 from qmoe.plan.in_memory import Packed, Weights
@@ -46,9 +48,11 @@ class Part:
 @dataclass(frozen=True)
 class Placement:
     """parts: what lies where, with a margin for each memory. slots: experts of each layer that wait
-    on the GPU, None if all of them lie in the memory that computes. expert_memory: bytes of those
-    slots. on_gpu: share of the experts that lie on the GPU. read: bytes that a step of decoding
-    reads, in the GPU's memory and in host memory. short: bytes that are missing in each."""
+    on the GPU, if others are copied there. hybrid: whether the CPU computes others instead.
+    expert_memory: bytes of the GPU for experts and slots, None if all experts lie in the memory
+    that computes. on_gpu: share of the experts that lie on the GPU. read: bytes that a step of
+    decoding reads, in the GPU's memory and in host memory. short: bytes that are missing in each.
+    """
 
     parts: list[Part]
     slots: int | None
@@ -56,6 +60,7 @@ class Placement:
     on_gpu: float
     read: tuple[int, int]
     short: tuple[int, int]
+    hybrid: bool = False
 
     @property
     def fits(self) -> bool:
@@ -68,7 +73,8 @@ class Placement:
 
 def place(weights: Weights, load: Load, budget: Budget) -> Placement:
     """Put everything but routed experts on the GPU, and these as far as they fit there; without a
-    GPU, put everything in host memory."""
+    GPU, put everything in host memory. If not all experts fit on the GPU, the CPU computes the
+    others, or they are copied if host memory does not hold them in the layouts of both."""
     if budget.gpu is None:
         return _in_host_memory(weights, load, budget)
     parts = [Part("CUDA itself", CUDA, CUDA_HOST), Part("Python and its libraries", 0, PROCESS)]
@@ -77,57 +83,100 @@ def place(weights: Weights, load: Load, budget: Budget) -> Placement:
     # While layers are loaded, what is not packed waits in host memory.
     loading = weights.loading() + weights.embeddings + weights.lm_head + weights.other
     if not weights.routed or sum(module.nbytes for module in weights.routed) <= left:
-        parts = [*_experts(weights, None, 0), *parts, Part(LOADING, 0, loading)]
-        return _judged(parts, weights, load, budget, None)
+        parts = [*_experts(weights, _all(weights), 0), *parts, Part(LOADING, 0, loading)]
+        return _judged(parts, weights, load, budget, _all(weights))
+    ways = [_hybrid, _in_slots]
+    found = [way(weights, load, budget, parts, left, loading) for way in ways]
+    return next((p for p in found if p.fits), min(found, key=lambda p: sum(p.short)))
+
+
+def _in_slots(
+    weights: Weights, load: Load, budget: Budget, parts: list[Part], left: int, loading: int
+) -> Placement:
+    """As many slots for every layer as fit in the `left` bytes; all experts in host memory."""
     one = sum(module.expert for module in weights.routed)  # of every layer
     tables = sum(module.table for module in weights.routed)
     least = max(load.run.chosen.values())
     most = max(module.experts for module in weights.routed)
     slots = max(least, min(most, (left - tables) // one))
     rounding = sum(_pinned(module) - module.nbytes for module in weights.routed)
+    held = [float(min(slots, module.experts)) for module in weights.routed]
     parts = [
-        *_experts(weights, slots, 1),
+        *_experts(weights, held, 1),
         *parts,
         Part("rounding of pinned memory", 0, rounding),
         # Experts are pinned when all are loaded: until then there is no rounding.
         Part(LOADING, 0, max(0, loading - rounding)),
     ]
-    return _judged(parts, weights, load, budget, slots)
+    return replace(
+        _judged(parts, weights, load, budget, held), slots=slots, expert_memory=slots * one
+    )
 
 
+def _hybrid(
+    weights: Weights, load: Load, budget: Budget, parts: list[Part], left: int, loading: int
+) -> Placement:
+    """As many experts on the GPU as fit there beside the slots that all layers share; the others in
+    host memory, in the layouts of both. Which ones decides calibration, so that the rounding of
+    pinned memory is an upper bound."""
+    every = sum(module.experts * module.expert for module in weights.routed)
+    tables = sum(module.table for module in weights.routed)
+    staging = SLOTS * max(module.expert for module in weights.routed)
+    room = max(0, left - 2 * tables - staging)
+    share = room / every
+    held = [share * module.experts for module in weights.routed]
+    cold = sum((1 - share) * module.experts * module.expert for module in weights.routed)
+    rounded = min(2 * cold, sum(_pinned(module) for module in weights.routed))
+    on_cpu = sum((1 - share) * module.experts * module.on_cpu for module in weights.routed)
+    parts = [
+        *_experts(weights, held, 1, shared=False),
+        Part("slots for experts that are copied", staging + tables, 0),
+        Part("the same experts for the CPU", 0, ceil(on_cpu)),
+        *parts,
+        Part("rounding of pinned memory", 0, ceil(rounded - cold)),
+        Part(LOADING, 0, loading),
+    ]
+    found = _judged(parts, weights, load, budget, held)
+    read = found.read[0] - found.read[1], found.read[1]  # each expert in one memory
+    return replace(found, expert_memory=room + staging, hybrid=True, read=read)
+
+
+SLOTS = 8  # experts for which the slots have room (kernels/hosted/hybrid.py)
 LOADING = "loading, beyond the above"
 
 
 def _in_host_memory(weights: Weights, load: Load, budget: Budget) -> Placement:
-    parts = [*_experts(weights, 0, 1), Part("Python and its libraries", 0, PROCESS)]
+    parts = [*_experts(weights, [0.0] * len(weights.routed), 1)]
+    parts.append(Part("Python and its libraries", 0, PROCESS))
     parts += [Part(name, 0, nbytes) for name, nbytes in _fixed(weights, load)]
     # Nothing runs while layers are loaded.
     running = load.run.cache_bytes + load.run.activations + load.workspace
     parts.append(Part(LOADING, 0, max(0, weights.loading() - running)))
-    return _judged(parts, weights, load, budget, None)
+    return _judged(parts, weights, load, budget, [0.0] * len(weights.routed))
 
 
-def _experts(weights: Weights, slots: int | None, copies: int) -> list[Part]:
-    """Routed experts. slots: of each layer on the GPU, None for all. copies: 1 if all of them lie
-    in host memory (too), or 0."""
-    held = [(module, _held(module, slots)) for module in weights.routed]
+def _all(weights: Weights) -> list[float]:
+    return [float(module.experts) for module in weights.routed]
+
+
+def _experts(weights: Weights, held: list[float], copies: int, shared: bool = True) -> list[Part]:
+    """Routed experts. held: of each module on the GPU. copies: 1 if they lie in host memory (too),
+    or 0. shared: whether those on the GPU do."""
+    pairs = list(zip(weights.routed, held, strict=True))
+    there = [copies * (m.experts if shared else m.experts - count) for m, count in pairs]
+    each = list(zip(pairs, there, strict=True))
     return [
         Part(
             "routed experts",
-            sum(count * module.integers for module, count in held),
-            copies * sum(module.experts * module.integers for module, _ in held),
+            floor(sum(count * module.integers for module, count in pairs)),
+            ceil(sum(host * module.integers for (module, _), host in each)),
         ),
         Part(
             "scales of routed experts",
-            sum(count * module.scales + bool(count) * module.table for module, count in held),
-            copies * sum(module.experts * module.scales + module.table for module, _ in held),
+            floor(sum(n * module.scales + bool(n) * module.table for module, n in pairs)),
+            ceil(sum(host * m.scales + copies * m.table for (m, _), host in each)),
         ),
     ]
-
-
-def _held(module: Packed, slots: int | None) -> int:
-    """How many experts of a module lie on the GPU."""
-    return module.experts if slots is None else min(slots, module.experts)
 
 
 def _fixed(weights: Weights, load: Load) -> Iterator[tuple[str, int]]:
@@ -151,35 +200,33 @@ def _pinned(module: Packed) -> int:
 
 
 def _judged(
-    parts: list[Part], weights: Weights, load: Load, budget: Budget, slots: int | None
+    parts: list[Part], weights: Weights, load: Load, budget: Budget, held: list[float]
 ) -> Placement:
-    """The placement with a margin, and what is said about it."""
+    """The placement with a margin, and what is said about it. held: experts of each module that lie
+    on the GPU."""
     gpu, host = (sum(sizes) for sizes in zip(*((p.gpu, p.host) for p in parts), strict=True))
     parts = [*parts, Part(f"margin, {MARGIN:.0%}", round(MARGIN * gpu), round(MARGIN * host))]
     total = sum(part.gpu for part in parts), sum(part.host for part in parts)
-    routed = weights.routed
-    one = sum(module.expert for module in routed)
-    count = sum(module.experts for module in routed)
-    held = sum(_held(module, slots) for module in routed)
+    count = sum(module.experts for module in weights.routed)
     return Placement(
         parts=[part for part in parts if part.gpu or part.host],
-        slots=slots,
-        expert_memory=None if slots is None else slots * one,
-        on_gpu=0.0 if budget.gpu is None else held / max(count, 1),
-        read=_read(weights, load, slots, budget.gpu is not None),
+        slots=None,
+        expert_memory=None,
+        on_gpu=0.0 if budget.gpu is None else sum(held) / max(count, 1),
+        read=_read(weights, load, held, budget.gpu is not None),
         short=(max(0, total[0] - (budget.gpu or 0)), max(0, total[1] - budget.host)),
     )
 
 
-def _read(weights: Weights, load: Load, slots: int | None, gpu: bool) -> tuple[int, int]:
+def _read(weights: Weights, load: Load, held: list[float], gpu: bool) -> tuple[int, int]:
     """Bytes that a step of decoding reads in each memory, if all experts are used alike: the cache,
     all that is not routed, and the experts that the tokens of the batch go to. Experts that are not
-    in a slot are read in host memory, and again from the slot."""
-    routed = copied = 0.0
-    for module in weights.routed:
+    on the GPU are read in host memory; those that are copied to slots are read there again."""
+    routed = elsewhere = 0.0
+    for module, count in zip(weights.routed, held, strict=True):
         E, chosen = module.experts, load.run.chosen[module.name]
         used = E * (1 - (1 - chosen / E) ** load.batch)
         routed += used * module.expert
-        copied += used * module.expert * (1 - _held(module, slots) / E)
+        elsewhere += used * module.expert * (1 - count / E)
     whole = weights.read_whole + load.run.cache_bytes + round(routed)
-    return (whole, round(copied)) if gpu else (0, whole)
+    return (whole, round(elsewhere)) if gpu else (0, whole)

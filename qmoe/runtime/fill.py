@@ -12,6 +12,7 @@ from qmoe.kernels import uses_arena
 from qmoe.kernels.cpu.stack import uses_cpu_kernels
 from qmoe.model.source import Source
 from qmoe.runtime.growing_cache import let_caches_grow
+from qmoe.runtime.hybrid import measure_rates, place_experts
 from qmoe.runtime.modules import PackedLinear, finish_experts
 from qmoe.runtime.norms import fuse_norms
 from qmoe.runtime.offload import offload_experts
@@ -28,8 +29,9 @@ def fill(source: Source, dtype: torch.dtype | None, run: RunOn, memory: int | No
     from then on.
 
     dtype: of parameters that have none of their own. memory: bytes for routed experts on the GPU,
-    None for no limit (offload.py). Raises CheckpointError for tensors that contradict each other,
-    and ConfigError for scales that the model's dtype cannot hold.
+    None for no limit; the others are copied to slots (offload.py), or, if `run` has no home for
+    them, computed by the CPU (hybrid.py). Raises CheckpointError for tensors that contradict each
+    other, and ConfigError for scales that the model's dtype cannot hold.
     """
     file, in_c = None, uses_cpu_kernels(run.device) and not uses_arena(run.device)
     coded = any(hasattr(module, "_qmoe_coded") for module in source.model.modules())
@@ -37,6 +39,9 @@ def fill(source: Source, dtype: torch.dtype | None, run: RunOn, memory: int | No
         file = prepared_file(source.checkpoint, source.model.config.dtype)
     if file is not None:
         run = replace(run, prepared=open_prepared(*file))
+    hybrid = memory is not None and run.home is None
+    if memory is not None and hybrid:
+        run = place_experts(source, run, memory)
     # What is prepared is not read again.
     wanted = source.weights.names()
     if run.prepared is not None:
@@ -50,9 +55,11 @@ def fill(source: Source, dtype: torch.dtype | None, run: RunOn, memory: int | No
     source.weights.load([name for name in wanted if name in unread], dtype)
     source.weights.tie()
     _finish(source, "", run)
-    if memory is not None:
+    if memory is not None and not hybrid:
         offload_experts(source.model, source.structure, run.device, memory, source.folder.path)
     source.model.to(run.device).requires_grad_(False)
+    if hybrid:
+        measure_rates(source.model)
     if file is not None and run.prepared is None:
         keep_prepared(source.model, *file)
     if in_c:

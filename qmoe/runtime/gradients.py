@@ -101,8 +101,8 @@ def expanding(stacks: list[Any], i: int) -> Expand:
     (arena,) = stacks
     if not hasattr(arena, "expand"):
         raise ConfigError(
-            "expert_memory: adapters and gradients need all experts in one memory; load the model "
-            "without it"
+            "expert_memory, plan: adapters and gradients need all experts in one memory; load the "
+            "model without these"
         )
     return lambda e: arena.expand(e, i)
 

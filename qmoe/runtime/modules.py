@@ -114,7 +114,7 @@ class PackedLinear(nn.Linear):
         (stored,) = take_to_run(self, where).values()
         quantized = stored.unpack()
         if uses_arena(run.device):
-            self.stack = _arena_stack([quantized], run, None)
+            self.stack = _arena_stack([quantized], run, None, where)
         else:
             self.stack = PackedStack(quantized, quantized.scale.dtype)
 
@@ -182,7 +182,7 @@ def finish_experts(module: Any, where: str, run: RunOn) -> None:
         stored = take_to_run(module, where)
         stacks = [stored[first].unpack(), stored[second].unpack()]
         if uses_arena(run.device):
-            module.qmoe_arena = _arena_stack(stacks, run, activation)
+            module.qmoe_arena = _arena_stack(stacks, run, activation, where)
         else:
             module.qmoe_first, module.qmoe_second = (
                 packed_stack(stack, stack.scale.dtype) for stack in stacks
@@ -203,11 +203,16 @@ def _finish_coded(module: Any, where: str, run: RunOn) -> None:
     module.config._experts_implementation = NAME
 
 
-def _arena_stack(stacks: list[Quantized], run: RunOn, activation: Activation | None) -> nn.Module:
+def _arena_stack(
+    stacks: list[Quantized], run: RunOn, activation: Activation | None, where: str
+) -> nn.Module:
     """The form of the Triton kernels, which only machines that have Triton can import."""
     from qmoe.kernels.arena_stack import ArenaStack
+    from qmoe.kernels.hosted.hybrid import HybridStack
 
     dtype, paired = stacks[0].scale.dtype, activation is not None
+    if run.how is not None and where in run.hot:
+        return HybridStack(stacks, dtype, run.device, activation, run.hot[where], run.how)
     return ArenaStack(stacks, dtype, run.device, activation, paired, home=run.home)
 
 

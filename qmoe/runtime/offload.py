@@ -20,7 +20,7 @@ def offload_experts(
     filled with the experts that saw most calibration tokens, if the folder's report knows. Raises
     ConfigError if a layer would get fewer slots than a token chooses experts.
     """
-    from qmoe.kernels.offload import SlotStack
+    from qmoe.kernels.hosted.slots import SlotStack
 
     names = [name for layer in structure.layers for name in layer.experts]
     modules = {name: model.get_submodule(name) for name in names}
@@ -40,7 +40,7 @@ def offload_experts(
             f"expert_memory: {format_size(expert_memory)} hold {slots} experts of each layer, a "
             f"token chooses {least}; give {need} bytes or more"
         )
-    counts = _calibration_counts(folder)
+    counts = calibration_counts(folder)
     previous: SlotStack | None = None
     for name, module in modules.items():
         stack = SlotStack(module.qmoe_arena, slots, device)
@@ -52,7 +52,7 @@ def offload_experts(
         previous = stack
 
 
-def _calibration_counts(folder: Path) -> dict[str, list[float]]:
+def calibration_counts(folder: Path) -> dict[str, list[float]]:
     """Calibration tokens of each expert, by the name of their module; none for plain rounding."""
     path = folder / "qmoe_report.json"
     report = read_json(path) if path.is_file() else {"layers": []}

@@ -1,13 +1,17 @@
 """Where and how packed weights run: what the options of `load` come to."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qmoe.errors import ConfigError
 from qmoe.system.devices import find_device
+
+if TYPE_CHECKING:
+    from qmoe.kernels.hosted.hybrid import How
 
 
 @dataclass(frozen=True)
@@ -17,13 +21,17 @@ class RunOn:
     exact: on a CPU, take activations as they are instead of rounding them to 8 bits.
     cache: on a CPU, keep large models in the kernels' layout for the next load.
     prepared: on a CPU, the buffers in the kernels' layout, if they need not be made from the stored
-        tensors (runtime/prepared.py), by the module's name and the place of the matrix in it."""
+        tensors (runtime/prepared.py), by the module's name and the place of the matrix in it.
+    hot: of experts modules whose experts do not all lie on the GPU, those that do. how: the others
+        are computed (runtime/hybrid.py)."""
 
     device: torch.device
     home: torch.device | None = None
     exact: bool = False
     cache: bool = True
     prepared: Mapping[str, Tensor] | None = None
+    hot: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    how: "How | None" = None
 
 
 def usable_device(device: str | torch.device) -> torch.device:

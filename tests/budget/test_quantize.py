@@ -4,20 +4,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import LITTLE_TEXT, QUICK, same_files
+from helpers import LITTLE_TEXT, QUICK, same_files, save_random
 
 import qmoe
 import qmoe.budget.measure
 import qmoe.budget.quantize as budget
 from qmoe import Budget, QuantConfig, Scheme
+from qmoe.budget.choose import all_in
 from qmoe.budget.guard import GuardText, batches_of
-from qmoe.budget.measurements import Measurements
+from qmoe.budget.measurements import FILE, Measurements
+from qmoe.budget.memory import Gpu
+from qmoe.budget.solve_all import laid_out
 from qmoe.calibration.batches import choose_samples
 from qmoe.calibration.text import load_texts
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.cli.main import main
 from qmoe.errors import ConfigError
 from qmoe.measure.baselines import original
+from qmoe.model.source import open_source
+from qmoe.plan.placement import CUDA
+from qmoe.plan.run_plan import RunPlan
 
 SCHEME = Scheme(4, 64, symmetric=False)
 CONFIG = replace(QUICK, experts=SCHEME, dense=SCHEME, refit=False)
@@ -36,7 +42,8 @@ def made(short, tmp_path_factory):
         inner = qmoe.budget.measure._with
 
         def spy(layer, solution, probe):
-            tried.append(solution)
+            weights = {n: laid_out(layer, n, stack) for n, stack in solution.probes.items()}
+            tried.append((solution, weights))
             return inner(layer, solution, probe)
 
         patch.setattr(qmoe.budget.measure, "_with", spy)
@@ -72,9 +79,9 @@ def test_a_groups_kl_is_that_of_the_original_with_its_weights(made, short):
         return model(input_ids=ids).logits[:, :-1].log_softmax(-1)
 
     base = predicted()
-    for group in (tried[0], tried[4], tried[-1]):
-        before = {name: model.get_parameter(name).detach().clone() for name in group.weights}
-        for name, weight in group.weights.items():
+    for group, weights in (tried[0], tried[4], tried[-1]):
+        before = {name: model.get_parameter(name).detach().clone() for name in weights}
+        for name, weight in weights.items():
             model.get_parameter(name).data.copy_(weight)
         kl = (base.exp() * (base - predicted())).sum(-1).mean()
         assert found.kl[group.measured[0].group] == pytest.approx(float(kl), rel=0.02)
@@ -131,6 +138,29 @@ def test_uniform_is_written_where_it_is_better(made, short, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ram", [None, "4GB"])
+def test_a_budget_of_a_gpus_memory_comes_with_a_plan(made, short, tmp_path, ram):
+    """All of the model on the GPU; or, with memory for little more than what has to be there, the
+    experts in host memory."""
+    folder, _, _ = made
+    source = open_source(ModelFolder.find(short), torch.float32)
+    memory = Gpu(source, 128)
+    narrow = memory.total(all_in(CONFIG, replace(SCHEME, bits=2)))
+    # 2 bits everywhere, and what the slots take.
+    vram = int((narrow + 300_000 + (0 if ram is None else -200_000)) * 1.05)
+    given = Budget(vram=vram, context=128, ram=ram, guard_text=GUARD)
+    how = {"measurements": folder / "out.measurements", "progress": False}
+    report = qmoe.quantize_to_size(short, tmp_path / "out", given, CONFIG, **how)
+    plan = RunPlan.read(tmp_path / "out")
+    assert plan.vram == vram and plan.context == 128 and plan.hybrid == (ram is not None)
+    if ram is None:
+        assert plan.expert_memory is None and plan.gpu == report["budget"]["bytes"] - CUDA
+    else:
+        assert plan.gpu <= vram and plan.host < 4 * 10**9 and plan.expert_memory > 0
+        assert report["budget"]["bits"]["planned"] > 4  # since host memory is large
+
+
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on(made, short, tmp_path, monkeypatch):
     folder, _, _ = made
     how = {"measurements": folder / "out.measurements", "progress": False}
@@ -148,6 +178,65 @@ def test_a_run_that_was_stopped_goes_on(made, short, tmp_path, monkeypatch):
     assert same_files(folder / "out", tmp_path / "out")
 
 
+@pytest.mark.slow
+def test_bits_of_lm_head_are_chosen_where_it_is_quantized(demo, tmp_path):
+    """A budget of few bytes gives it fewer bits than one of many."""
+    source = save_random("mixtral", tmp_path / "m", demo, torch.float32)
+    scheme = Scheme(4, 32, symmetric=False)
+    config = replace(CONFIG, experts=scheme, dense=scheme, lm_head=replace(scheme, bits=8))
+    found, given = {}, {"guard_text": GUARD}
+    for bits in (3.6, 8.6):
+        how = {"measurements": tmp_path / "measured", "progress": False}
+        report = qmoe.quantize_to_size(
+            source, tmp_path / str(bits), Budget(bits=bits, **given), config, **how
+        )
+        assert report["budget"]["bits"]["planned"] <= bits
+        made = QuantConfig.from_dict(report["config"])
+        assert "lm_head" not in made.widths
+        found[bits] = made.lm_head.bits
+    assert found[3.6] < found[8.6] == 8
+    told = Measurements.read(tmp_path / "measured")
+    (part,) = [part for part in told.parts if part.target == "lm_head"]
+    assert part.tokens[0] > 100 and part.errors[0] == sorted(part.errors[0], reverse=True)
+    assert 0 < told.kl["lm_head"] < 1
+
+
+def test_a_measuring_pass_that_was_stopped_solves_no_layer_twice(
+    made, short, tmp_path, monkeypatch
+):
+    folder, _, _ = made
+    kept, solved = qmoe.budget.measure.keep_layer, qmoe.budget.measure._solved
+    layers = []
+
+    def stop(out, index, found):
+        if index == 1:
+            raise KeyboardInterrupt
+        kept(out, index, found)
+
+    def count(layer, *rest):
+        layers.append(layer.name)
+        return solved(layer, *rest)
+
+    given = (short, tmp_path / "out", Budget(bits=3.0, guard_text=GUARD), CONFIG)
+    monkeypatch.setattr(qmoe.budget.measure, "_solved", count)
+    with monkeypatch.context() as patch:
+        patch.setattr(qmoe.budget.measure, "keep_layer", stop)
+        with pytest.raises(KeyboardInterrupt):
+            qmoe.quantize_to_size(*given, progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.measurements.partial"]
+
+    def enough(*_):  # measurements are all that is looked at
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(budget, "choose", enough)
+    with pytest.raises(KeyboardInterrupt):
+        qmoe.quantize_to_size(*given, progress=False)
+    assert layers == [f"model.layers.{i}" for i in (0, 1, 1)]
+    assert [p.name for p in (tmp_path / "out.measurements").iterdir()] == [FILE]
+    again = (tmp_path / "out.measurements" / FILE).read_text()
+    assert again == (folder / "out.measurements" / FILE).read_text()
+
+
 @pytest.mark.parametrize(
     "config, given, said",
     [
@@ -156,6 +245,7 @@ def test_a_run_that_was_stopped_goes_on(made, short, tmp_path, monkeypatch):
         (CONFIG, {"bits": 2.0}, "at 2 bits .* on average with scales. the model takes"),
         (CONFIG, {"size": "1MB"}, "more than the 1000000 that can be used"),
         (CONFIG, {"vram": "0.8GB"}, "which is .* more than the"),
+        (CONFIG, {"bits": 3.0, "ram": "8GB"}, "ram: goes with vram"),
         (QuantConfig("rtn"), {"bits": 3.0}, "as gptq solves them, not rtn"),
         (replace(CONFIG, widths={"a": "2"}), {"bits": 3.0}, "a budget chooses them"),
     ],

@@ -8,6 +8,7 @@ from qmoe.cli.main import main
 from qmoe.cli.options import build_parser
 from qmoe.cli.settings import config_from
 from qmoe.config import Scheme
+from qmoe.plan.run_plan import RunPlan
 from qmoe.system import host_memory
 
 
@@ -44,15 +45,31 @@ def test_the_least_memory_is_what_is_free(demo, capsys, monkeypatch):
     assert "more than the 9 that are free under the limit of group /a; most of it is" in err
 
 
-def test_slots_on_a_gpu(demo, capsys):
-    found = planned(capsys, demo, "--context", 256, "--ram", "8GB", "--vram", "857MB", "--bits", 8)
+def test_experts_beside_a_gpu(demo, capsys, tmp_path):
+    options = ["--context", 256, "--ram", "8GB", "--vram", "857MB"]
+    found = planned(capsys, demo, *options, "--bits", 8)
     assert 0 < found["experts_on_gpu"] < 1 and found["read_per_step"]["host"] > 0
-    held = found["slots"] * (found["bytes"]["gpu"] > 0)
-    (memory,) = [w for w in found["commands"][1].split() if w.endswith("B")]
-    assert f"--device cuda --expert-memory {memory}" in found["commands"][1]
-    assert held >= 4 and int(memory[:-1]) % held == 0  # a token goes to four experts
-    status, out, _ = run(capsys, demo, "--context", 256, "--ram", "8GB", "--vram", "857MB")
-    assert status == 0 and "experts on the GPU" in out and "GPU" in out
+    assert found["hybrid"] and found["slots"] is None
+    assert found["commands"][1] == "qmoe bench DST --device cuda --plan FILE"
+    file = tmp_path / "plan.json"
+    status, out, _ = run(capsys, demo, *options, "--save", file)
+    assert status == 0 and "experts on the GPU" in out and f"--plan {file}" in out
+    plan = RunPlan.read(file)
+    assert plan.hybrid and plan.vram == 857_000_000 and plan.ram == 8 * 10**9
+    assert 0 < plan.expert_memory < plan.gpu < plan.vram and plan.kv == "bf16"
+
+
+def test_a_cache_in_8_bits(demo, capsys):
+    plain, small = (
+        planned(capsys, demo, "--context", 512, "--ram", "8GB", "--bits", 4, "--kv", kv)
+        for kv in ("bf16", "int8")
+    )
+    (before,), (after,) = (
+        [p["host"] for p in found["parts"] if p["name"].startswith("cache")]
+        for found in (plain, small)
+    )
+    assert before / 2 < after < 0.6 * before
+    assert small["commands"][1] == "qmoe bench DST --kv int8"
 
 
 def test_nothing_fits(demo, capsys):

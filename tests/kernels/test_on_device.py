@@ -12,8 +12,8 @@ from qmoe.format.quantized import Quantized
 from qmoe.kernels.activation import Activation
 from qmoe.kernels.arena import build_arena
 from qmoe.kernels.arena_stack import ArenaStack
+from qmoe.kernels.hosted.slots import SlotStack
 from qmoe.kernels.layer import device_table, linear, routed_experts
-from qmoe.kernels.offload import SlotStack
 from qmoe.kernels.reference import check_layer, layer_reference, random_matrices
 
 GPU = DEVICE.type == "cuda"

@@ -9,8 +9,8 @@ from helpers import DEVICE, assert_close
 from qmoe.config import Scheme
 from qmoe.kernels.activation import Activation
 from qmoe.kernels.arena_stack import ArenaStack
-from qmoe.kernels.offload import SlotStack
-from qmoe.kernels.residency import Held, empty, fetch, guess, waves
+from qmoe.kernels.hosted.residency import Held, empty, fetch, guess, waves
+from qmoe.kernels.hosted.slots import SlotStack
 from qmoe.solvers.rtn import rtn
 
 E, A, H, I = 12, 2, 64, 32  # noqa: E741

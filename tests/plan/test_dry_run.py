@@ -9,6 +9,7 @@ from qmoe.errors import UnsupportedModelError
 from qmoe.measure.families import families, tiny_config
 from qmoe.model.skeleton import build
 from qmoe.plan.dry_run import dry_run
+from qmoe.runtime.int8_cache import to_int8
 
 KNOWN = {family.model_type: family for family in families()}
 # Family, what its tiny config needs for two kinds of layers, and the kinds of its cache.
@@ -69,6 +70,23 @@ def test_a_full_cache_by_hand():
     size = config.hidden_size // config.num_attention_heads
     (kind,) = dry_run(build(config, torch.float32), 300, 3, torch.bfloat16).cache
     assert kind.nbytes == 2 * 2 * 3 * 300 * L * H * size and kind.layers == L
+
+
+def test_a_cache_in_8_bits_by_hand():
+    """A byte a number, and two for the scale of each token and head. A sliding window stays as it
+    is."""
+    config = config_of("mixtral", {})
+    H, L = config.num_key_value_heads, config.num_hidden_layers
+    size = config.hidden_size // config.num_attention_heads
+    (kind,) = dry_run(build(config, torch.float32), 300, 3, torch.bfloat16, 16, to_int8).cache
+    assert kind.nbytes == 2 * 3 * 300 * L * H * (size + 2) and kind.name == "full in 8 bits"
+    model = build(config_of("gpt_oss", {"sliding_window": 20}), torch.float32)
+    plain, small = (
+        {k.name: k.nbytes for k in dry_run(model, 100, 1, torch.bfloat16, 16, keep).cache}
+        for keep in (None, to_int8)
+    )
+    assert plain["sliding window"] == small["sliding window"]
+    assert small["full in 8 bits"] < 0.7 * plain["full"]
 
 
 def test_a_sliding_window_does_not_grow():

@@ -6,12 +6,15 @@ import pytest
 
 from qmoe.plan.dry_run import CacheKind, Pass
 from qmoe.plan.in_memory import Packed, Weights
-from qmoe.plan.placement import CUDA, CUDA_HOST, MARGIN, Budget, Load, place
+from qmoe.plan.placement import CUDA, CUDA_HOST, MARGIN, SLOTS, Budget, Load, place
 from qmoe.system.host_memory import PROCESS
 
 E, LAYERS, TOP = 8, 3, 2
+# For the CPU they take more than any host memory has, so that experts wait in slots.
 ROUTED = [
-    Packed(f"layers.{i}.experts", f"layers.{i}", True, E, 40_000_000, 2_000_000, 256, 9_000_000)
+    Packed(
+        f"layers.{i}.experts", f"layers.{i}", True, E, 40_000_000, 2_000_000, 256, 9_000_000, 10**15
+    )
     for i in range(LAYERS)
 ]
 DENSE = [
@@ -104,6 +107,53 @@ def test_a_batch_reads_each_expert_once():
     large = replace(LOAD, batch=10_000)
     whole = LAYERS * 5_100_016 + 27_600_000
     assert place(WEIGHTS, large, Budget(None, LARGE)).read[1] == whole + EXPERTS - LAYERS * 256
+
+
+def both(on_cpu=43_000_000):
+    """The weights with experts that host memory holds in both layouts."""
+    return replace(WEIGHTS, packed=[*(replace(m, on_cpu=on_cpu) for m in ROUTED), *DENSE])
+
+
+@pytest.mark.parametrize("held", [0, 1, 7, 15])
+def test_the_cpu_computes_what_is_not_on_the_gpu(held):
+    """Of 24 experts, `held` lie on the GPU beside the slots, and the others in both layouts in host
+    memory, pinned in powers of two."""
+    staging = SLOTS * 42_000_000
+    gpu = with_margin(FIXED + CUDA + 2 * LAYERS * 256 + staging + held * 42_000_000)
+    found = place(both(), LOAD, Budget(gpu + 1, LARGE))
+    assert found.fits and found.hybrid and found.slots is None
+    assert found.expert_memory == pytest.approx(staging + held * 42_000_000, abs=2)
+    tables = LAYERS * 256 * 1.05 if held == 0 else 0  # of no experts
+    assert found.total()[0] == pytest.approx(gpu - tables, abs=4) and found.total()[0] <= gpu + 1
+    assert found.on_gpu == pytest.approx(held / (LAYERS * E), abs=1e-7)
+    cold = LAYERS * E - held
+    named = parts(found)
+    assert named["the same experts for the CPU"][1] == pytest.approx(cold * 43_000_000, abs=9)
+    experts = named["routed experts"][1] + named["scales of routed experts"][1]
+    assert experts == pytest.approx(cold * 42_000_000 + LAYERS * 256, abs=9)
+    rounded = min(2 * cold * 42_000_000, LAYERS * 2**29)
+    rounding = named["rounding of pinned memory"][1]
+    assert rounding == pytest.approx(rounded - cold * 42_000_000, abs=9)
+    # Every expert that a token chooses is read once, in one of the memories.
+    whole = LAYERS * 5_100_016 + 20_000_000 + 600_000 + 7_000_000
+    routed = LAYERS * TOP * 42_000_000
+    assert found.read[1] == pytest.approx(routed * (1 - found.on_gpu), abs=2)
+    assert sum(found.read) == whole + routed
+
+
+def test_experts_wait_in_slots_where_host_memory_does_not_hold_them_twice():
+    gpu = CUDA + 700_000_000
+    host = place(both(), LOAD, Budget(gpu, LARGE)).total()[1]
+    assert place(both(), LOAD, Budget(gpu, host)).hybrid
+    less = place(both(), LOAD, Budget(gpu, host - 9))
+    assert less.fits == (place(WEIGHTS, LOAD, Budget(gpu, LARGE)).total()[1] <= host - 9)
+    more = place(both(10**9), LOAD, Budget(gpu, host))
+    assert more.slots is not None or not more.fits
+
+
+def test_the_slots_are_those_of_the_runtime():
+    hybrid = pytest.importorskip("qmoe.kernels.hosted.hybrid")
+    assert SLOTS == 2 * hybrid.AT_ONCE
 
 
 def test_a_model_without_stacks_of_experts():

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from qmoe.kernels.arena import ALIGN, WEIGHTS
 from qmoe.kernels.arena_stack import ArenaStack
+from qmoe.kernels.hosted.residency import Held, empty, fetch, guess, waves
 from qmoe.kernels.moe import Biases
-from qmoe.kernels.residency import Held, empty, fetch, guess, waves
 
 
 @runtime_checkable

@@ -1,0 +1,1 @@
+"""Experts in host memory: copied to slots on the GPU, or computed by the CPU beside it."""
