@@ -23,6 +23,7 @@ RENAMED: dict[str, dict[str, str]] = {
         "--damp": "damp=",
         "--min-tokens": "min_tokens=",
         "--batch": "calibration.batch=",
+        "--seed": "calibration.seed=",
         "--dense-group-size": "dense.group_size=",
         "--dense-asymmetric": "dense.symmetric=false",
     },

@@ -161,7 +161,6 @@ def text_options(p: Any) -> None:
         ("samples", "samples of that text, spread evenly over its domains"),
         ("self_samples", "samples more that the model writes itself"),
         ("seqlen", "tokens in a sample"),
-        ("seed", "seed of the samples' choice"),
     ):
         option, default = f"--{name.replace('_', '-')}", getattr(c, name)
         setting(p, option, f"calibration.{name}", default, metavar="N", help=said)

@@ -69,7 +69,7 @@ def test_options_become_the_config():
     command = """
         --method awq --bits 3 --group-size 64 --asymmetric --dense-bits 4 --lm-head-bits 8
         --set dense.group_size=32 --set dense.symmetric=false --set damp=0.1 --set min_tokens=7
-        --calibration x.txt --samples 3 --self-samples 1 --seqlen 5 --seed 9
+        --calibration x.txt --samples 3 --self-samples 1 --seqlen 5 --set calibration.seed=9
     """
     found = config(*command.split())
     assert found == QuantConfig(
