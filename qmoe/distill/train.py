@@ -126,10 +126,12 @@ class Training:
         order = _order(len(self.samples.train), self.steps, self.seed)
         curve = {0: self.held_out()}
         best = [leaf.detach().clone() for leaf in leaves]
+        stopped: dict[str, str] = {}
         for n, i in enumerate(progress(order, "distilling"), 1):
             optimizer.zero_grad()
             if not math.isfinite(self.step(i)):
-                break  # the model overflows; what was best before is kept
+                stopped = {"stopped": f"the loss of step {n} was not finite"}
+                break  # what was best before is kept
             optimizer.step()
             falling.step()
             if n % EVERY and n < self.steps:
@@ -145,6 +147,7 @@ class Training:
             "kept_step": kept_at,
             "held_out_samples": sum(map(len, self.samples.held_out)),
             "held_out_kl": {str(n): round(value, 6) for n, value in curve.items()},
+            **stopped,
         }
 
 

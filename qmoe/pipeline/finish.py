@@ -61,6 +61,8 @@ def finish(
         report["fallbacks"].append(f"the model was not distilled: {distilled['left_out']}")
     elif distilled:
         report["distilled"] = distilled
+    if "stopped" in distilled:
+        report["fallbacks"].append(f"distilling ended early: {distilled['stopped']}")
     out.write_json(REPORT, report)
     write_card(out.path, report, metadata, text_below)
     return report

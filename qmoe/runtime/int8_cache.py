@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from qmoe.runtime.growing_cache import GrowingLayer
+from qmoe.system.printing import say
 
 MOST = 127
 
@@ -43,21 +44,32 @@ def decode(kept: Int8[Tensor, "*rows bytes"], dtype: torch.dtype) -> Float[Tenso
     return kept[..., :width].to(dtype) * kept[..., width:].contiguous().view(dtype)
 
 
-def to_int8(cache: Any) -> None:
-    """Put the whole keys and values of a DynamicCache into 8 bits. Its layers of other kinds (of a
-    sliding window, latent vectors that have their own class, states) stay as they are."""
+def to_int8(cache: Any) -> bool:
+    """Put the whole keys and values of a DynamicCache into 8 bits; whether any are. Its layers of
+    other kinds (of a sliding window, latent vectors that have their own class, states) stay as they
+    are."""
     for layer in cache.layers if isinstance(cache, DynamicCache) else ():
         if type(layer) in (DynamicLayer, GrowingLayer) and layer.is_initialized:
             layer.keys, layer.values = encode(layer.keys), encode(layer.values)
             vars(layer).pop("room", None)
             vars(layer).pop("last", None)
             layer.__class__ = Int8Layer
+    return any(type(layer) is Int8Layer for layer in getattr(cache, "layers", ()))
 
 
 def keep_caches_in_int8(model: nn.Module) -> None:
-    """Put every DynamicCache that this model fills into 8 bits after its first forward pass."""
+    """Put every DynamicCache that this model fills into 8 bits after its first forward pass. One
+    line on standard error says so if a cache has nothing that is kept in 8 bits."""
+    told = False
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        to_int8(getattr(output, "past_key_values", None))
+        nonlocal told
+        cache = getattr(output, "past_key_values", None)
+        if not to_int8(cache) and cache is not None and not told:
+            told = True
+            say(
+                f"warning: kv: {type(cache).__name__} has no whole keys and values that are kept "
+                "in 8 bits; it stays as it is"
+            )
 
     model.register_forward_hook(after)

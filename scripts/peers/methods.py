@@ -128,7 +128,8 @@ def run(method: Method, task: Task, out: Path, work: Path, log: Path) -> str | N
         command += [str(task.model), str(out), *_scheme(method, task.bits)]
         command += method.options
         if method.calibrated:
-            command += ["--calibration", task.text, "--seqlen", "256", "--seed", str(task.seed)]
+            command += ["--calibration", task.text, "--seqlen", "256"]
+            command += ["--set", f"calibration.seed={task.seed}"]
     else:
         command += [str(task.model), str(task.tokens), str(out), "--bits", str(task.bits)]
         command += method.options

@@ -63,7 +63,7 @@ def poison():
 
 @pytest.mark.parametrize(
     "layer, bits",
-    CELLS if GPU else mostly_slow(CELLS, lambda layer, bits: bits == 4),
+    mostly_slow(CELLS, lambda layer, bits: GPU or bits == 4),
     ids=lambda x: getattr(x, "name", str(x)),
 )
 def test_layers_of_real_sizes(layer, bits):

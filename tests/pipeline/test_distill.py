@@ -131,6 +131,14 @@ def test_a_phase_that_brings_nothing_changes_nothing(short, tmp_path, monkeypatc
     assert report["unpacked_sha256"] == solved["unpacked_sha256"]
 
 
+def test_a_loss_that_overflows_ends_the_phase_and_is_reported(short, tmp_path, monkeypatch):
+    monkeypatch.setattr(Training, "step", lambda self, i: float("inf"))
+    report = qmoe.quantize(short, tmp_path / "out", STEPS, progress=False)
+    assert report["distilled"]["kept_step"] == 0
+    said = "distilling ended early: the loss of step 1 was not finite"
+    assert said in report["fallbacks"]
+
+
 def test_a_model_whose_last_layer_does_not_give_its_logits_is_left_as_it_is(
     short, tmp_path, monkeypatch
 ):

@@ -4,7 +4,7 @@ from typing import get_args
 
 import pytest
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache
 
 import qmoe
 from qmoe.config import Kv
@@ -93,6 +93,17 @@ def test_a_model_that_keeps_its_cache_in_8_bits(quantized_short):
     assert 0 < kl < 1e-3
     made = small.generate(ids, max_new_tokens=4, do_sample=False)
     assert made.shape == (1, 34)
+
+
+def test_a_cache_that_stays_as_it_is_is_told_of_once(quantized_short, capsys):
+    model, _ = qmoe.load(quantized_short, torch.float32, progress=False, kv="int8")
+    ids = torch.arange(60, 70)[None]
+    for _ in range(2):
+        cache = StaticCache(model.config, max_cache_len=32)
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=cache)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "kv:" in line]
+    assert line.startswith("warning: kv: StaticCache has no whole keys and values")
 
 
 def test_another_cache_is_refused_by_name():
