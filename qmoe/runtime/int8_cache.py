@@ -44,17 +44,15 @@ def decode(kept: Int8[Tensor, "*rows bytes"], dtype: torch.dtype) -> Float[Tenso
     return kept[..., :width].to(dtype) * kept[..., width:].contiguous().view(dtype)
 
 
-def to_int8(cache: Any) -> bool:
-    """Put the whole keys and values of a DynamicCache into 8 bits; whether any are. Its layers of
-    other kinds (of a sliding window, latent vectors that have their own class, states) stay as they
-    are."""
+def to_int8(cache: Any) -> None:
+    """Put the whole keys and values of a DynamicCache into 8 bits. Its layers of other kinds (of a
+    sliding window, latent vectors that have their own class, states) stay as they are."""
     for layer in cache.layers if isinstance(cache, DynamicCache) else ():
         if type(layer) in (DynamicLayer, GrowingLayer) and layer.is_initialized:
             layer.keys, layer.values = encode(layer.keys), encode(layer.values)
             vars(layer).pop("room", None)
             vars(layer).pop("last", None)
             layer.__class__ = Int8Layer
-    return any(type(layer) is Int8Layer for layer in getattr(cache, "layers", ()))
 
 
 def keep_caches_in_int8(model: nn.Module) -> None:
@@ -65,7 +63,9 @@ def keep_caches_in_int8(model: nn.Module) -> None:
     def after(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal told
         cache = getattr(output, "past_key_values", None)
-        if not to_int8(cache) and cache is not None and not told:
+        to_int8(cache)
+        small = any(type(layer) is Int8Layer for layer in getattr(cache, "layers", ()))
+        if cache is not None and not small and not told:
             told = True
             say(
                 f"warning: kv: {type(cache).__name__} has no whole keys and values that are kept "
