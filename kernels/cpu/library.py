@@ -6,6 +6,7 @@
 
 import ctypes
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -75,6 +76,16 @@ class RouterStruct(ctypes.Structure):
     ]  # fmt: skip
 
 
+class TurnStruct(ctypes.Structure):
+    """`Turn` of csrc/qmoe_cpu.h."""
+
+    _fields_ = [
+        ("x", _P), ("cos", _P), ("sin", _P), ("weight", _P), ("tokens", _I), ("positions", _I),
+        ("heads", _I), ("width", _I), ("turned", _I), ("type", _I), ("weight_type", _I),
+        ("early", _I), ("epsilon", ctypes.c_float), ("shift", ctypes.c_float),
+    ]  # fmt: skip
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The shared object with its functions declared, or None if this installation has none."""
@@ -83,6 +94,10 @@ def library() -> ctypes.CDLL | None:
         return None
     lib = ctypes.CDLL(str(found[0]))
     lib.qmoe_run.argtypes = [ctypes.c_int, ctypes.POINTER(CallStruct)]
+    lib.qmoe_run_side_by_side.argtypes = [ctypes.c_int, ctypes.POINTER(CallStruct), ctypes.c_int]
+    lib.qmoe_turn.argtypes = [ctypes.c_int, ctypes.POINTER(TurnStruct), ctypes.c_int, _I]
+    lib.qmoe_turn.restype = None
+    lib.qmoe_decode.argtypes = [ctypes.c_int, _P, _P]
     lib.qmoe_pack.argtypes = [ctypes.POINTER(StackStruct), ctypes.POINTER(SourceStruct), _I]
     lib.qmoe_pack.restype = None
     lib.qmoe_norm.argtypes = [ctypes.c_int, ctypes.POINTER(NormStruct)]
@@ -151,6 +166,21 @@ def run(number: int, call: CallStruct) -> None:
     assert lib is not None
     if lib.qmoe_run(number, call):
         raise MemoryError("the CPU kernels could not allocate their buffers")
+
+
+def run_side_by_side(number: int, calls: Sequence[CallStruct]) -> None:
+    """Calls with the same x and a first product alone, as one. Raises MemoryError."""
+    lib = library()
+    assert lib is not None
+    if lib.qmoe_run_side_by_side(number, (CallStruct * len(calls))(*calls), len(calls)):
+        raise MemoryError("the CPU kernels could not allocate their buffers")
+
+
+def turn(number: int, turns: Sequence[TurnStruct], threads: int) -> None:
+    """The heads of the same tokens normalised and rotated, in place."""
+    lib = library()
+    assert lib is not None
+    lib.qmoe_turn(number, (TurnStruct * len(turns))(*turns), len(turns), threads)
 
 
 def attend(number: int, attention: AttentionStruct) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qmoe.kernels.activation import Activation
 from qmoe.kernels.cpu.layout import TYPES
-from qmoe.kernels.cpu.library import CallStruct, StackStruct, run, tier
+from qmoe.kernels.cpu.library import CallStruct, StackStruct, run, run_side_by_side, tier
 
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "clamped_swiglu")
 ABSENT = StackStruct()
@@ -107,18 +107,34 @@ def first_product_now(
     return _run(x, out, ids, None, (T, A), None, exact, stack_struct(*stack, kept), ABSENT)
 
 
-def linear_now(x: Tensor, e: int, stack: StackStruct, exact: bool) -> Tensor:
-    """x [T, K] times the transpose of matrix e [N, K]."""
-    number, T = tier(), x.shape[0]
-    assert number is not None
-    x = x.contiguous()
-    out = x.new_empty(T, stack.n)
-    call = CallStruct(
-        x.data_ptr(), out.data_ptr(), None, None, T, 1, e, TYPES[x.dtype], 0, exact,
+def _linear(x: Tensor, e: int, stack: StackStruct, exact: bool) -> tuple[Tensor, CallStruct]:
+    """The output [T, N], to be written, and the call that does so."""
+    out = x.new_empty(x.shape[0], stack.n)
+    return out, CallStruct(
+        x.data_ptr(), out.data_ptr(), None, None, x.shape[0], 1, e, TYPES[x.dtype], 0, exact,
         torch.get_num_threads(), 0.0, 0.0, stack, ABSENT,
     )  # fmt: skip
+
+
+def linear_now(x: Tensor, e: int, stack: StackStruct, exact: bool) -> Tensor:
+    """x [T, K] times the transpose of matrix e [N, K]."""
+    number = tier()
+    assert number is not None
+    x = x.contiguous()
+    out, call = _linear(x, e, stack, exact)
     run(number, call)
     return out
+
+
+def linears_now(x: Tensor, stacks: Sequence[tuple[StackStruct, bool]]) -> list[Tensor]:
+    """x [T, K] times the transposes of the only matrices [N, K] of up to four stacks, in one call
+    of C. stacks: each with whether it is exact."""
+    number = tier()
+    assert number is not None
+    x = x.contiguous()
+    found = [_linear(x, 0, stack, exact) for stack, exact in stacks]
+    run_side_by_side(number, [call for _, call in found])
+    return [out for out, _ in found]
 
 
 def second_product_now(

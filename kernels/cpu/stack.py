@@ -58,12 +58,13 @@ class CpuStack(nn.Module):
         self.numbers = [shape.numbers() for shape in self.shapes]
         self._known: tuple[Tensor, Tensor, StackStruct] | None = None
 
-    def _matrix(self, i: int) -> tuple[Tensor, Tensor, list[int]]:
+    def matrix(self, i: int) -> tuple[Tensor, Tensor, list[int]]:
+        """Matrix i (first, second) of all experts as the ops take it: buffer, table, numbers."""
         return self._buffers[f"buffer{i}"], self._buffers[f"table{i}"], self.numbers[i]  # type: ignore[return-value]
 
     def packed(self, i: int) -> Packed:
         """Matrix i (first, second) of all experts."""
-        buffer, table, _ = self._matrix(i)
+        buffer, table, _ = self.matrix(i)
         return Packed(self.shapes[i], buffer, table)
 
     def experts(
@@ -76,7 +77,7 @@ class CpuStack(nn.Module):
     ) -> Float[Tensor, "T H2"]:
         """The routed experts; `activation` is called if it could not be fused. biases: [E, N] and
         [E, H2]."""
-        first, second, known = self._matrix(0), self._matrix(1), self.activation
+        first, second, known = self.matrix(0), self.matrix(1), self.activation
         if not torch.compiler.is_compiling():
             if known is not None:
                 return ops.routed_experts_now(
@@ -95,12 +96,12 @@ class CpuStack(nn.Module):
     def matmul(self, x: Float[Tensor, "M K"], e: int) -> Float[Tensor, "M N"]:
         """x times the transpose of matrix e of the only stack."""
         if torch.compiler.is_compiling():
-            return ops.linear(x, e, *self._matrix(0), self.exact)  # type: ignore[no-any-return]
-        return ops.linear_now(x, e, self._first(), self.exact)
+            return ops.linear(x, e, *self.matrix(0), self.exact)  # type: ignore[no-any-return]
+        return ops.linear_now(x, e, self.only(), self.exact)
 
-    def _first(self) -> StackStruct:
+    def only(self) -> StackStruct:
         """The only stack as C takes it, made anew when other tensors have taken its place."""
-        buffer, table, numbers = self._matrix(0)
+        buffer, table, numbers = self.matrix(0)
         if self._known is None or self._known[0] is not buffer or self._known[1] is not table:
             self._known = buffer, table, ops.stack_struct(buffer, table, numbers)
         return self._known[2]
@@ -122,7 +123,7 @@ class CpuStack(nn.Module):
         return sum(buffer.nbytes for buffer in self.buffers())
 
     def extra_repr(self) -> str:
-        experts = len(self._matrix(0)[1])
+        experts = len(self.matrix(0)[1])
         sizes = ", ".join(f"[{experts}, {s.n}, {s.k}]" for s in self.shapes)
         return f"{sizes}, {'exact' if self.exact else 'int8 activations'}"
 

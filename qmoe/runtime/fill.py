@@ -11,6 +11,8 @@ import torch
 from qmoe.kernels import uses_arena
 from qmoe.kernels.cpu.stack import uses_cpu_kernels
 from qmoe.model.source import Source
+from qmoe.runtime.attention_layers import fuse_attention_layers
+from qmoe.runtime.decoder_layers import fuse_decoder_layers
 from qmoe.runtime.growing_cache import let_caches_grow
 from qmoe.runtime.hybrid import measure_rates, place_experts
 from qmoe.runtime.modules import PackedLinear, finish_experts
@@ -66,6 +68,10 @@ def fill(source: Source, dtype: torch.dtype | None, run: RunOn, memory: int | No
         fuse_norms(source.model)
         routers = [name for layer in source.structure.layers for name in layer.routers]
         fuse_routers(source.model.get_submodule(name) for name in routers)
+        fuse_attention_layers(source.model.modules())
+        fuse_decoder_layers(
+            source.model.get_submodule(layer.name) for layer in source.structure.layers
+        )
         let_caches_grow(source.model)
     return_freed()
 

@@ -156,6 +156,9 @@ class Placeholder(nn.Parameter, _Unchangeable):
         zero = torch.zeros((), dtype=dtype, device=device).expand(shape)
         return Tensor._make_subclass(cls, zero, False)
 
+    def __deepcopy__(self, memo: Any) -> "Placeholder":
+        return self  # it holds nothing that could change
+
     def element_size(self) -> int:
         return 0
 

@@ -17,6 +17,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     keys: Any  # a tensor, once it is initialized
     values: Any
     room: tuple[Tensor, Tensor] | None = None
+    last: tuple[Any, Any] = (None, None)  # keys and values as the last update left them
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -26,15 +27,26 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         if not self.is_initialized or key_states.requires_grad or torch.compiler.is_compiling():
             self.room = None
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+        start, tokens = self.keys.shape[-2], key_states.shape[-2]
+        keys, values = self.with_room_for(tokens)
+        keys[:, :, start : start + tokens] = key_states
+        values[:, :, start : start + tokens] = value_states
+        return self.take(tokens)
+
+    def with_room_for(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """The tensors whose front part keys and values are, with room for so many more behind."""
         start = self.keys.shape[-2]
-        end = start + key_states.shape[-2]
+        end = start + tokens
         if self.room is None or not self._fits(end):
             spare = max(256, start // 4)
             self.room = (_with_room(self.keys, end + spare), _with_room(self.values, end + spare))
-        keys, values = self.room
-        keys[:, :, start:end] = key_states
-        values[:, :, start:end] = value_states
-        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        return self.room
+
+    def take(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Count so many tokens, which have been written behind the others, as keys and values."""
+        assert self.room is not None
+        end = self.keys.shape[-2] + tokens
+        self.keys, self.values = (part[:, :, :end] for part in self.room)
         self.last = (self.keys, self.values)
         return self.last
 

@@ -2,8 +2,7 @@
 #include <stdlib.h>
 
 #include "exponential.h"
-#include "parallel.h"
-#include "qmoe_cpu.h"
+#include "job.h"
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -22,20 +21,33 @@ static void some_rows(void *argument, int64_t item) {
 void qmoe_norm(int tier, const Norm *norm) {
     // A part large enough to be worth another thread.
     Norms job = {norm, qmoe_tiers[tier], 1 + 65536 / (norm->width + 1)};
-    Phase phase = {.work = some_rows, .items = ceiling(norm->rows, job.rows)};
-    qmoe_run_phases(&phase, 1, &job, norm->threads);
+    Phase phase = {some_rows, &job, .items = ceiling(norm->rows, job.rows)};
+    qmoe_run_phases(&phase, 1, norm->threads);
+}
+
+typedef struct {
+    const Turn *turns;
+    const Tier *tier;
+    int count;
+    int64_t tokens;  // of an item
+} Turns;
+
+static void some_tokens(void *argument, int64_t item) {
+    const Turns *job = argument;
+    for (const Turn *turn = job->turns; turn < job->turns + job->count; turn++)
+        for (int64_t t = item * job->tokens; t < least(turn->tokens, (item + 1) * job->tokens); t++) job->tier->turn(turn, t);
+}
+
+void qmoe_turn(int tier, const Turn *turns, int count, int64_t threads) {
+    // A part large enough to be worth another thread.
+    Turns job = {turns, qmoe_tiers[tier], count, 1 + 16384 / (turns->heads * turns->width + 1)};
+    Phase phase = {some_tokens, &job, .items = ceiling(turns->tokens, job.tokens)};
+    qmoe_run_phases(&phase, 1, threads);
 }
 
 // Few queries share their keys out, so that one sequence that is decoded keeps many threads busy. It
 // depends on the sizes alone: the number of threads changes no sum.
 enum { SHARE = 256 };
-
-typedef struct {
-    const Attention *a;
-    const Tier *tier;
-    int64_t group, rows, parts, shares;  // heads of a key head; its rows and items of rows; shares of the keys
-    float *sum, *top, *total;            // of all shares, where there is more than one
-} Attend;
 
 static void store_rows(const Attend *job, const Part *part, const float *sum, const float *total) {
     const Attention *a = job->a;
@@ -94,19 +106,33 @@ static void combine(void *argument, int64_t item) {
     store_rows(job, &part, sum, total);
 }
 
+int qmoe_begin_attend(Attend *job, int tier, const Attention *a) {
+    *job = (Attend){.a = a, .tier = qmoe_tiers[tier], .group = a->heads / a->key_heads};
+    job->rows = a->queries * job->group;
+    job->parts = ceiling(job->rows, QUERIES);
+    job->shares = a->queries <= FEW && a->keys > SHARE ? ceiling(a->keys, SHARE) : 1;
+    if (job->shares == 1) return 0;
+    int64_t each = QUERIES * job->shares * a->batch * a->key_heads * job->parts, width = padded(a->value_width);
+    if (!(job->sum = malloc(4 * (size_t)(each * (width + 2))))) return 1;
+    job->top = job->sum + each * width;
+    job->total = job->top + each;
+    return 0;
+}
+
+void qmoe_attend_phases(Attend *job, Phase *to) {
+    int64_t items = job->a->batch * job->a->key_heads * job->parts;
+    to[0] = (Phase){attend, job, .items = items * job->shares};
+    to[1] = (Phase){combine, job, .items = job->shares > 1 ? items : 0};
+}
+
+void qmoe_end_attend(Attend *job) { free(job->sum); }
+
 int qmoe_attend(int tier, const Attention *a) {
-    Attend job = {a, qmoe_tiers[tier], a->heads / a->key_heads, 0, 0, 0, 0, 0, 0};
-    job.rows = a->queries * job.group;
-    job.parts = ceiling(job.rows, QUERIES);
-    job.shares = a->queries <= FEW && a->keys > SHARE ? ceiling(a->keys, SHARE) : 1;
-    int64_t items = a->batch * a->key_heads * job.parts, width = padded(a->value_width), each = QUERIES * job.shares * items;
-    Phase phases[] = {{.work = attend, .items = items * job.shares}, {.work = combine, .items = items}};
-    if (job.shares > 1) {
-        if (!(job.sum = malloc(4 * (size_t)(each * (width + 2))))) return 1;
-        job.top = job.sum + each * width;
-        job.total = job.top + each;
-    }
-    qmoe_run_phases(phases, job.shares > 1 ? 2 : 1, &job, a->threads);
-    free(job.sum);
+    Attend job;
+    Phase phases[ATTEND_PHASES];
+    if (qmoe_begin_attend(&job, tier, a)) return 1;
+    qmoe_attend_phases(&job, phases);
+    qmoe_run_phases(phases, ATTEND_PHASES, a->threads);
+    qmoe_end_attend(&job);
     return 0;
 }

@@ -187,4 +187,4 @@ static void load_some(const void *from, int64_t type, int64_t at, int64_t n, flo
         }                                                                          \
     }                                                                              \
     static int usable(void) { return usable_if; }                                  \
-    const Tier symbol = {shown, usable, pack, product, exact, activate, add, load_some, store, norm, attend, dense, choose};
+    const Tier symbol = {shown, usable, pack, product, exact, activate, add, load_some, store, norm, turn, attend, dense, choose};

@@ -117,7 +117,7 @@ static void ask_for_large_pages(const Stack *stack) {
 
 void qmoe_pack(const Stack *stack, const Source *sources, int64_t threads) {
     Packing packing = {stack, sources};
-    Phase phase = {.work = pack_block, .items = stack->experts * parts_of(stack) * blocks_of(stack)};
+    Phase phase = {pack_block, &packing, .items = stack->experts * parts_of(stack) * blocks_of(stack)};
     ask_for_large_pages(stack);
-    qmoe_run_phases(&phase, 1, &packing, threads);
+    qmoe_run_phases(&phase, 1, threads);
 }

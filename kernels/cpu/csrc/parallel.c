@@ -13,7 +13,6 @@ enum { SPINS = 2000, MOST = 256 };
 typedef struct {
     Phase *phases;
     int count;
-    void *job;
 } Work;
 
 typedef void Parallel(void (*)(void *), void *, unsigned, unsigned);
@@ -43,7 +42,7 @@ static void run(void *argument) {
     for (Phase *phase = work->phases; phase < work->phases + work->count; phase++) {
         int64_t item;
         while ((item = atomic_fetch_add_explicit(&phase->next, 1, memory_order_relaxed)) < phase->items) {
-            phase->work(work->job, item);
+            phase->work(phase->job, item);
             atomic_fetch_add_explicit(&phase->done, 1, memory_order_release);
         }
         wait_for(phase);
@@ -55,8 +54,8 @@ static void *run_thread(void *argument) {
     return 0;
 }
 
-void qmoe_run_phases(Phase *phases, int count, void *job, int64_t threads) {
-    Work work = {phases, count, job};
+void qmoe_run_phases(Phase *phases, int count, int64_t threads) {
+    Work work = {phases, count};
     Parallel *parallel = atomic_load(&openmp);
     int64_t most = 1;
     for (int p = 0; p < count; p++) most = phases[p].items > most ? phases[p].items : most;

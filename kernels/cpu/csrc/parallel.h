@@ -4,10 +4,12 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
+// An item may set how many items a later phase has.
 typedef struct {
     void (*work)(void *job, int64_t item);
+    void *job;
     int64_t items;
     _Atomic int64_t next, done;
 } Phase;
 
-void qmoe_run_phases(Phase *phases, int count, void *job, int64_t threads);
+void qmoe_run_phases(Phase *phases, int count, int64_t threads);

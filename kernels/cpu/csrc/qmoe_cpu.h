@@ -85,6 +85,17 @@ typedef struct {
     float epsilon, shift;
 } Norm;
 
+// Heads x [tokens, heads, width], in place: normalised first if there is a weight (as Norm, of a head),
+// then the first `turned` values of each rotated by the position of its token, in halves (Su et al. 2021,
+// RoFormer, in the order of GPT-NeoX): x cos + (-second half, first half) sin, each product and the sum
+// rounded to the type, as families write it. Token t has row t % positions of cos and sin [positions, turned].
+typedef struct {
+    void *x;
+    const void *cos, *sin, *weight;
+    int64_t tokens, positions, heads, width, turned, type, weight_type, early;
+    float epsilon, shift;
+} Turn;
+
 enum { QUERIES = 32, KEYS = 64, WIDEST = 256 };  // rows of an item, keys at once, values of a head
 static inline int64_t padded(int64_t width) { return (width + 15) / 16 * 16; }
 
@@ -120,6 +131,27 @@ typedef struct {
     int64_t tokens, experts, width, choices, type, score_type, normed, threads;
 } Router;
 
+// A decoder layer: x + attention(norm(x)), of which the same norm, router and experts give the rest.
+// Its rows have one type. Biases [N] of the projections q, k, v, o, norms of whole rows of q and k, and of
+// each of their heads: NULL where there is none.
+typedef struct {
+    Stack projection[4], first, second;
+    const void *bias[4], *before, *after, *row_norm[2], *head_norm[2], *router, *router_bias;
+    int64_t width, heads, key_heads, head_width, type, exact;
+    int64_t experts, choices, normed, score_type, activation;
+    int64_t norm_type[4], early[4];  // before, after, and the norm of q and of k
+    float epsilon[4], shift[4], alpha, limit, scale;
+} Layer;
+
+// One new token of each of `tokens` sequences (up to FEW) through a layer: x [tokens, width] to out. keys
+// and values have room [tokens, key_heads, .., head_width] with strides of all dimensions but the last,
+// and hold `past` tokens; the new ones are written behind them. cos, sin: [positions, turned], 1 or `tokens`.
+typedef struct {
+    const void *x, *cos, *sin;
+    void *out, *keys, *values;
+    int64_t key_stride[3], value_stride[3], tokens, past, positions, turned, threads;
+} Step;
+
 // What an instruction set implements. All of them give the same bits.
 typedef struct {
     const char *name;
@@ -138,6 +170,7 @@ typedef struct {
     void (*load)(const void *from, int64_t type, int64_t at, int64_t n, float *to);
     void (*store)(const float *from, void *to, int64_t type, int64_t n);
     void (*norm)(const Norm *, int64_t row);
+    void (*turn)(const Turn *, int64_t token);
     // Of a part: sums [rows, padded value_width] of values by weights e^(score - top), tops [rows]
     // (-inf: nothing is seen) and the sums of the weights.
     void (*attend)(const Attention *, const Part *, float *sum, float *top, float *total);
@@ -158,9 +191,15 @@ EXPORTED int qmoe_find_tier(const char *name);
 EXPORTED const char *qmoe_tier_name(int tier);
 // 0, or 1 if memory ran out. Up to 128 MiB of buffers are kept for the next call of the process.
 EXPORTED int qmoe_run(int tier, const Call *call);
+// Calls that have a first product alone and the same x, as one: `count` up to 4.
+EXPORTED int qmoe_run_side_by_side(int tier, const Call *calls, int count);
+// The heads of the same tokens, of queries and of keys.
+EXPORTED void qmoe_turn(int tier, const Turn *turns, int count, int64_t threads);
 EXPORTED void qmoe_norm(int tier, const Norm *norm);
 // 0, or 1 if memory ran out.
 EXPORTED int qmoe_attend(int tier, const Attention *attention);
+// 0, or 1 if memory ran out.
+EXPORTED int qmoe_decode(int tier, const Layer *layer, const Step *step);
 EXPORTED int qmoe_route(int tier, const Router *router);
 // Writes every byte of the matrices into the stack's buffer, from one source each.
 EXPORTED void qmoe_pack(const Stack *stack, const Source *sources, int64_t threads);

@@ -1,16 +1,9 @@
 // Routers of layers that decode: logits in parts of the experts, then the choice of every token.
 #include <stdlib.h>
 
-#include "parallel.h"
-#include "qmoe_cpu.h"
+#include "job.h"
 
 enum { SOME_EXPERTS = 16 };  // of an item
-
-typedef struct {
-    const Router *router;
-    const Tier *tier;
-    float *x, *logits;  // [T, padded K], [T, E]
-} Route;
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t size_of(int64_t type) { return type == FLOAT32 ? 4 : 2; }
@@ -35,15 +28,35 @@ static void choose(void *argument, int64_t token) {
     job->tier->choose(job->router, token, job->logits + job->router->experts * token);
 }
 
-int qmoe_route(int tier, const Router *r) {
+static void widen(void *argument, int64_t token) {
+    const Route *job = argument;
+    const Router *r = job->router;
+    job->tier->load(r->x, r->type, r->width * token, r->width, job->x + padded(r->width) * token);
+}
+
+int qmoe_begin_route(Route *job, int tier, const Router *r) {
     int64_t wide = padded(r->width);
-    Route job = {r, qmoe_tiers[tier], calloc((size_t)(r->tokens * (wide + r->experts)), 4), 0};
-    if (!job.x) return 1;
-    job.logits = job.x + r->tokens * wide;
-    for (int64_t t = 0; t < r->tokens; t++) job.tier->load(r->x, r->type, r->width * t, r->width, job.x + wide * t);
-    Phase phases[] = {{.work = some_logits, .items = (r->experts + SOME_EXPERTS - 1) / SOME_EXPERTS},
-                      {.work = choose, .items = r->tokens}};
-    qmoe_run_phases(phases, 2, &job, r->threads);
-    free(job.x);
+    *job = (Route){r, qmoe_tiers[tier], calloc((size_t)(r->tokens * (wide + r->experts)), 4), 0};
+    if (!job->x) return 1;
+    job->logits = job->x + r->tokens * wide;
+    return 0;
+}
+
+void qmoe_route_phases(Route *job, Phase *to) {
+    const Router *r = job->router;
+    to[0] = (Phase){widen, job, .items = r->tokens};
+    to[1] = (Phase){some_logits, job, .items = (r->experts + SOME_EXPERTS - 1) / SOME_EXPERTS};
+    to[2] = (Phase){choose, job, .items = r->tokens};
+}
+
+void qmoe_end_route(Route *job) { free(job->x); }
+
+int qmoe_route(int tier, const Router *r) {
+    Route job;
+    Phase phases[ROUTE_PHASES];
+    if (qmoe_begin_route(&job, tier, r)) return 1;
+    qmoe_route_phases(&job, phases);
+    qmoe_run_phases(phases, ROUTE_PHASES, r->threads);
+    qmoe_end_route(&job);
     return 0;
 }

@@ -181,23 +181,92 @@ static void second_product(void *argument, int64_t item) {
                          least(stack->n, ROWS * stop) - ROWS * start);
 }
 
+static void no_expert(void *argument, int64_t item) {
+    const Job *job = argument;
+    int64_t n = job->call->first.n;
+    for (int64_t s = item; s < job->assignments; s++)
+        if (job->slot[s] < 0) memset(row_of_out(job->call, s, n), 0, (size_t)n * (job->call->type == FLOAT32 ? 4 : 2));
+}
+
+void qmoe_call_phases(Job *job, Phase *to) {
+    const Stack *first = &job->call->first, *second = &job->call->second;
+    for (int i = 0; i < CALL_PHASES; i++) to[i] = (Phase){.job = job};
+    if (first->buffer) {
+        to[0] = (Phase){pack_tokens, job, .items = ceiling(job->call->tokens, job->grain_in)};
+        to[1] = (Phase){first_product, job, .items = job->active * ceiling(blocks_of(first), job->first_chunk)};
+    }
+    if (second->buffer) {
+        to[2] = (Phase){pack_between, job, .items = ceiling(job->used, job->grain_mid)};
+        to[3] = (Phase){second_product, job, .items = ceiling(blocks_of(second), job->second_chunk)};
+    } else if (job->used < job->assignments) {
+        to[2] = (Phase){no_expert, job, .items = 1};
+    }
+}
+
 int qmoe_run(int tier, const Call *call) {
     Job job;
-    Phase phases[4];
-    int count = 0, failed = qmoe_begin(&job, tier, call);
-    const Stack *first = &call->first, *second = &call->second;
-    if (!failed && first->buffer) {
-        phases[count++] = (Phase){.work = pack_tokens, .items = ceiling(call->tokens, job.grain_in)};
-        phases[count++] = (Phase){.work = first_product, .items = job.active * ceiling(blocks_of(first), job.first_chunk)};
+    Phase phases[CALL_PHASES];
+    int failed = qmoe_begin(&job, tier, call);
+    if (!failed) {
+        qmoe_call_phases(&job, phases);
+        qmoe_run_phases(phases, CALL_PHASES, call->threads);
     }
-    if (!failed && second->buffer) {
-        phases[count++] = (Phase){.work = pack_between, .items = ceiling(job.used, job.grain_mid)};
-        phases[count++] = (Phase){.work = second_product, .items = ceiling(blocks_of(second), job.second_chunk)};
-    }
-    if (!failed && !second->buffer && job.used < job.assignments)
-        for (int64_t s = 0; s < job.assignments; s++)
-            if (job.slot[s] < 0) memset(row_of_out(call, s, first->n), 0, (size_t)first->n * (call->type == FLOAT32 ? 4 : 2));
-    qmoe_run_phases(phases, count, &job, call->threads);
     qmoe_end(&job);
+    return failed;
+}
+
+// Whether two sides take the same packed rows.
+static int shares_rows(const Call *a, const Call *b) {
+    const Stack *s = &a->first, *t = &b->first;
+    return a->exact == b->exact && s->k == t->k && s->piece == t->piece && s->offset == t->offset;
+}
+
+static void pack_sides(void *argument, int64_t item) {
+    Sides *sides = argument;
+    for (int i = 0; i < sides->count; i++)
+        if (!sides->packed[i]) pack_tokens(sides->job + i, item);
+}
+
+static void products_of_sides(void *argument, int64_t item) {
+    Sides *sides = argument;
+    int i = 0;
+    while (item >= sides->end[i]) i++;
+    first_product(sides->job + i, item - (i ? sides->end[i - 1] : 0));
+}
+
+int qmoe_begin_sides(Sides *sides, int tier, const Call *calls, int count) {
+    int failed = 0;
+    int64_t items = 0;
+    sides->count = count;
+    for (int i = 0; i < count; i++) {
+        Job *job = sides->job + i;
+        failed |= qmoe_begin(job, tier, calls + i);
+        if (failed) continue;
+        sides->packed[i] = i && shares_rows(calls, calls + i);
+        if (sides->packed[i]) job->in = sides->job->in;
+        sides->end[i] = items += job->active * ceiling(blocks_of(&calls[i].first), job->first_chunk);
+    }
+    return failed;
+}
+
+void qmoe_sides_phases(Sides *sides, Phase *to) {
+    const Job *first = sides->job;
+    to[0] = (Phase){pack_sides, sides, .items = ceiling(first->call->tokens, first->grain_in)};
+    to[1] = (Phase){products_of_sides, sides, .items = sides->end[sides->count - 1]};
+}
+
+void qmoe_end_sides(Sides *sides) {
+    for (int i = 0; i < sides->count; i++) qmoe_end(sides->job + i);
+}
+
+int qmoe_run_side_by_side(int tier, const Call *calls, int count) {
+    Sides sides;
+    Phase phases[SIDES_PHASES];
+    int failed = qmoe_begin_sides(&sides, tier, calls, count);
+    if (!failed) {
+        qmoe_sides_phases(&sides, phases);
+        qmoe_run_phases(phases, SIDES_PHASES, calls->threads);
+    }
+    qmoe_end_sides(&sides);
     return failed;
 }

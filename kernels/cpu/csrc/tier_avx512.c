@@ -127,6 +127,7 @@ INLINE void sums(const Lanes *sum, float *s) {
 }
 #define LANES_SUMS sums
 #include "route.h"
+#include "turn.h"
 
 DEFINE_TIER(qmoe_avx512, "avx512vnni",
             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&

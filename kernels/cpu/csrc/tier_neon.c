@@ -70,6 +70,7 @@ DEFINE_PRODUCTS
 #include "lanes16.h"
 // (attend.h is written in terms of it)
 #include "route.h"
+#include "turn.h"
 
 DEFINE_TIER(qmoe_neon, "neon", has_dotprod())
 #include "target_end.h"

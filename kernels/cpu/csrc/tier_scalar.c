@@ -25,5 +25,6 @@ DEFINE_PRODUCTS
 #include "lanes16.h"
 // (attend.h is written in terms of it)
 #include "route.h"
+#include "turn.h"
 
 DEFINE_TIER(qmoe_scalar, "scalar", 1)

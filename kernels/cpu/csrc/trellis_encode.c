@@ -54,7 +54,7 @@ static const Encoder *encoder_of(int tier) {
 // 0, or 1 if memory ran out. tier: the instruction set; all give the same states.
 EXPORTED int qmoe_encode_trellis(int tier, const Encoding *call) {
     Task task = {call, call->beam ? encoder_of(tier) : &qmoe_encode_all, 0};
-    Phase phase = {.work = encode_some, .items = (call->tiles + AT_ONCE - 1) / AT_ONCE};
-    qmoe_run_phases(&phase, 1, &task, call->threads);
+    Phase phase = {encode_some, &task, .items = (call->tiles + AT_ONCE - 1) / AT_ONCE};
+    qmoe_run_phases(&phase, 1, call->threads);
     return task.failed;
 }

@@ -321,11 +321,11 @@ int qmoe_run_coded(int tier, const CodedCall *call) {
         for (int64_t p = 0; p < call->parts; p++) n += call->first[p].n;
         memset(call->out, 0, (size_t)(S * n) * width_of(call->type));
     }
-    Phase phases[4] = {{.work = pack_in, .items = job.used},
-                       {.work = first_product, .items = job.active * (call->first->wide_n / SPAN)},
-                       {.work = pack_between, .items = job.used},
-                       {.work = second_product, .items = call->second.wide_n / SPAN}};
-    qmoe_run_phases(phases, call->has_second ? 4 : 2, &job, call->threads);
+    Phase phases[4] = {{pack_in, &job, .items = job.used},
+                       {first_product, &job, .items = job.active * (call->first->wide_n / SPAN)},
+                       {pack_between, &job, .items = job.used},
+                       {second_product, &job, .items = call->second.wide_n / SPAN}};
+    qmoe_run_phases(phases, call->has_second ? 4 : 2, call->threads);
     free(memory);
     return job.failed;
 }

@@ -103,3 +103,4 @@ INLINE Lanes lanes_fma(Lanes a, Lanes b, Lanes c) {
     return (Lanes){_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
 #include "route.h"
+#include "turn.h"

@@ -185,11 +185,87 @@ static void router_trial(Random *r) {
     free(x), free(weight), free(bias);
 }
 
+static void turn_trial(Random *r) {
+    int64_t T = 1 + below(r, 40), P = 1 + below(r, 3), H = 1 + below(r, 6), D = 2 * (1 + below(r, 20)), type = below(r, 3);
+    int64_t R = 2 * (1 + below(r, D / 2)), size = type == FLOAT32 ? 4 : 2, weights = below(r, 3);
+    size_t bytes = (size_t)(T * H * D * size);
+    void *x = malloc(bytes), *wanted = malloc(bytes), *out = malloc(bytes), *weight = malloc((size_t)(4 * D));
+    void *cos = malloc((size_t)(P * R * size)), *sin = malloc((size_t)(P * R * size));
+    fill(r, x, type, T * H * D), fill(r, cos, type, P * R), fill(r, sin, type, P * R), fill(r, weight, weights, D);
+    memcpy(wanted, x, bytes);
+    Turn turn = {wanted, cos, sin, below(r, 2) ? weight : 0, T, P, H, D, R, type, weights, below(r, 2), 1e-6f, 0.0f};
+    qmoe_turn(qmoe_find_tier("scalar"), &turn, 1, 1);
+    turn.x = out;
+    for (int tier = 0; qmoe_tiers[tier]; tier++) {
+        if (!qmoe_tiers[tier]->usable()) continue;
+        memcpy(out, x, bytes);
+        qmoe_turn(tier, &turn, 1, 1 + below(r, 4));
+        if (memcmp(out, wanted, bytes)) {
+            fprintf(stderr, "%s differs from scalar: turn, type %d, T %d, H %d, D %d, R %d\n", qmoe_tier_name(tier), (int)type,
+                    (int)T, (int)H, (int)D, (int)R);
+            exit(1);
+        }
+    }
+    free(x), free(wanted), free(out), free(weight), free(cos), free(sin);
+}
+
+// A decoder layer with every instruction set and several numbers of threads, against the scalar one. Not
+// in halves: these weights are so large that they overflow, and any NaN is as good as another.
+static void decode_trial(Random *r) {
+    int64_t T = 1 + below(r, FEW), G = 1 + below(r, 2), H = G * (1 + below(r, 3)), D = 2 * (1 + below(r, 12));
+    int64_t type = below(r, 2) ? FLOAT32 : BFLOAT16;
+    int64_t size = type == FLOAT32 ? 4 : 2, W = 32 * (1 + below(r, 3)), E = 1 + below(r, 5), A = 1 + below(r, E), I = 1 + below(r, 40);
+    int64_t past = below(r, 2) ? below(r, 20) : 500, room = past + 1, P = below(r, 2) ? T : 1, R = 2 * (1 + below(r, D / 2));
+    int64_t widths[] = {H * D, G * D, G * D, W}, row = T * W * size, cache = T * G * room * D;
+    Layer l = {.width = W, .heads = H, .key_heads = G, .head_width = D, .type = type, .exact = below(r, 2), .experts = E,
+               .choices = A, .normed = below(r, 2), .score_type = below(r, 2) ? type : FLOAT32, .activation = 1 + below(r, 4),
+               .alpha = 1.7f, .limit = 0.5f, .scale = 0.3f, .epsilon = {1e-6f, 1e-6f, 1e-6f, 1e-6f}};
+    void *values[12] = {0}, *rows[6];
+    for (int i = 0; i < 4; i++) {
+        int64_t of_norm[] = {W, W, below(r, 2) ? D : H * D, below(r, 2) ? D : G * D};
+        l.projection[i] = make_stack(r, 1, widths[i], i == 3 ? H * D : W, type, 0);
+        fill(r, values[i] = malloc((size_t)(widths[i] * size)), type, widths[i]);
+        l.bias[i] = below(r, 2) ? values[i] : 0;
+        l.norm_type[i] = below(r, 2) ? type : FLOAT32, l.early[i] = below(r, 2);
+        fill(r, values[4 + i] = malloc((size_t)(4 * of_norm[i])), l.norm_type[i], of_norm[i]);
+        if (i >= 2 && below(r, 3)) *(of_norm[i] == D ? l.head_norm + i - 2 : l.row_norm + i - 2) = values[4 + i];
+    }
+    l.before = values[4], l.after = values[5];
+    l.first = make_stack(r, E, 2 * I, W, type, 1), l.second = make_stack(r, E, W, I, type, 0);
+    fill(r, values[8] = malloc((size_t)(E * W * size)), type, E * W), fill(r, values[9] = malloc((size_t)(E * size)), type, E);
+    l.router = values[8], l.router_bias = below(r, 2) ? values[9] : 0;
+    fill(r, values[10] = malloc((size_t)(P * R * size)), type, P * R), fill(r, values[11] = malloc((size_t)(P * R * size)), type, P * R);
+    for (int i = 0; i < 6; i++) rows[i] = malloc((size_t)(i < 2 ? row : cache * size));
+    fill(r, rows[0], type, T * W), fill(r, rows[2], type, cache), fill(r, rows[3], type, cache);
+    memcpy(rows[4], rows[2], (size_t)(cache * size)), memcpy(rows[5], rows[3], (size_t)(cache * size));
+    void *wanted = malloc((size_t)row);
+    Step step = {rows[0], values[10], values[11], wanted, rows[2], rows[3], {G * room * D, room * D, D}, {G * room * D, room * D, D},
+                 T, past, P, R, 1};
+    if (qmoe_decode(qmoe_find_tier("scalar"), &l, &step)) abort();
+    step.out = rows[1], step.keys = rows[4], step.values = rows[5];
+    for (int tier = 0; qmoe_tiers[tier]; tier++) {
+        if (!qmoe_tiers[tier]->usable()) continue;
+        step.threads = 1 + below(r, 4);
+        if (qmoe_decode(tier, &l, &step)) abort();
+        if (memcmp(rows[1], wanted, (size_t)row) || memcmp(rows[4], rows[2], (size_t)(cache * size)) ||
+            memcmp(rows[5], rows[3], (size_t)(cache * size))) {
+            fprintf(stderr, "%s differs from scalar: decode, type %d, T %d, H %d, G %d, D %d, W %d, E %d, A %d, I %d, past %d\n",
+                    qmoe_tier_name(tier), (int)type, (int)T, (int)H, (int)G, (int)D, (int)W, (int)E, (int)A, (int)I, (int)past);
+            exit(1);
+        }
+    }
+    for (int i = 0; i < 4; i++) drop(l.projection + i);
+    drop(&l.first), drop(&l.second);
+    for (int i = 0; i < 12; i++) free(values[i]);
+    for (int i = 0; i < 6; i++) free(rows[i]);
+    free(wanted);
+}
+
 static int64_t trials = 300;
 
 static void *work(void *seed) {
     Random r = {(uint64_t)(size_t)seed * 7919 + 1};
-    for (int64_t i = 0; i < trials; i++) trial(&r), attention_trial(&r), norm_trial(&r), router_trial(&r);
+    for (int64_t i = 0; i < trials; i++) trial(&r), attention_trial(&r), norm_trial(&r), router_trial(&r), turn_trial(&r), decode_trial(&r);
     return 0;
 }
 

@@ -204,7 +204,7 @@ def test_a_block_is_one_graph():
 
 def test_ops_are_well_formed(busy):
     stack, x, ids, gates = busy
-    first, second = stack._matrix(0), stack._matrix(1)
+    first, second = stack.matrix(0), stack.matrix(1)
     torch.library.opcheck(ops.linear, (x, 2, *first, False))
     torch.library.opcheck(ops.first_product, (x, ids, *first, None, False))
     mid = torch.randn(ids.numel(), 128).bfloat16()
