@@ -123,6 +123,7 @@ def prepare(args: argparse.Namespace) -> tuple[Path, Path, dict[str, str] | None
     peer = python_of("llama_bench", args.work)
     script = [HERE / "peers" / "llama_bench.py", model / "config.json"]
     command = [str(peer), *map(str, script), str(args.work / f"{name}.gguf")]
+    command += ["--avx2"] * args.avx2
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return model, quantized, json.loads(done.stdout.splitlines()[-1])
 
@@ -138,14 +139,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--llama", action="store_true", help="also llama.cpp (built on first use)")
+    parser.add_argument("--avx2", action="store_true", help="as on a processor with AVX2 alone")
     args = parser.parse_args()
+    if args.avx2 and args.only != ["qmoe"]:
+        parser.error("--avx2 needs --only qmoe: torch's kernels would use newer instructions")
     model, quantized, peer = prepare(args)
     paths = {"qmoe": quantized, "original": model}
-    workers = {name: Worker(KINDS[name][0], paths[KINDS[name][0]], KINDS[name][1])
+    limit = {"QMOE_CPU_KERNELS": "avx2"} if args.avx2 else {}
+    workers = {name: Worker(KINDS[name][0], paths[KINDS[name][0]], KINDS[name][1] | limit)
                for name in args.only}  # fmt: skip
     if "qmoe" in workers:  # once more, now that its weights are prepared
         workers["qmoe"].close()
-        workers["qmoe"] = Worker("qmoe", quantized, {})
+        workers["qmoe"] = Worker("qmoe", quantized, limit)
     rounds: dict[tuple[str, int], list[Figures]] = {}
     for i in range(args.rounds + 1):
         for threads in args.threads:

@@ -26,10 +26,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path, help="config.json of a Qwen3-MoE or a Mixtral")
     parser.add_argument("out", type=Path, help="the GGUF to write, unless it is there")
+    parser.add_argument("--avx2", action="store_true", help="for processors with AVX2 alone")
     args = parser.parse_args()
     if not args.out.is_file():
         write(json.loads(args.config.read_text()), args.out)
-    print(json.dumps({"llama_bench": str(program("llama-bench")), "gguf": str(args.out)}))
+    made = program("llama-bench", args.avx2)
+    print(json.dumps({"llama_bench": str(made), "gguf": str(args.out)}))
 
 
 def blocks(*shape: int) -> np.ndarray:

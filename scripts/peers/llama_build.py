@@ -26,14 +26,17 @@ def source() -> Path:
     return Path(next(iter(found.submodule_search_locations))) / "llama.cpp"
 
 
-def program(target: str) -> Path:
-    """One of llama.cpp's programs, built if it is not there."""
-    build = Path(sys.prefix) / "llama.cpp"
+def program(target: str, avx2: bool = False) -> Path:
+    """One of llama.cpp's programs, built if it is not there; avx2: for processors that have AVX2
+    and nothing newer."""
+    build = Path(sys.prefix) / ("llama.cpp-avx2" if avx2 else "llama.cpp")
     made = build / "bin" / target
     if not made.is_file():
         tools = Path(sys.prefix) / "bin"
         options = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}",
                    "-DCMAKE_BUILD_TYPE=Release", *(f"-D{name}=OFF" for name in OFF)]  # fmt: skip
+        if avx2:
+            options.append("-DGGML_NATIVE=OFF")  # it has AVX2, FMA and F16C by default then
         run(tools / "cmake", "-S", source(), "-B", build, *options)
         run(tools / "cmake", "--build", build, "--parallel", 1, "--target", target)
     return made
