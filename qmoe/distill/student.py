@@ -16,14 +16,13 @@ from torch import Tensor
 
 from qmoe.calibration.collect import collecting_experts
 from qmoe.config import QuantConfig
-from qmoe.distill.routing_loss import routing_loss, with_loss
 from qmoe.distill.stacks import lm_head_stack, stacks_of
 from qmoe.format.quantized import Quantized
 from qmoe.layer.at_hand import LayerAtHand
 from qmoe.layer.fixed import fixed_matrices, scales_of
 from qmoe.layer.latent import latent_experts
 from qmoe.layer.latent import replaced as put_in_place
-from qmoe.layer.routing import Parameters, Seen, router_logits, routers
+from qmoe.layer.routing import Parameters
 from qmoe.layer.trainable import (
     as_stored,
     biases,
@@ -39,8 +38,6 @@ from qmoe.model.structure import Layer
 from qmoe.system.devices import CPU, move_to
 from qmoe.system.devices import moved as to_device
 from qmoe.system.spill import Scratch
-
-ROUTING = 0.2  # of the routers' distance from the original's in the loss, mean over layers
 
 
 @dataclass(frozen=True)
@@ -112,34 +109,21 @@ class Student:
         split = self.source.weights.split_targets()
         self.values |= {name: _leaf(p) for name, p in found.items() if name not in split}
 
-    def run(
-        self, i: int, forward: Forward, calls: list[Call], aim: Parameters | None = None
-    ) -> list[Any]:
-        """Layer i's output for each call, differentiable in the leaves and in the call. aim: the
-        original's router logits [T, E], by experts module; the way back from an output then adds
-        the gradient of how far the layer's own routers are from them (distill/routing_loss.py).
-        """
+    def run(self, i: int, forward: Forward, calls: list[Call]) -> list[Any]:
+        """Layer i's output for each call, differentiable in the leaves and in the call."""
         structure, kept, device = self.source.structure.layers[i], self.layers[i], self.device
         schemes = schemes_of(self.source, structure, self.config)
         layer = LayerAtHand.of(self.source.model, structure, forward, schemes)
-        seen, names, outputs = Seen(), routers(layer), list[Any]()
-        share = ROUTING / len(self.layers)
         with self.source.freed_after(structure.name) as module, ExitStack() as inside:
             move_to(module, device)  # its buffers
             stacks = kept.stacks.items()
             matrices = {t: fixed_matrices(s, self.factors[t], device) for t, s in stacks}
             inside.enter_context(latent_experts(layer.experts, matrices))
-            inside.enter_context(collecting_experts(layer.experts, seen.given if aim else None))
+            inside.enter_context(collecting_experts(layer.experts))
             inside.enter_context(running(layer))
             given = {name: p.to(device, torch.float32) for name, p in kept.others.items()}
             given |= linear_weights(layer, matrices) | self._values_in(structure.name, device)
-            for call in calls:
-                output = run_with(layer, given, call.moved(device))
-                if aim:
-                    logits = router_logits(seen.inputs, names, given)
-                    output = with_loss(output, share * routing_loss(logits, aim))
-                outputs.append(to_device(output, CPU))
-            return outputs
+            return [to_device(run_with(layer, given, call.moved(device)), CPU) for call in calls]
 
     @contextmanager
     def outside(self) -> Iterator[None]:

@@ -23,7 +23,6 @@ from qmoe.distill.student import Student
 from qmoe.distill.teacher import Teacher
 from qmoe.model.backward import backward, forward
 from qmoe.model.last_layer import last_outputs, logits_of
-from qmoe.model.layerwise import Call, Forward
 from qmoe.model.skeleton import inputs_of
 from qmoe.system.progress import progress
 
@@ -31,7 +30,7 @@ HELD_OUT = 8  # one sample in so many
 EVERY = 10  # steps between two looks at the samples that are held out
 # Adam's rates at the first step for two bits; they fall to zero in equal steps. With every bit more
 # the error of rounding halves, and so do the rates: there is less to make up for.
-SCALES, UNQUANTIZED, ROUTERS = 0.003, 0.0005, 0.0001
+SCALES, UNQUANTIZED = 0.003, 0.0005
 BETAS = (0.9, 0.95)
 
 
@@ -100,19 +99,14 @@ class Training:
         return torch.equal(output.logits, again)
 
     def step(self, i: int) -> float:
-        """Add the gradient on batch i to the student's leaves, that of its routers' distance from
-        the original's included; returns the divergence of the predictions."""
-        model, student, routing = self.model, self.student, self.teacher.routing
+        """Add the gradient on batch i to the student's leaves; returns the loss."""
+        model, run = self.model, self.student.run
         wanted = self.teacher.logits(i)
-
-        def routed(layer: int, forward: Forward, calls: list[Call]) -> list[Any]:
-            return student.run(layer, forward, calls, routing[layer][i])
-
         with torch.enable_grad(), self.student.outside():
             inputs = inputs_of(model, self.samples.train[i])
-            output, passed = forward(model, self.layers, inputs, student.run, student.scratch.keep)
+            output, passed = forward(model, self.layers, inputs, run, self.student.scratch.keep)
             loss = kl(wanted, output.logits)
-            backward(loss, passed, routed)
+            backward(loss, passed, run)
         return float(loss.detach())
 
     def train(self) -> dict[str, Any]:
@@ -122,13 +116,10 @@ class Training:
             return {"left_out": "its logits do not follow from its last layer alone"}
         student = self.student
         leaves = [*student.factors.values(), *student.values.values()]
-        routers = [value for value in student.values.values() if value.dim() == 2]
-        others = [value for value in student.values.values() if value.dim() != 2]
         rate = 2.0 ** (2 - student.config.experts.bits)
         groups = [
             {"params": [*student.factors.values()], "lr": SCALES * rate},
-            {"params": others, "lr": UNQUANTIZED * rate},
-            {"params": routers, "lr": ROUTERS * rate},
+            {"params": [*student.values.values()], "lr": UNQUANTIZED * rate},
         ]
         optimizer = torch.optim.Adam(groups, betas=BETAS)
         falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 - n / self.steps)

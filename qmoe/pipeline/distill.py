@@ -17,7 +17,6 @@ from qmoe.format.quantized import Quantized
 from qmoe.format.stacks import digest
 from qmoe.layer.at_hand import LayerAtHand
 from qmoe.layer.records import LayerRecord
-from qmoe.layer.routing import Parameters, Seen, router_logits, router_parameters, routers
 from qmoe.model.layerwise import Call, Forward
 from qmoe.model.tensor_names import original_names
 from qmoe.pipeline.layers import rotate_layer
@@ -66,20 +65,14 @@ def training(plan: Plan, text: CalibrationText, out: OutputFolder) -> Training:
 
 def _run_original(
     plan: Plan, scratch: Scratch, i: int, forward: Forward, calls: list[Call]
-) -> tuple[list[Any], list[Parameters]]:
-    """Layer i's outputs in the original model, and the logits of its routers."""
+) -> list[Any]:
+    """Layer i's outputs in the original model."""
     structure = plan.source.structure.layers[i]
     with plan.source.loaded(structure.name, torch.float32, plan.experts_dtype) as module:
         rotate_layer(plan, structure)
         move_to(module, plan.device)
         layer = LayerAtHand.of(plan.source.model, structure, forward)
-        seen, names, weights = Seen(), routers(layer), router_parameters(layer)
-        outputs, routing = [], list[Parameters]()
-        for output in layer.run(calls, seen.given):
-            outputs.append(scratch.keep(output))
-            logits = router_logits(seen.inputs, names, weights)
-            routing.append({name: scratch.keep(of) for name, of in logits.items()})
-        return outputs, routing
+        return [scratch.keep(output) for output in layer.run(calls)]
 
 
 def with_moved(plan: Plan, out: OutputFolder, i: int, moved: dict[str, Tensor]) -> Shard:

@@ -75,8 +75,8 @@ def needed(source: Source, config: QuantConfig, tokens: int, all_hessians: bool 
 
 def _with_distilling(source: Source, config: QuantConfig, tokens: int, need: Need) -> Need:
     """What distilling takes, which comes after all layers are solved, or what that took if it is
-    more. Integers of all layers, what comes out of the original's last layer, its routers' logits,
-    and the inputs of all layers for one batch may wait on disk."""
+    more. Integers of all layers, what comes out of the original's last layer, and the inputs of all
+    layers for one batch may wait on disk."""
     layers = source.structure.layers
     sizes = [_elements(stage) for stage in source.stages()]
     text = source.model.config.get_text_config()
@@ -88,7 +88,6 @@ def _with_distilling(source: Source, config: QuantConfig, tokens: int, need: Nee
         outside += 2 * DISTILLING * text.hidden_size * text.vocab_size
     fixed = PROCESS + outside + DISTILLING * max(sizes) + SCALE * scales + logits
     waits = sum(sizes) + 4 * text.hidden_size * (tokens + batch * len(layers))
-    waits += 4 * tokens * sum(_experts(source, layer) for layer in layers)
     return Need(max(need.fixed, fixed), max(need.activations, waits))
 
 
@@ -98,11 +97,6 @@ def _scales(source: Source, layer: Layer, config: QuantConfig) -> int:
         for name, scheme in schemes_of(source, layer, config).items()
         for _, shape in weight_shapes(source.model, name)
     )
-
-
-def _experts(source: Source, layer: Layer) -> int:
-    """Routed experts of a layer whose routers' logits are kept."""
-    return sum(source.model.get_submodule(name).num_experts for name in layer.experts)
 
 
 def spills(need: Need, allowed: int | None) -> bool:

@@ -14,7 +14,6 @@ import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.distill import train
-from qmoe.distill.student import ROUTING
 from qmoe.distill.train import Samples, Training, kl
 from qmoe.errors import ConfigError
 from qmoe.measure.evaluate import evaluate
@@ -81,14 +80,7 @@ def test_the_gradient_is_that_of_the_whole_model(short, demo, tmp_path, monkeypa
     assert all(gradient.isfinite().all() for gradient in found.values())
 
     whole = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    routed = []
-    for layer in whole.model.layers:
-        layer.mlp.gate.register_forward_hook(
-            lambda gate, args, _: routed.append(args[0].flatten(0, -2) @ gate.weight.T)
-        )
     wanted = whole(input_ids=ids).logits.detach()
-    routes = [logits.detach() for logits in routed]
-    routed.clear()
     stacks = {t: s for kept in student.layers for t, s in kept.stacks.items()}
     stacks |= student.lm_head
     given = {name: leaf for name, leaf in student.values.items()}
@@ -99,10 +91,7 @@ def test_the_gradient_is_that_of_the_whole_model(short, demo, tmp_path, monkeypa
         given[target] = weight[0] if target.endswith(".weight") else weight
     for leaf in leaves.values():
         leaf.grad = None
-    loss = kl(wanted, functional_call(whole, given, (ids,)).logits)
-    apart = [kl(aim[None], made[None]) for aim, made in zip(routes, routed, strict=True)]
-    assert all(d > 0 for d in apart)
-    (loss + ROUTING * torch.stack(apart).mean()).backward()
+    kl(wanted, functional_call(whole, given, (ids,)).logits).backward()
     assert sum(is_experts(m) for m in whole.modules()) == 2 and len(found) > 20
     for name, leaf in leaves.items():
         assert_close(found[name], leaf.grad, most=1e-2, rms=1e-3)
