@@ -99,9 +99,12 @@ def test_the_gradient_is_that_of_the_whole_model(short, demo, tmp_path, monkeypa
 
 def test_one_step_lowers_the_loss(short, tmp_path, monkeypatch):
     work = training(short, tmp_path / "out", STEPS, monkeypatch)
+    names = " ".join(work.student.values)
+    assert "norm" in names and "mlp.gate" not in names  # routers stay
     before = work.step(0)
     for leaf in [*work.student.factors.values(), *work.student.values.values()]:
-        leaf.data -= 1e-3 * leaf.grad.sign()
+        # No less: what is stored in bfloat16 has 128 values between a power of two and the next.
+        leaf.data -= 3e-3 * leaf.grad.sign()
         leaf.grad = None
     assert work.step(0) < before
 
