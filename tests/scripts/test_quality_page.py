@@ -62,6 +62,9 @@ def test_pieces_of_balanced():
     assert len(body) >= 10
     for method, *cells in body:
         for model, (matched, mismatched, rare) in zip(MODELS, (cells[:3], cells[3:]), strict=True):
+            if (model, "matched", method, "2", "0") not in ROWS:  # not measured
+                assert {matched, mismatched, rare} == {"-"}, method
+                continue
             assert_shown(matched, row(model, "matched", method, 2)["kl_over_rtn"], 3)
             assert_shown(mismatched, row(model, "mismatched", method, 2)["kl_over_rtn"], 3)
             assert_shown(rare, row(model, "mismatched", method, 2)["kl_rare_over_rtn"], 3)
