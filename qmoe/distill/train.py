@@ -5,8 +5,7 @@ divergence from the original's next-token probabilities to those of the quantize
 calibration text and on what the model writes itself. Integers stay as they were solved (the
 end-to-end phase of EfficientQAT, Chen et al., 2024, arXiv 2407.11062, with the original's
 probabilities in place of the text's tokens, and with norms beside the scales). So do routers: where
-they move, other experts are chosen that give the same predictions on the text at hand, and both the
-choices and the predictions on other text are worse.
+they move, other experts are chosen, and predictions on held-out text are no better for it.
 
 A part of the text is held out: of the steps at which its KL is measured, the best is kept, the
 first among them, at which nothing has moved.
