@@ -83,7 +83,7 @@ class QuantConfig:
         Runs that save or reuse statistics leave it out, because it needs text between matrices.
     tune: steps of tuning each layer against the original's output after it is solved
         (qmoe/layer/tune.py); 0 is none.
-    distill: steps of distilling the finished model, its scales, norms, routers and biases, against
+    distill: steps of distilling the finished model, its scales, norms and biases, against
         the original's predictions (qmoe/pipeline/distill.py); 0 is none.
     rotate: a Hadamard rotation of what quantized weights read. "online" rotates all of it, in the
         largest blocks that fit, which is work at run time (qmoe/format/hadamard.py). "fused"

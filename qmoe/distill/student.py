@@ -1,9 +1,9 @@
 """The quantized model of an unfinished folder as a function of what is distilled.
 
 Integers are kept as bytes, in memory or on disk (system/spill.py), and one layer at a time is in
-memory as numbers. Scales are theirs times factors; norms, routers and biases are values of their
-own. All of it is rounded as it will be stored wherever it is used, so that a loss is that of the
-model that will be written.
+memory as numbers. Scales are theirs times factors; norms and biases are values of their own, and
+routers stay as they are. All of it is rounded as it will be stored wherever it is used, so that a
+loss is that of the model that will be written.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +27,6 @@ from qmoe.layer.trainable import (
     as_stored,
     biases,
     linear_weights,
-    movable,
     norms,
     run_with,
     running,
@@ -88,7 +87,9 @@ class Student:
             names = [n for n in source.weights.sources(structure.name) if n not in packed]
             source.weights.load(names, torch.float32, tensors)
             layer = LayerAtHand.of(source.model, structure, _not_run)
-            self._take(movable(layer) | biases(layer))
+            routers = tuple(f"{name}." for name in structure.routers)
+            found = norms(layer.named_modules()) | biases(layer)
+            self._take({name: p for name, p in found.items() if not name.startswith(routers)})
             self._scale(stacks)
             others = {
                 name: self.scratch.keep(p.to(self.stored_dtype(name)))

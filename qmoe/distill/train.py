@@ -1,11 +1,11 @@
-"""Distilling a finished model: its scales, norms, routers and biases against the original's
-predictions.
+"""Distilling a finished model: its scales, norms and biases against the original's predictions.
 
 Everything before this looks at one layer. Here the loss is what counts in the end, the KL
 divergence from the original's next-token probabilities to those of the quantized model, on the
 calibration text and on what the model writes itself. Integers stay as they were solved (the
 end-to-end phase of EfficientQAT, Chen et al., 2024, arXiv 2407.11062, with the original's
-probabilities in place of the text's tokens, and with norms and routers beside the scales).
+probabilities in place of the text's tokens, and with norms beside the scales). So do routers: where
+they move, other experts are chosen, and predictions on held-out text are no better for it.
 
 A part of the text is held out: of the steps at which its KL is measured, the best is kept, the
 first among them, at which nothing has moved.

@@ -8,13 +8,14 @@ has groups, and leave embeddings, head, routers and norms alone.
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from environments import HERE, python_of
 
 BITS = (2, 3, 4)
+DISTILLED = ("--set", "distill=100")
 # llama.cpp's types by the number in their name; what they store is more (see bits_per_weight).
 GGUF = {2: ("Q2_K", "IQ2_S"), 3: ("Q3_K_M", "IQ3_S"), 4: ("Q4_0", "Q4_K_M", "IQ4_XS")}
 
@@ -49,11 +50,15 @@ def _ours(name: str, *options: str, calibrated: bool = True) -> Method:
 
 
 def _presets() -> list[Method]:
-    return [Method(name, "ours", ("--preset", name), writes=True) for name in ("balanced", "best")]
+    """As they are, and with a phase that distils the finished model."""
+    names = ("balanced", "best")
+    plain = [Method(name, "ours", ("--preset", name), writes=True) for name in names]
+    return [*plain, *(replace(m, name=f"{m.name} distilled", options=(*m.options, *DISTILLED))
+                      for m in plain)]  # fmt: skip
 
 
 def _variants() -> list[Method]:
-    """`balanced` without one of its pieces each, distilled, rotated, with ten times its text."""
+    """`balanced` without one of its pieces each, rotated, with ten times its text."""
     given_text = ("--self-samples", "0", "--samples", "128")
     changes = {
         "without refit": ("--set", "refit=false"),
@@ -64,7 +69,6 @@ def _variants() -> list[Method]:
         "without self-samples and borrowing": (*given_text, "--set", "min_tokens=0"),
         # As many borrowed tokens as there are: every expert's Hessian is mostly the layer's.
         "without self-samples, borrowing all": (*given_text, "--set", "min_tokens=32768"),
-        "distilled": ("--set", "distill=100"),
         "rotated at run time": ("--rotate", "online"),
         "with a fused rotation": ("--rotate", "fused"),
         "with ten times the text": ("--self-samples", "640", "--samples", "640"),

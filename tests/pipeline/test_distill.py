@@ -1,6 +1,7 @@
 """Distilling a finished model: its gradient, what it brings, resuming, and what it refuses."""
 
 from dataclasses import replace
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -99,9 +100,12 @@ def test_the_gradient_is_that_of_the_whole_model(short, demo, tmp_path, monkeypa
 
 def test_one_step_lowers_the_loss(short, tmp_path, monkeypatch):
     work = training(short, tmp_path / "out", STEPS, monkeypatch)
+    names = " ".join(work.student.values)
+    assert "norm" in names and "mlp.gate" not in names  # routers stay
     before = work.step(0)
     for leaf in [*work.student.factors.values(), *work.student.values.values()]:
-        leaf.data -= 1e-3 * leaf.grad.sign()
+        # No less: what is stored in bfloat16 has 128 values between a power of two and the next.
+        leaf.data -= 3e-3 * leaf.grad.sign()
         leaf.grad = None
     assert work.step(0) < before
 
@@ -227,7 +231,9 @@ def test_runs_that_cannot_work_are_refused_before_any_work(short, tmp_path, monk
         [("deepseek_v3",), ("qwen2_moe",), ("gpt_oss",)], lambda name: name == "deepseek_v3"
     ),
 )
-def test_distilled_families_pass_the_audit_and_load(family, demo, tmp_path):
+def test_distilled_families_pass_the_audit_and_load(family, demo, tmp_path, monkeypatch):
+    better = count()  # on random weights a few steps may be no better, and would not be kept
+    monkeypatch.setattr(Training, "held_out", lambda self: -next(better))
     source = save_random(family, tmp_path / "source", demo, torch.bfloat16)
     report = qmoe.quantize(source, tmp_path / "out", STEPS, progress=False)
     assert report["distilled"]["kept_step"] == 3
