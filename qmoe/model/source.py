@@ -14,6 +14,7 @@ from qmoe.config import QuantConfig, Scheme
 from qmoe.errors import CheckpointError, UnsupportedModelError
 from qmoe.model.experts import expert_weights, is_experts
 from qmoe.model.leftovers import complaint, wrapped
+from qmoe.model.prediction import Prediction, attach, detach, find_prediction
 from qmoe.model.skeleton import build, free
 from qmoe.model.structure import Layer, Structure, find
 from qmoe.model.tensor_names import original_names, stored_fused
@@ -25,13 +26,19 @@ from qmoe.system.devices import CPU, move_to
 class Source:
     """folder: where it lies. checkpoint: its tensors. model: a skeleton of it on the meta device,
     with places for packed weights if it is quantized (packed/skeleton.py). weights: which tensor
-    goes where. structure: the decoder layers."""
+    goes where. structure: the decoder layers. prediction: the one of them that predicts tokens
+    beyond the next, which is the last, if the model has it."""
 
     folder: ModelFolder
     checkpoint: Checkpoint
     model: Any
     weights: WeightMap
     structure: Structure
+    prediction: Prediction | None = None
+
+    def predicts(self, layer: str) -> bool:
+        """Whether that decoder layer is the one that predicts."""
+        return self.prediction is not None and self.prediction.layer == layer
 
     def stages(self) -> list[nn.Module]:
         """The modules whose weights are loaded one at a time, in running order."""
@@ -103,6 +110,8 @@ class Source:
             if weight.dim() == 2:
                 stored = original_names(self.model, f"{name}.weight", weight)
                 found |= {name, *(n.removesuffix(".weight") for n in stored)}
+        carried = (name for name in self.weights.carried if name.endswith(".weight"))
+        found |= {n.removesuffix(".weight") for n in carried if self.checkpoint.rank(n) == 2}
         return sorted(found)
 
     def embedding(self) -> str:
@@ -126,9 +135,10 @@ class Source:
         return [n for names in self.weights.targets.values() for n in names if n not in layered]
 
 
-def open_source(folder: ModelFolder, dtype: torch.dtype) -> Source:
+def open_source(folder: ModelFolder, dtype: torch.dtype, predicting: bool = False) -> Source:
     """Open an unquantized MoE model and find its parts; loads no weights. dtype: of parameters that
-    have none of their own."""
+    have none of their own. predicting: whether the layer that predicts tokens beyond the next is to
+    be part of the model, if there is one that is known (prediction.py)."""
     checkpoint = folder.checkpoint()
     checkpoint.decode()
     config = folder.config(checkpoint)
@@ -137,6 +147,9 @@ def open_source(folder: ModelFolder, dtype: torch.dtype) -> Source:
     model = build(config, dtype, checkpoint)
     # Router logits kept for a training loss cost memory, and no layer reports them while suspended.
     model.config.output_router_logits = False
+    prediction = find_prediction(model, checkpoint.names()) if predicting else None
+    if prediction is not None and not _fits(model, checkpoint, prediction):
+        prediction = None
     structure = find(model)
     weights = WeightMap(model, checkpoint)
     check_complete(weights)
@@ -144,7 +157,21 @@ def open_source(folder: ModelFolder, dtype: torch.dtype) -> Source:
         checkpoint.dtype(name)
     stored_fused(model)  # refuses families whose experts cannot be told apart on disk
     check_routing(model, structure)
-    return Source(folder, checkpoint, model, weights, structure)
+    return Source(folder, checkpoint, model, weights, structure, prediction)
+
+
+def _fits(model: Any, checkpoint: Checkpoint, prediction: Prediction) -> bool:
+    """Put the layer into the model, unless its tensors are not those of the layer it is like."""
+    without = WeightMap(model, checkpoint)
+    attach(model, prediction)
+    weights = WeightMap(model, checkpoint)
+    before = len(without.misshapen()) + len(without.missing()) + len(without.doubled())
+    after = len(weights.misshapen()) + len(weights.missing()) + len(weights.doubled())
+    last = find(model).layers[-1].name == prediction.layer
+    if last and after == before and len(weights.carried) < len(without.carried):
+        return True
+    detach(model, prediction)
+    return False
 
 
 def check_complete(weights: WeightMap) -> None:

@@ -110,6 +110,9 @@ def _layer(name: str, modules: dict[str, nn.Module], fixed: set[str]) -> Layer:
         if linear in fixed:
             unquantized[linear] = "its class keeps it in float32"
             continue
+        if (reason := getattr(module, "qmoe_kept", None)) is not None:
+            unquantized[linear] = reason
+            continue
         if type(module).forward is not nn.Linear.forward:
             unquantized[linear] = f"{type(module).__name__} multiplies in its own way"
             continue

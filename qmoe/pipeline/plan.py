@@ -27,6 +27,7 @@ from qmoe.pipeline.checks import (
     check_combination,
     check_companions,
     check_held_out,
+    check_rotation,
     check_space,
     choose_text,
     make_statistics_folder,
@@ -129,7 +130,9 @@ def check(
     saved = None if save_statistics is None else Path(save_statistics)
     check_combination(config, given, saved, dst)
     where = find_device(device)
-    source = open_source(ModelFolder.find(src, trust_remote_code), torch.float32)
+    folder = ModelFolder.find(src, trust_remote_code)
+    source = open_source(folder, torch.float32, predicting=config.mtp == "quantize")
+    check_rotation(source, config)
     config = with_block(source, config)
     check_schemes(source, config)
     check_target(source, config)
