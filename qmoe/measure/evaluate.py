@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from qmoe.calibration.text import load_texts
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.checkpoint.tokenizer import check_vocabulary
 from qmoe.errors import ConfigError
+from qmoe.measure.acceptance import of_models, watched
 from qmoe.measure.baselines import (
     bytes_on_disk,
     check_baselines,
@@ -24,8 +26,10 @@ from qmoe.measure.logits import make_batches, resident, streamed
 from qmoe.measure.routes import Routes, experts_used, kept, recorded
 from qmoe.measure.scores import Batches, Score, not_better, overall, score, summaries
 from qmoe.measure.tails import Decisions, decided, decision_tokens, tails
+from qmoe.model.prediction import prediction_of
 from qmoe.model.source import Source, open_source
 from qmoe.packed.load import Loading
+from qmoe.packed.skeleton import open_packed
 from qmoe.pipeline.checks import check_seqlen
 
 IN_FLOAT32 = Loading(torch.float32)
@@ -57,7 +61,9 @@ def evaluate(
     ("tails") and decision tokens ("decisions"), both by model (tails.py). With `extras.routing`,
     also the tokens of each expert in the quantized model by domain and experts module
     ("experts_used"), and with `against` the share of the original's choices of experts that it
-    makes too ("routing_kept"). "tasks" and "answers" are by model, too.
+    makes too ("routing_kept"). "tasks" and "answers" are by model, too. With a quantized layer that
+    predicts tokens beyond the next: the share of its drafts that are accepted, by model and domain
+    ("acceptance", acceptance.py).
     """
     check_baselines(baselines, against)
     check_counts(samples=samples, batch=batch)
@@ -76,8 +82,12 @@ def evaluate(
     texts = load_texts(text)
     batches, notes = make_batches(tokenizer, texts, samples=samples, seqlen=seqlen, batch=batch)
     check_vocabulary(config, torch.cat([ids for _, ids in batches]))
+    loading = replace(loading, prediction=True)
     models, disk = _models(folder.path, other, baselines, loading)
-    source = None if other is None else open_source(other, models["qmoe"].config.dtype)
+    ours = models["qmoe"]
+    predicting = prediction_of(ours) is not None
+    source = None if other is None else open_source(other, ours.config.dtype, predicting)
+    notes += [] if predicting else _not_drafting(folder)
     if source is not None:
         disk["original"] = source.checkpoint.nbytes()
     found, more = _scored(models, source, batches, decisions, extras.routing)
@@ -108,16 +118,31 @@ def _scored(
         after = watching.enter_context(recorded(ours)) if routing else {}
         if source is not None and routing:
             before = watching.enter_context(recorded(source.model))
+        every = models | ({} if source is None else {"original": source.model})
+        seen = {name: watching.enter_context(watched(model)) for name, model in every.items()}
         reference = None if source is None else streamed(source, batches, dtype)
         logits = {name: resident(model, batches) for name, model in models.items()}
-        watched = None if source is None else decisions.ids
-        found = score(batches, reference, logits, dtype, watched)
-    if not routing:
-        return found, {}
-    return found, {
-        "experts_used": experts_used(after, batches, ours),
-        "routing_kept": kept(before, after, ours),
-    }
+        tokens = None if source is None else decisions.ids
+        found = score(batches, reference, logits, dtype, tokens)
+        if reference is not None:
+            next(reference, None)  # the end, at which layers get their own forward back
+    more: dict[str, Any] = {}
+    if shares := of_models(models, source, seen, batches):
+        more["acceptance"] = shares
+    if routing:
+        more["experts_used"] = experts_used(after, batches, ours)
+        more["routing_kept"] = kept(before, after, ours)
+    return found, more
+
+
+def _not_drafting(folder: ModelFolder) -> list[str]:
+    """In words, why nothing is said of drafts, if the folder has layers that make some."""
+    carried = open_packed(folder).weights.carried
+    if not carried:
+        return []
+    return [
+        f"acceptance of drafts is not measured: {carried[0]} and what belongs to it is not quantized"
+    ]
 
 
 def _models(

@@ -141,6 +141,12 @@ def attach(model: Any, found: Prediction) -> None:
     for name in (found.embedding_norm, found.hidden_norm, found.norm):
         _put(model, name, deepcopy(norm))
     model.requires_grad_(False)
+    model._qmoe_prediction = found
+
+
+def prediction_of(model: Any) -> Prediction | None:
+    """The layer that was put into a model."""
+    return getattr(model, "_qmoe_prediction", None)
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -150,6 +156,7 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def detach(model: Any, found: Prediction) -> None:
     """Take the layer out again."""
+    del model._qmoe_prediction
     if found.layer.startswith(f"{APART}."):
         delattr(model, APART)
     else:

@@ -163,15 +163,18 @@ def open_source(folder: ModelFolder, dtype: torch.dtype, predicting: bool = Fals
 def _fits(model: Any, checkpoint: Checkpoint, prediction: Prediction) -> bool:
     """Put the layer into the model, unless its tensors are not those of the layer it is like."""
     without = WeightMap(model, checkpoint)
+    before = _problems(without)
     attach(model, prediction)
     weights = WeightMap(model, checkpoint)
-    before = len(without.misshapen()) + len(without.missing()) + len(without.doubled())
-    after = len(weights.misshapen()) + len(weights.missing()) + len(weights.doubled())
     last = find(model).layers[-1].name == prediction.layer
-    if last and after == before and len(weights.carried) < len(without.carried):
+    if last and _problems(weights) == before and len(weights.carried) < len(without.carried):
         return True
     detach(model, prediction)
     return False
+
+
+def _problems(weights: WeightMap) -> int:
+    return len(weights.misshapen()) + len(weights.missing()) + len(weights.doubled())
 
 
 def check_complete(weights: WeightMap) -> None:
