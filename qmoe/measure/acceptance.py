@@ -1,10 +1,10 @@
-"""How many drafts of a prediction layer a model would accept: the share of places at which the layer
-drafts the token that the model itself finds most likely there, after the same text.
+"""How many drafts of a prediction layer a model would accept: the share of places at which the
+layer drafts the token that the model itself finds most likely there, after the same text.
 
-At a place i the layer is given the model's hidden state of token i and the embedding of token i + 1,
-and drafts token i + 2; the model's own choice is the one it makes at token i + 1. This is the
-acceptance of the first draft when an engine decodes greedily. The layer of a quantized model drafts
-for the quantized model, that of the original for the original.
+At a place i the layer is given the model's hidden state of token i and the embedding of token
+i + 1, and drafts token i + 2; the model's own choice is the one it makes at token i + 1. This is
+the acceptance of the first draft when an engine decodes greedily. The layer of a quantized model
+drafts for the quantized model, that of the original for the original.
 """
 
 from collections.abc import Callable, Iterator

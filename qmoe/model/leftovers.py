@@ -59,8 +59,8 @@ def predicting(
     model: nn.Module, config: dict[str, Any], known: list[str], unknown: dict[str, str]
 ) -> list[str]:
     """Of checkpoint tensors that belong to no parameter, those of layers that predict tokens beyond
-    the next: by their names, or in as many layers behind the model's last as config.json says or the
-    family's class passes over. Such layers have something that no other layer has: one like all
+    the next: by their names, or in as many layers behind the model's last as config.json says or
+    the family's class passes over. Such layers have something that no other layer has: one like all
     others is missing in the count.
 
     config: config.json. known: the tensors that belong to a parameter. unknown: as for
@@ -74,7 +74,7 @@ def predicting(
         attached = (place, i) in inside and MARK in inside[place, i]
         behind = i - last.get(place, i)
         passed = all(any(re.search(p, name) for p in patterns) for name in names.values())
-        if attached or (0 < behind and (behind <= count or passed) and set(names) - usual):
+        if attached or (behind > 0 and (behind <= count or passed) and set(names) - usual):
             named |= set(names.values())
     return [name for name in unknown if name in named]
 

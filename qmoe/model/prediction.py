@@ -5,8 +5,8 @@ decoder layer, and put into the model where those names say.
 Two kinds are known. DeepSeek-V3, GLM-4.5 and others store one more decoder layer behind the last,
 with `eh_proj`, `enorm`, `hnorm` and `shared_head.norm` in it, and copies of the embedding and of
 the output projection, which transformers and vLLM take from the model itself. Qwen3-Next stores a
-decoder layer below `mtp.layers`, with `fc`, `pre_fc_norm_embedding`, `pre_fc_norm_hidden` and `norm`
-beside it. Both compute the same (DeepSeek-V3, arXiv 2412.19437, section 2.2): the model's last
+decoder layer below `mtp.layers`, with `fc`, `pre_fc_norm_embedding`, `pre_fc_norm_hidden` and
+`norm` beside it. Both compute the same (DeepSeek-V3, arXiv 2412.19437, section 2.2): the model's last
 hidden state, behind its final norm, and the embedding of the token that follows are normed, joined
 and projected, go through the layer and a norm, and the model's output projection makes of them the
 logits of the token after the one that follows.

@@ -40,6 +40,14 @@ class Source:
         """Whether that decoder layer is the one that predicts."""
         return self.prediction is not None and self.prediction.layer == layer
 
+    def of_prediction(self, target: str) -> bool:
+        """Whether a parameter is one of the layer that predicts, or of what is around it."""
+        found = self.prediction
+        if found is None:
+            return False
+        parts = (found.layer, *found.before, found.norm)
+        return target.startswith(tuple(f"{part}." for part in parts))
+
     def stages(self) -> list[nn.Module]:
         """The modules whose weights are loaded one at a time, in running order."""
         return [self.model.get_submodule(layer.name) for layer in self.structure.layers]

@@ -161,6 +161,10 @@ def estimate_bytes(source: Source, config: QuantConfig) -> int:
     """Bytes the quantized weights will take on disk, within a percent."""
     total = source.checkpoint.nbytes()
     total -= sum(map(source.checkpoint.tensor_bytes, source.weights.ignored))
+    for name in source.weights.carried:  # written in 16 bits, if they are stored in fewer
+        shape, dtype = source.checkpoint.lazy(name).get_shape(), source.checkpoint.dtype(name)
+        written = torch.Size(shape).numel() * dtype.itemsize
+        total += written - source.checkpoint.tensor_bytes(name)
     for layer in source.structure.layers:
         widths = widths_of(layer, config)
         for name, scheme in schemes_of(source, layer, config).items():
