@@ -138,10 +138,8 @@ def _scored(
 def _not_drafting(folder: ModelFolder) -> list[str]:
     """In words, why nothing is said of drafts, if the folder has layers that make some."""
     carried = open_packed(folder).weights.carried
-    what = (
-        "acceptance of drafts is not measured: the layer that predicts tokens beyond the next is "
-    )
-    return [f"{what}not quantized ({carried[0]})"] if carried else []
+    why = "the layer that predicts tokens beyond the next is not quantized"
+    return [f"acceptance of drafts is not measured: {why} ({carried[0]})"] if carried else []
 
 
 def _models(

@@ -6,10 +6,10 @@ Two kinds are known. DeepSeek-V3, GLM-4.5 and others store one more decoder laye
 with `eh_proj`, `enorm`, `hnorm` and `shared_head.norm` in it, and copies of the embedding and of
 the output projection, which transformers and vLLM take from the model itself. Qwen3-Next stores a
 decoder layer below `mtp.layers`, with `fc`, `pre_fc_norm_embedding`, `pre_fc_norm_hidden` and
-`norm` beside it. Both compute the same (DeepSeek-V3, arXiv 2412.19437, section 2.2): the model's last
-hidden state, behind its final norm, and the embedding of the token that follows are normed, joined
-and projected, go through the layer and a norm, and the model's output projection makes of them the
-logits of the token after the one that follows.
+`norm` beside it. Both compute the same (DeepSeek-V3, arXiv 2412.19437, section 2.2): the model's
+last hidden state, behind its final norm, and the embedding of the token that follows are normed,
+joined and projected. They go through the layer and a norm, and the model's output projection makes
+of them the logits of the token after the one that follows.
 
 The layer's own parts are those of one of the model's layers, of which it is a copy. A checkpoint
 with other parts, or with more than one such layer, is not described here.
