@@ -25,7 +25,7 @@ import qmoe
 from qmoe import CalibrationConfig, QuantConfig, Scheme
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.cli.main import main
-from qmoe.errors import AuditError, ConfigError
+from qmoe.errors import AuditError, CheckpointError, ConfigError
 from qmoe.export.to_gguf import export
 from qmoe.measure.evaluate import evaluate
 from qmoe.measure.families import families, save_tiny
@@ -33,6 +33,7 @@ from qmoe.model.layerwise import Waiting, suspended
 from qmoe.model.prediction import drafts, find_prediction, joined, prediction_of
 from qmoe.model.skeleton import inputs_of
 from qmoe.model.source import open_source
+from qmoe.packed.audit import audit_folder
 from qmoe.packed.skeleton import open_packed
 from qmoe.pipeline.prediction import prediction_calls, seeing_last
 from qmoe.plan.sizes import sizes, stacks
@@ -57,8 +58,6 @@ def with_prediction(path: Path, demo: Path, kind: str = "nextn") -> Path:
     else:
         family = next(f for f in families() if f.model_type == "qwen3_next")
         save_tiny(family, path, dtype=torch.bfloat16)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copyfile(demo / name, path / name)
         kinds = json.loads((path / "config.json").read_text())["layer_types"]
         place = f"model.layers.{kinds.index('full_attention')}."
         own, count = "mtp.layers.0.", "mtp_num_hidden_layers"
@@ -179,12 +178,11 @@ def test_what_reaches_it(source: Path) -> None:
         with torch.no_grad():
             hidden = whole.model.model(ids).last_hidden_state
             expected = joined(whole.model, whole.prediction, hidden, ids)
+            following = whole.model.model.embed_tokens(ids[:, 1:])
+            layer = whole.model.model.layers[2]
+            both = [layer.enorm(following), layer.hnorm(hidden[:, :-1])]
+            by_hand = layer.eh_proj(torch.cat(both, -1))
         assert_close(call.args[0], expected)
-        following = whole.model.model.embed_tokens(ids[:, 1:])
-        layer = whole.model.model.layers[2]
-        by_hand = layer.eh_proj(
-            torch.cat([layer.enorm(following), layer.hnorm(hidden[:, :-1])], -1)
-        )
         assert_close(call.args[0][:, :-1], by_hand)
 
 
@@ -237,12 +235,8 @@ def test_what_is_lost_is_a_finding(source: Path, tmp_path: Path) -> None:
         entries = json.loads(index.read_text())
         del entries["weight_map"][name]
         index.write_text(json.dumps(entries))
-        with pytest.raises((AuditError, qmoe.errors.CheckpointError)):
-            main(["inspect", str(broken), "--json"])
-        from qmoe.packed.audit import audit_folder
-
         report = json.loads((broken / "qmoe_report.json").read_text())
-        with pytest.raises(AuditError):
+        with pytest.raises((AuditError, CheckpointError)):
             audit_folder(ModelFolder(broken), report["digests"], report["unpacked_sha256"])
 
 
@@ -256,8 +250,6 @@ def test_keep_leaves_it_as_it_is(source: Path, tmp_path: Path) -> None:
     packed = open_packed(ModelFolder(tmp_path / "q"), predicting=True)
     assert packed.prediction is None
     qmoe.load(tmp_path / "q", prediction=True, progress=False)
-    with pytest.raises(ConfigError, match="mtp: expected one of"):
-        QuantConfig(mtp="drop")
 
 
 @pytest.mark.parametrize("shards", [2, slow(1), slow(3)])
