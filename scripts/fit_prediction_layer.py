@@ -4,7 +4,7 @@
 
 Such layers are trained with their models, and no small trained model with one is published. So a
 layer is fitted to a model that is left as it is: a copy of its last layer and what joins hidden
-states and embeddings (qmoe/model/prediction.py), by the KL divergence of its draft for each token
+states and embeddings (qmoe/prediction), by the KL divergence of its draft for each token
 to the model's own prediction of that token. DIR gets the model with the layer, in DeepSeek-V3's
 names (`--kind nextn`) or in Qwen3-Next's (`--kind mtp`).
 """
@@ -23,21 +23,13 @@ from torch import Tensor
 from qmoe.calibration.batches import choose_samples
 from qmoe.calibration.text import load_texts
 from qmoe.checkpoint.model_folder import ModelFolder
-from qmoe.measure.acceptance import watched
-from qmoe.model.prediction import (
-    EMBEDDING,
-    HIDDEN,
-    JOIN,
-    NORM,
-    OUTER,
-    Prediction,
-    attach,
-    joined,
-    prediction_of,
-    with_states,
-)
 from qmoe.model.source import open_source
+from qmoe.model.structure import Prediction
 from qmoe.model.tensor_names import original_names
+from qmoe.prediction.acceptance import watched
+from qmoe.prediction.attach import attach, prediction_of
+from qmoe.prediction.draft import joined, with_states
+from qmoe.prediction.names import EMBEDDING, HIDDEN, JOIN, NORM, OUTER
 
 RATE = 2e-3
 KINDS = ("nextn", "mtp")

@@ -31,10 +31,11 @@ from qmoe.errors import (
 from qmoe.model.experts import expert_weights, stack
 from qmoe.model.source import open_source
 from qmoe.packed.audit import audit_folder
-from qmoe.packed.carried import in_words
 from qmoe.packed.report import REPORT, expert_rows, read_report
 from qmoe.packed.widths import widths
 from qmoe.pipeline.quantize import quantize as run_quantize
+from qmoe.prediction.attach import add_prediction
+from qmoe.prediction.stored import in_words
 from qmoe.system import distributed
 from qmoe.system.progress import progress, shown
 from qmoe.system.sizes import format_size
@@ -195,7 +196,7 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parts(folder: ModelFolder) -> list[dict[str, Any]]:
-    source = open_source(folder, torch.float32, predicting=True)
+    source = open_source(folder, torch.float32, add_prediction)
     parts = []
     for layer in source.structure.layers:
         for name in layer.experts:

@@ -15,6 +15,7 @@ from qmoe.plan.choose import AT_ONCE, Candidate, describe, measure, schemes
 from qmoe.plan.choose import plan as choose
 from qmoe.plan.placement import Budget
 from qmoe.plan.run_plan import RunPlan
+from qmoe.prediction.attach import add_prediction
 from qmoe.runtime.int8_cache import to_int8
 from qmoe.system.host_memory import room
 from qmoe.system.sizes import format_size, parse_size
@@ -32,7 +33,9 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         f"free {there.reason}" if args.ram is None else "given",
     )
     with find_headers(args.src, args.trust_remote_code) as folder:
-        source = open_source(folder, torch.float32, predicting=config.mtp == "quantize")
+        source = open_source(
+            folder, torch.float32, add_prediction if config.mtp == "quantize" else None
+        )
         configs = schemes(source, config, fixed.get("bits"), fixed.get("group_size"))
         run = measure(source, args.context, args.batch, to_int8 if args.kv == "int8" else None)
         found = choose(source, configs, budget, run, args.batch)

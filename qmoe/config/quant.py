@@ -106,7 +106,7 @@ class QuantConfig:
         "llama.cpp" has other defaults (TARGETS), which `from_dict` and `preset` know. Where the
         experts of a model differ, a result for "qmoe" has a format name that other loaders refuse:
         transformers decodes all experts by one scheme, and gives wrong weights without an error.
-    mtp: what becomes of a layer that predicts tokens beyond the next (model/prediction.py):
+    mtp: what becomes of a layer that predicts tokens beyond the next (prediction/names.py):
         "quantize" has it quantized like all others, "keep" leaves it in 16 bits.
     calibration: the text that statistics are gathered on.
     """

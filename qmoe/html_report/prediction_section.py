@@ -3,7 +3,7 @@
 from qmoe.html_report.facts import Facts
 from qmoe.html_report.section import Section, Table
 from qmoe.packed.card_text import source_name
-from qmoe.packed.carried import in_words
+from qmoe.prediction.stored import in_words
 
 
 def prediction(facts: Facts) -> list[Section]:
@@ -19,8 +19,8 @@ def prediction(facts: Facts) -> list[Section]:
         code = [command] if "layer" in found else []
         return [Section("Layers that predict ahead", [said], items=in_words(found), code=code)]
     said = (
-        "A draft is accepted where the model itself finds the drafted token most likely. Counted is "
-        "the first draft after every token of held-out text."
+        "A draft is accepted where the model itself finds the drafted token most likely. What is "
+        "counted is the first draft after every token of held-out text."
     )
     domains = next(iter(accepted.values()))
     rows = [[name, *(f"{of[name]:.1%}" for of in accepted.values())] for name in domains]

@@ -12,7 +12,6 @@ from qmoe.calibration.text import load_texts
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.checkpoint.tokenizer import check_vocabulary
 from qmoe.errors import ConfigError
-from qmoe.measure.acceptance import of_models, watched
 from qmoe.measure.baselines import (
     bytes_on_disk,
     check_baselines,
@@ -26,11 +25,12 @@ from qmoe.measure.logits import make_batches, resident, streamed
 from qmoe.measure.routes import Routes, experts_used, kept, recorded
 from qmoe.measure.scores import Batches, Score, not_better, overall, score, summaries
 from qmoe.measure.tails import Decisions, decided, decision_tokens, tails
-from qmoe.model.prediction import prediction_of
 from qmoe.model.source import Source, open_source
 from qmoe.packed.load import Loading
 from qmoe.packed.skeleton import open_packed
 from qmoe.pipeline.checks import check_seqlen
+from qmoe.prediction.acceptance import of_models, watched
+from qmoe.prediction.attach import add_prediction, prediction_of
 
 IN_FLOAT32 = Loading(torch.float32)
 NOTHING_MORE = Extras()
@@ -86,7 +86,11 @@ def evaluate(
     models, disk = _models(folder.path, other, baselines, loading)
     ours = models["qmoe"]
     predicting = prediction_of(ours) is not None
-    source = None if other is None else open_source(other, ours.config.dtype, predicting)
+    source = (
+        None
+        if other is None
+        else open_source(other, ours.config.dtype, add_prediction if predicting else None)
+    )
     notes += [] if predicting else _not_drafting(folder)
     if source is not None:
         disk["original"] = source.checkpoint.nbytes()

@@ -1,6 +1,6 @@
 """An opened model folder: its checkpoint, a skeleton without weights, and where its parts are."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,8 @@ from qmoe.config import QuantConfig, Scheme
 from qmoe.errors import CheckpointError, UnsupportedModelError
 from qmoe.model.experts import expert_weights, is_experts
 from qmoe.model.leftovers import complaint, wrapped
-from qmoe.model.prediction import Prediction, attach, detach, find_prediction
 from qmoe.model.skeleton import build, free
-from qmoe.model.structure import Layer, Structure, find
+from qmoe.model.structure import Layer, Prediction, Structure, find
 from qmoe.model.tensor_names import original_names, stored_fused
 from qmoe.model.weight_map import WeightMap
 from qmoe.system.devices import CPU, move_to
@@ -143,10 +142,13 @@ class Source:
         return [n for names in self.weights.targets.values() for n in names if n not in layered]
 
 
-def open_source(folder: ModelFolder, dtype: torch.dtype, predicting: bool = False) -> Source:
+Add = Callable[[Any, Checkpoint], Prediction | None]
+
+
+def open_source(folder: ModelFolder, dtype: torch.dtype, add: Add | None = None) -> Source:
     """Open an unquantized MoE model and find its parts; loads no weights. dtype: of parameters that
-    have none of their own. predicting: whether the layer that predicts tokens beyond the next is to
-    be part of the model, if there is one that is known (prediction.py)."""
+    have none of their own. add: puts the layer that predicts tokens beyond the next into the model
+    (prediction/attach.py); without it that layer is not part of the model."""
     checkpoint = folder.checkpoint()
     checkpoint.decode()
     config = folder.config(checkpoint)
@@ -155,9 +157,7 @@ def open_source(folder: ModelFolder, dtype: torch.dtype, predicting: bool = Fals
     model = build(config, dtype, checkpoint)
     # Router logits kept for a training loss cost memory, and no layer reports them while suspended.
     model.config.output_router_logits = False
-    prediction = find_prediction(model, checkpoint.names()) if predicting else None
-    if prediction is not None and not _fits(model, checkpoint, prediction):
-        prediction = None
+    prediction = None if add is None else add(model, checkpoint)
     structure = find(model)
     weights = WeightMap(model, checkpoint)
     check_complete(weights)
@@ -166,23 +166,6 @@ def open_source(folder: ModelFolder, dtype: torch.dtype, predicting: bool = Fals
     stored_fused(model)  # refuses families whose experts cannot be told apart on disk
     check_routing(model, structure)
     return Source(folder, checkpoint, model, weights, structure, prediction)
-
-
-def _fits(model: Any, checkpoint: Checkpoint, prediction: Prediction) -> bool:
-    """Put the layer into the model, unless its tensors are not those of the layer it is like."""
-    without = WeightMap(model, checkpoint)
-    before = _problems(without)
-    attach(model, prediction)
-    weights = WeightMap(model, checkpoint)
-    last = find(model).layers[-1].name == prediction.layer
-    if last and _problems(weights) == before and len(weights.carried) < len(without.carried):
-        return True
-    detach(model, prediction)
-    return False
-
-
-def _problems(weights: WeightMap) -> int:
-    return len(weights.misshapen()) + len(weights.missing()) + len(weights.doubled())
 
 
 def check_complete(weights: WeightMap) -> None:

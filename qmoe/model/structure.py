@@ -42,6 +42,25 @@ class Structure:
     lm_head: str | None
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """The layer that predicts tokens beyond the next, by names of modules. layer: the decoder layer. like: the model's own layer of which it is a
+    copy, and whose arguments it takes. join, embedding_norm, hidden_norm, norm: what is around
+    it."""
+
+    layer: str
+    like: str
+    join: str
+    embedding_norm: str
+    hidden_norm: str
+    norm: str
+
+    @property
+    def before(self) -> tuple[str, str, str]:
+        """What makes the layer's input."""
+        return self.embedding_norm, self.hidden_norm, self.join
+
+
 def find(model: nn.Module) -> Structure:
     """The decoder layers of a model and what is in them.
 

@@ -18,8 +18,8 @@ from qmoe.model.experts import is_experts
 from qmoe.model.precision import in_float32
 from qmoe.model.source import Source
 from qmoe.model.tensor_names import all_original_names
-from qmoe.packed.carried import CARRIED, described, findings
 from qmoe.packed.skeleton import open_packed
+from qmoe.prediction.stored import CARRIED, described, findings
 from qmoe.runtime import coded
 from qmoe.runtime.gradients import Placeholder
 from qmoe.runtime.modules import PackedLinear, held, packed_experts

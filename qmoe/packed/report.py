@@ -13,7 +13,7 @@ from qmoe.layer.records import ExpertsRecord, LayerRecord, MatrixRecord
 from qmoe.model.source import Source
 from qmoe.model.structure import ROUTER
 from qmoe.packed.audit import Audit
-from qmoe.packed.carried import in_words
+from qmoe.prediction.stored import in_words
 
 REPORT = "qmoe_report.json"
 SHOWN = 8  # experts named in a line

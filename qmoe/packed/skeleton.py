@@ -14,12 +14,12 @@ from qmoe.format.compressed_tensors import Schemes
 from qmoe.format.exl3_checkpoint import METHOD
 from qmoe.format.quantized import common
 from qmoe.model.experts import expert_weights, matrices_of
-from qmoe.model.prediction import Prediction, attach, find_quantized
 from qmoe.model.skeleton import build, settle
 from qmoe.model.source import Source, check_routing
-from qmoe.model.structure import find
+from qmoe.model.structure import Prediction, find
 from qmoe.model.tensor_names import matrices_in, matrix_names, packed_names
 from qmoe.model.weight_map import WeightMap
+from qmoe.prediction.attach import add_quantized
 from qmoe.runtime.coded import declare_coded
 from qmoe.runtime.modules import CodedLinear, PackedLinear, declare_experts
 from qmoe.runtime.stored import stored_stacks
@@ -48,16 +48,8 @@ def open_packed(
         config._attn_implementation = attn_implementation
     dtype = dtype or config.dtype or _scales_dtype(checkpoint)
     model = build(config, dtype, checkpoint)
-    prediction = _attached(model, checkpoint, predicting)
+    prediction = add_quantized(model, checkpoint) if predicting else None
     return _with_places(folder, checkpoint, schemes, model, prediction)
-
-
-def _attached(model: Any, checkpoint: Checkpoint, predicting: bool) -> Prediction | None:
-    """The prediction layer, put into the model if it is wanted and there."""
-    found = find_quantized(model, checkpoint.names()) if predicting else None
-    if found is not None:
-        attach(model, found)
-    return found
 
 
 def open_packed_in(model: Any, folder: ModelFolder, dtype: torch.dtype) -> Source:
@@ -112,7 +104,7 @@ def _open_coded(
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
     model: Any = build(config, dtype or config.dtype or torch.bfloat16, checkpoint)
-    prediction = _attached(model, checkpoint, predicting)
+    prediction = add_quantized(model, checkpoint) if predicting else None
     structure = find(model)
     check_routing(model, structure)
     known = set(checkpoint.names())

@@ -26,9 +26,9 @@ from qmoe.pipeline.finish import unpacked
 from qmoe.pipeline.lm_head import solve_lm_head
 from qmoe.pipeline.output import OutputFolder, Shard
 from qmoe.pipeline.plan import Plan
-from qmoe.pipeline.prediction import Seen, prediction_calls, seeing_last
 from qmoe.pipeline.self_text import CalibrationText
 from qmoe.pipeline.shard import restore, round_unpacked, shard_tensors, stored_dtype
+from qmoe.prediction.streamed import Seen, prediction_calls, seeing_last
 from qmoe.system.devices import move_to
 from qmoe.system.host_memory import return_freed
 from qmoe.system.progress import progress

@@ -33,6 +33,7 @@ from qmoe.pipeline.checks import (
     make_statistics_folder,
 )
 from qmoe.pipeline.memory import check_fits, needed, spills
+from qmoe.prediction.attach import add_prediction
 from qmoe.rotation.find_rotation import find_fused_rotation
 from qmoe.rotation.fused_rotation import FusedRotation
 from qmoe.system.devices import find_device
@@ -131,7 +132,9 @@ def check(
     check_combination(config, given, saved, dst)
     where = find_device(device)
     folder = ModelFolder.find(src, trust_remote_code)
-    source = open_source(folder, torch.float32, predicting=config.mtp == "quantize")
+    source = open_source(
+        folder, torch.float32, add_prediction if config.mtp == "quantize" else None
+    )
     check_rotation(source, config)
     config = with_block(source, config)
     check_schemes(source, config)

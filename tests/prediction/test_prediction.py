@@ -30,13 +30,15 @@ from qmoe.export.to_gguf import export
 from qmoe.measure.evaluate import evaluate
 from qmoe.measure.families import families, save_tiny
 from qmoe.model.layerwise import Waiting, suspended
-from qmoe.model.prediction import drafts, find_prediction, joined, prediction_of
 from qmoe.model.skeleton import inputs_of
 from qmoe.model.source import open_source
 from qmoe.packed.audit import audit_folder
 from qmoe.packed.skeleton import open_packed
-from qmoe.pipeline.prediction import prediction_calls, seeing_last
 from qmoe.plan.sizes import sizes, stacks
+from qmoe.prediction.attach import add_prediction, prediction_of
+from qmoe.prediction.draft import drafts, joined
+from qmoe.prediction.names import find_prediction
+from qmoe.prediction.streamed import prediction_calls, seeing_last
 from qmoe.system.spill import Scratch
 
 RTN = QuantConfig("rtn", Scheme(4, 32))
@@ -91,7 +93,7 @@ def source(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(path: Path):
     """With all weights in memory."""
-    found = open_source(ModelFolder(path), torch.float32, predicting=True)
+    found = open_source(ModelFolder(path), torch.float32, add_prediction)
     found.weights.load(found.weights.names(), torch.float32)
     found.weights.tie()
     return found
@@ -154,14 +156,14 @@ def test_shapes_that_are_others_are_carried(source: Path, tmp_path: Path) -> Non
     tensors = load_file(pruned / "model.safetensors")
     tensors["model.layers.2.mlp.gate.weight"] = torch.zeros(12, 64).bfloat16()
     save_file(tensors, pruned / "model.safetensors", metadata={"format": "pt"})
-    found = open_source(ModelFolder(pruned), torch.float32, predicting=True)
+    found = open_source(ModelFolder(pruned), torch.float32, add_prediction)
     assert found.prediction is None and prediction_of(found.model) is None
     assert {n for n in found.checkpoint.names() if "layers.2." in n} == set(found.weights.carried)
 
 
 def test_what_reaches_it(source: Path) -> None:
     """The layer's inputs of a streamed run are those of the model in memory."""
-    found = open_source(ModelFolder(source), torch.float32, predicting=True)
+    found = open_source(ModelFolder(source), torch.float32, add_prediction)
     model, batches = found.model, [torch.randint(4096, (2, 16)) for _ in range(2)]
     found.weights.load(found.resident(), torch.float32)
     scratch = Scratch()
@@ -272,9 +274,9 @@ def test_a_fused_rotation_is_refused(source: Path, tmp_path: Path) -> None:
 
 
 def test_sizes_are_those_of_the_files(source: Path, tmp_path: Path) -> None:
-    for name, predicting in (("quantize", True), ("keep", False)):
+    for name, add in (("quantize", add_prediction), ("keep", None)):
         config = QuantConfig("rtn", Scheme(4, 32), mtp=name)
-        found = open_source(ModelFolder(source), torch.float32, predicting)
+        found = open_source(ModelFolder(source), torch.float32, add)
         told = sizes(found, config, stacks(found, config))
         report = qmoe.quantize(source, tmp_path / name, config, progress=False)
         assert told.tensors == sum(t.nbytes for t in weights(tmp_path / name).values())

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from qmoe.model.hooks import hooked
 from qmoe.model.layerwise import Call
-from qmoe.model.prediction import joined, with_states
 from qmoe.model.skeleton import free
 from qmoe.model.source import Source
+from qmoe.prediction.draft import joined, with_states
 from qmoe.system.spill import Scratch
 
 

@@ -7,20 +7,24 @@ the acceptance of the first draft when an engine decodes greedily. The layer of 
 drafts for the quantized model, that of the original for the original.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
-from qmoe.measure.scores import Batches
 from qmoe.model.hooks import hooked
 from qmoe.model.layerwise import Call
-from qmoe.model.prediction import Prediction, drafts, joined, prediction_of, with_states
 from qmoe.model.source import Source
+from qmoe.model.structure import Prediction
+from qmoe.prediction.attach import prediction_of
+from qmoe.prediction.draft import drafts, joined, with_states
 from qmoe.system.devices import CPU, device_of, moved
+
+Batches = Sequence[tuple[str, Int[Tensor, "_ _"]]]  # token ids by domain
 
 
 @dataclass
