@@ -33,9 +33,8 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         f"free {there.reason}" if args.ram is None else "given",
     )
     with find_headers(args.src, args.trust_remote_code) as folder:
-        source = open_source(
-            folder, torch.float32, add_prediction if config.mtp == "quantize" else None
-        )
+        add = add_prediction if config.mtp == "quantize" else None
+        source = open_source(folder, torch.float32, add)
         configs = schemes(source, config, fixed.get("bits"), fixed.get("group_size"))
         run = measure(source, args.context, args.batch, to_int8 if args.kv == "int8" else None)
         found = choose(source, configs, budget, run, args.batch)

@@ -63,7 +63,7 @@ def evaluate(
     ("experts_used"), and with `against` the share of the original's choices of experts that it
     makes too ("routing_kept"). "tasks" and "answers" are by model, too. With a quantized layer that
     predicts tokens beyond the next: the share of its drafts that are accepted, by model and domain
-    ("acceptance", acceptance.py).
+    ("acceptance", prediction/acceptance.py).
     """
     check_baselines(baselines, against)
     check_counts(samples=samples, batch=batch)
@@ -85,13 +85,9 @@ def evaluate(
     loading = replace(loading, prediction=True)
     models, disk = _models(folder.path, other, baselines, loading)
     ours = models["qmoe"]
-    predicting = prediction_of(ours) is not None
-    source = (
-        None
-        if other is None
-        else open_source(other, ours.config.dtype, add_prediction if predicting else None)
-    )
-    notes += [] if predicting else _not_drafting(folder)
+    add = None if prediction_of(ours) is None else add_prediction
+    source = None if other is None else open_source(other, ours.config.dtype, add)
+    notes += _not_drafting(folder) if add is None else []
     if source is not None:
         disk["original"] = source.checkpoint.nbytes()
     found, more = _scored(models, source, batches, decisions, extras.routing)

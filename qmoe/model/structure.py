@@ -44,9 +44,10 @@ class Structure:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The layer that predicts tokens beyond the next, by names of modules. layer: the decoder layer. like: the model's own layer of which it is a
-    copy, and whose arguments it takes. join, embedding_norm, hidden_norm, norm: what is around
-    it."""
+    """The layer that predicts tokens beyond the next, by names of modules (prediction/names.py).
+
+    layer: the decoder layer. like: the model's own layer of which it is a copy, and whose arguments
+    it takes. join, embedding_norm, hidden_norm, norm: what is around it."""
 
     layer: str
     like: str

@@ -36,7 +36,8 @@ KINDS = (
 @dataclass
 class Audit:
     """bytes by kind, what is wrong (empty in a good audit), the SHA-256 of everything that is not
-    packed, by which later damage is seen, and what there is of prediction layers (carried.py)."""
+    packed, by which later damage is seen, and what there is of prediction layers
+    (prediction/stored.py)."""
 
     bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     findings: list[str] = field(default_factory=list)

@@ -132,9 +132,8 @@ def check(
     check_combination(config, given, saved, dst)
     where = find_device(device)
     folder = ModelFolder.find(src, trust_remote_code)
-    source = open_source(
-        folder, torch.float32, add_prediction if config.mtp == "quantize" else None
-    )
+    add = add_prediction if config.mtp == "quantize" else None
+    source = open_source(folder, torch.float32, add)
     check_rotation(source, config)
     config = with_block(source, config)
     check_schemes(source, config)
