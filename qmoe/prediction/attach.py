@@ -62,7 +62,8 @@ def attach(model: Any, found: Prediction) -> None:
     else:
         assert int(number) == len(model.get_submodule(owner))
         model.get_submodule(owner).append(layer)
-        layer.add_module(NORM.partition(".")[0], nn.Module())
+        if found.norm.endswith(NORM):
+            layer.add_module(NORM.partition(".")[0], nn.Module())
     _put(model, found.join, join)
     for name in (found.embedding_norm, found.hidden_norm, found.norm):
         _put(model, name, deepcopy(norm))

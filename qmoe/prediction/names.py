@@ -2,10 +2,11 @@
 transformers' classes of the families leave out, by the names of a checkpoint's tensors.
 
 Two kinds are known. DeepSeek-V3, GLM-4.5 and others store one more decoder layer behind the last,
-with `eh_proj`, `enorm`, `hnorm` and `shared_head.norm` in it, and copies of the embedding and of
-the output projection, which transformers and vLLM take from the model itself. Qwen3-Next stores a
-decoder layer below `mtp.layers`, with `fc`, `pre_fc_norm_embedding`, `pre_fc_norm_hidden` and
-`norm` beside it. Both compute the same (DeepSeek-V3, arXiv 2412.19437, section 2.2): the model's
+with `eh_proj`, `enorm`, `hnorm` and `shared_head.norm` (Hunyuan 3 and Ling call it
+`final_layernorm`) in it, and copies of the embedding and of the output projection, which
+transformers and vLLM take from the model itself. Qwen3-Next, Qwen3.5 and EXAONE store a decoder
+layer below `mtp.layers`, with `fc`, `pre_fc_norm_embedding`, `pre_fc_norm_hidden` and `norm` beside
+it. Both compute the same (DeepSeek-V3, arXiv 2412.19437, section 2.2): the model's
 last hidden state, behind its final norm, and the embedding of the token that follows are normed,
 joined and projected. They go through the layer and a norm, and the model's output projection makes
 of them the logits of the token after the one that follows.
@@ -25,6 +26,7 @@ from qmoe.model.structure import Prediction
 
 # In a NextN layer: what joins, what norms, and copies of parts of the model.
 JOIN, EMBEDDING, HIDDEN, NORM = "eh_proj", "enorm", "hnorm", "shared_head.norm"
+OTHER_NORM = "final_layernorm"
 COPIES = ("embed_tokens.weight", "shared_head.head.weight")
 # The same beside the layer of a model that has them apart.
 APART, APART_LAYERS = "mtp", "mtp.layers"
@@ -40,13 +42,16 @@ def find_prediction(model: nn.Module, names: Iterable[str]) -> Prediction | None
     has none, or one that is not described here."""
     stems = {STORED.sub(".weight", name) for name in names}
     layers = {place: _parts(tails) for place, tails in by_layer(stems).items()}
-    extras = {f"{part}.weight" for part in OUTER}
-    found = [place for place, tails in layers.items() if extras <= tails]
+    found = [place for place, tails in layers.items() if f"{JOIN}.weight" in tails]
     if len(found) == 1:
         [(place, i)] = found
+        tails = layers.pop((place, i))
         prefix, names_of = f"{place}.{i}.", {part: part for part in OUTER}
-        own = layers.pop((place, i)) - extras - set(COPIES)
-        if not _is_next(model, place, i):
+        if f"{OTHER_NORM}.weight" in tails:
+            names_of[NORM] = OTHER_NORM
+        extras = {f"{part}.weight" for part in names_of.values()}
+        own = tails - extras - set(COPIES)
+        if not (extras <= tails and _is_next(model, place, i)):
             return None
     elif not found and (APART_LAYERS, 0) in layers:
         place, prefix, names_of = "", f"{APART}.", OUTER
