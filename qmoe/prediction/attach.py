@@ -12,7 +12,7 @@ from torch import nn
 from qmoe.checkpoint.reader import Checkpoint
 from qmoe.model.structure import Prediction, find
 from qmoe.model.weight_map import WeightMap
-from qmoe.prediction.names import APART, NORM, find_prediction, find_quantized
+from qmoe.prediction.names import APART, NORM, find_prediction, find_quantized, norm_in
 
 JOINS = "joins the hidden state and the embedding, which engines read in 16 bits"
 
@@ -50,8 +50,7 @@ def attach(model: Any, found: Prediction) -> None:
     """Put the layer into a model without weights. Its forward does not run it."""
     like = model.get_submodule(found.like)
     layer = deepcopy(like)
-    named = [m for n, m in like.named_children() if "norm" in n]
-    norm = next(m for m in named if getattr(getattr(m, "weight", None), "ndim", 0) == 1)
+    norm: Any = norm_in(like)
     (size,) = norm.weight.shape
     join = nn.Linear(2 * size, size, bias=False, device="meta", dtype=model.dtype)
     join.qmoe_kept = JOINS

@@ -66,6 +66,8 @@ def find_prediction(model: nn.Module, names: Iterable[str]) -> Prediction | None
     if not alike:
         return None
     like = max(alike, key=lambda at: at[1])
+    if norm_in(model.get_submodule("{}.{}".format(*like))) is None:
+        return None
     layer = prefix.rstrip(".") if place else f"{APART_LAYERS}.0"
     parts = (JOIN, EMBEDDING, HIDDEN, NORM)
     return Prediction(layer, "{}.{}".format(*like), *(prefix + names_of[part] for part in parts))
@@ -79,6 +81,12 @@ def find_quantized(model: nn.Module, names: Iterable[str]) -> Prediction | None:
         return None
     inside = (name for name in every if name.startswith(f"{found.layer}."))
     return found if any(name.endswith((PACKED, CODED)) for name in inside) else None
+
+
+def norm_in(layer: nn.Module) -> nn.Module | None:
+    """A norm of a decoder layer that is as wide as its hidden states, as those around it are."""
+    named = [module for name, module in layer.named_children() if "norm" in name]
+    return next((m for m in named if getattr(getattr(m, "weight", None), "ndim", 0) == 1), None)
 
 
 def _parts(tails: Iterable[str]) -> set[str]:

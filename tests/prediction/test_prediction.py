@@ -138,6 +138,9 @@ def test_what_is_found_by_names(source: Path) -> None:
     known = find_prediction(found.model, names)
     assert known is not None
     assert (known.layer, known.like) == ("model.layers.2", "model.layers.1")
+    renamed = [n.replace("shared_head.norm", "final_layernorm") for n in names]
+    other = find_prediction(found.model, renamed)
+    assert other is not None and other.norm == "model.layers.2.final_layernorm"
     second = [n.replace("layers.2.", "layers.3.") for n in names if "layers.2." in n]
     wrong = [
         [*names, *second],  # two such layers
