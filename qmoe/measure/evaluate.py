@@ -82,12 +82,9 @@ def evaluate(
     texts = load_texts(text)
     batches, notes = make_batches(tokenizer, texts, samples=samples, seqlen=seqlen, batch=batch)
     check_vocabulary(config, torch.cat([ids for _, ids in batches]))
-    loading = replace(loading, prediction=True)
-    models, disk = _models(folder.path, other, baselines, loading)
-    ours = models["qmoe"]
-    add = None if prediction_of(ours) is None else add_prediction
-    source = None if other is None else open_source(other, ours.config.dtype, add)
-    notes += _not_drafting(folder) if add is None else []
+    models, disk = _models(folder.path, other, baselines, replace(loading, prediction=True))
+    source = _original(other, models["qmoe"])
+    notes += _not_drafting(folder, models["qmoe"])
     if source is not None:
         disk["original"] = source.checkpoint.nbytes()
     found, more = _scored(models, source, batches, decisions, extras.routing)
@@ -135,8 +132,18 @@ def _scored(
     return found, more
 
 
-def _not_drafting(folder: ModelFolder) -> list[str]:
+def _original(folder: ModelFolder | None, ours: Any) -> Source | None:
+    """The original, if it is given, with its prediction layer if the quantized model has one."""
+    if folder is None:
+        return None
+    add = None if prediction_of(ours) is None else add_prediction
+    return open_source(folder, ours.config.dtype, add)
+
+
+def _not_drafting(folder: ModelFolder, ours: Any) -> list[str]:
     """In words, why nothing is said of drafts, if the folder has layers that make some."""
+    if prediction_of(ours) is not None:
+        return []
     carried = open_packed(folder).weights.carried
     why = "the layer that predicts tokens beyond the next is not quantized"
     return [f"acceptance of drafts is not measured: {why} ({carried[0]})"] if carried else []

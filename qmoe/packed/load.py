@@ -102,8 +102,7 @@ def load(
         class for the model.
     attn_implementation: as in transformers ("sdpa", "eager", ..); None is transformers' choice, but
         on a CPU qmoe's kernel instead of "sdpa".
-    more: `plan`, `kv` and `prediction` (MoreOptions); for a hub name, `revision`, `token` and
-        `cache_dir`.
+    more: MoreOptions (`plan`, `kv`, `prediction`); of a hub name `revision`, `token`, `cache_dir`.
 
     Returns a transformers model and a transformers tokenizer. Layers are loaded and repacked one at
     a time, so memory stays near the checkpoint's size. Raises CheckpointError for a folder that is

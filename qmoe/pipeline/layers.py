@@ -73,6 +73,8 @@ def quantize_layers(plan: Plan, text: CalibrationText, out: OutputFolder) -> Ite
             i = event.index
             next(bar)
             reached.add(i)
+            if source.prediction is not None:
+                seen.check(layers[i].name, event.calls)
             if source.prediction is not None and layers[i].name == source.prediction.like:
                 seen.keep_calls(event.calls)
             if i in out.finished:

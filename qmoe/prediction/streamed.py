@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from qmoe.errors import UnsupportedModelError
 from qmoe.model.hooks import hooked
 from qmoe.model.layerwise import Call
 from qmoe.model.skeleton import free
@@ -27,6 +28,18 @@ class Seen:
 
     calls: list[Call] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
+
+    def check(self, name: str, calls: Sequence[Call]) -> None:
+        """All batches wait at a layer. Raises UnsupportedModelError if layers pass on something
+        else than hidden states [B, L, H], as those with hyper-connections do."""
+        for call in calls:
+            states = call.kwargs.get("hidden_states", call.args[0] if call.args else None)
+            if not isinstance(states, Tensor) or states.dim() != 3:
+                raise UnsupportedModelError(
+                    f"{name}: layers of this model do not pass on plain hidden states, so what its "
+                    "layer for predicting tokens beyond the next is given is not known; leave that "
+                    "layer in 16 bits (--set mtp=keep)"
+                )
 
     def keep_calls(self, calls: Sequence[Call]) -> None:
         """All batches wait at the layer that the prediction layer is like."""
