@@ -66,7 +66,8 @@ def find_prediction(model: nn.Module, names: Iterable[str]) -> Prediction | None
     if not alike:
         return None
     like = max(alike, key=lambda at: at[1])
-    if norm_in(model.get_submodule("{}.{}".format(*like))) is None:
+    module = model.get_submodule("{}.{}".format(*like))
+    if norm_in(module) is None or _has_streams(module):
         return None
     layer = prefix.rstrip(".") if place else f"{APART_LAYERS}.0"
     parts = (JOIN, EMBEDDING, HIDDEN, NORM)
@@ -87,6 +88,12 @@ def norm_in(layer: nn.Module) -> nn.Module | None:
     """A norm of a decoder layer that is as wide as its hidden states, as those around it are."""
     named = [module for name, module in layer.named_children() if "norm" in name]
     return next((m for m in named if getattr(getattr(m, "weight", None), "ndim", 0) == 1), None)
+
+
+def _has_streams(layer: nn.Module) -> bool:
+    """Whether a layer passes on several residual streams (hyper-connections): how a prediction
+    layer makes them of one hidden state is not known here."""
+    return any(getattr(module, "hc_mult", 1) > 1 for module in layer.modules())
 
 
 def _parts(tails: Iterable[str]) -> set[str]:
