@@ -52,7 +52,7 @@ def attach(model: Any, found: Prediction) -> None:
     layer = deepcopy(like)
     norm: Any = norm_in(like)
     (size,) = norm.weight.shape
-    join = nn.Linear(2 * size, size, bias=False, device="meta", dtype=model.dtype)
+    join: Any = nn.Linear(2 * size, size, bias=False, device="meta", dtype=model.dtype)
     join.qmoe_kept = JOINS
     owner, _, number = found.layer.rpartition(".")
     if found.layer.startswith(f"{APART}."):
