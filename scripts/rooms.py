@@ -28,6 +28,7 @@ ROOMS = [
     "solvers",
     "checkpoint",
     "model",
+    "prediction",
     "calibration",
     "plan",
     "layer",

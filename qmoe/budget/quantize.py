@@ -144,7 +144,8 @@ def base_config(config: QuantConfig) -> QuantConfig:
     experts = replace(config.experts, bits=ANY)
     dense = experts if config.dense == DENSE else config.dense
     dense = None if dense is None else replace(dense, bits=ANY)
-    return replace(config, experts=experts, dense=dense)
+    # What a prediction layer loses is not seen in what the model predicts.
+    return replace(config, experts=experts, dense=dense, mtp="keep")
 
 
 def _check_budget(memory: Memory, config: QuantConfig, limit: int) -> None:

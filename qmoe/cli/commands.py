@@ -34,6 +34,8 @@ from qmoe.packed.audit import audit_folder
 from qmoe.packed.report import REPORT, expert_rows, read_report
 from qmoe.packed.widths import widths
 from qmoe.pipeline.quantize import quantize as run_quantize
+from qmoe.prediction.attach import add_prediction
+from qmoe.prediction.stored import in_words
 from qmoe.system import distributed
 from qmoe.system.progress import progress, shown
 from qmoe.system.sizes import format_size
@@ -78,6 +80,7 @@ def show_quantize(report: dict[str, Any]) -> None:
     tables.show(title, ["bytes", "", "share"], tables.bytes_rows(report["bytes"]))
     rows = [[r["name"], _share(r["error"])] for r in report["layers"]]
     tables.show("relative RMS error of each layer's output", ["layer", "error"], rows)
+    _show_lines(in_words(report.get("prediction", {})))
     fallbacks = report["fallbacks"]
     print(f"{len(fallbacks)} fallbacks{':' if fallbacks else ''}")
     _show_lines(fallbacks)
@@ -178,7 +181,11 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
         return {"settings": report["config"]}
     digests, unpacked = report.get("digests"), report.get("unpacked_sha256")
     audit = audit_folder(folder, digests, unpacked)
-    result: dict[str, Any] = {"bytes": audit.bytes, "widths": widths(folder)}
+    result: dict[str, Any] = {
+        "bytes": audit.bytes,
+        "widths": widths(folder),
+        "prediction": audit.prediction,
+    }
     if reported:
         result |= {"config": report["config"], "fallbacks": report["fallbacks"]}
         if args.experts:
@@ -189,7 +196,7 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parts(folder: ModelFolder) -> list[dict[str, Any]]:
-    source = open_source(folder, torch.float32)
+    source = open_source(folder, torch.float32, add_prediction)
     parts = []
     for layer in source.structure.layers:
         for name in layer.experts:
@@ -212,6 +219,7 @@ def show_inspect(result: dict[str, Any]) -> None:
         tables.show("not quantized; what qmoe would quantize", ["module", "shapes"], rows)
         return
     tables.show("audit passed", ["bytes", "", "share"], tables.bytes_rows(result["bytes"]))
+    _show_lines(in_words(result["prediction"]))
     _show_lines(result.get("fallbacks", []))
     if is_mixed(result["widths"]):
         print("\n".join(heat_map(result["widths"])))

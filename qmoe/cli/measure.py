@@ -97,6 +97,8 @@ def show_eval(result: dict[str, Any]) -> None:
         tables.show("KL relative to round-to-nearest", ["domain", *scores], ratios)
     if "tails" in result:
         _show_tails(result["tails"], result["decisions"])
+    if "acceptance" in result:
+        _show_acceptance(result["acceptance"])
     if "answers" in result:
         _show_answers(result["answers"])
     if "tasks" in result:
@@ -135,6 +137,19 @@ def _show_tails(
         tables.show("where the original gives a decision token 1 % or more", header, rows)
     else:
         print("no decision token has a probability of 1 % in the original anywhere in this text")
+
+
+def _show_acceptance(found: dict[str, dict[str, float]]) -> None:
+    """The share of drafts of the prediction layer that the model would accept."""
+    rows = [
+        [domain, *(f"{of[domain]:.1%}" for of in found.values())]
+        for domain in next(iter(found.values()))
+    ]
+    title = "drafts of the prediction layer that the model accepts (first draft, greedy)"
+    tables.show(title, ["domain", *found], rows)
+    for name, of in found.items():
+        if not of["all"]:
+            print(f"{name}: no draft is accepted at all, so its prediction layer is of no use")
 
 
 def _show_answers(found: dict[str, dict[str, float]]) -> None:

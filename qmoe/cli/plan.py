@@ -15,6 +15,7 @@ from qmoe.plan.choose import AT_ONCE, Candidate, describe, measure, schemes
 from qmoe.plan.choose import plan as choose
 from qmoe.plan.placement import Budget
 from qmoe.plan.run_plan import RunPlan
+from qmoe.prediction.attach import add_prediction
 from qmoe.runtime.int8_cache import to_int8
 from qmoe.system.host_memory import room
 from qmoe.system.sizes import format_size, parse_size
@@ -32,7 +33,8 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         f"free {there.reason}" if args.ram is None else "given",
     )
     with find_headers(args.src, args.trust_remote_code) as folder:
-        source = open_source(folder, torch.float32)
+        add = add_prediction if config.mtp == "quantize" else None
+        source = open_source(folder, torch.float32, add)
         configs = schemes(source, config, fixed.get("bits"), fixed.get("group_size"))
         run = measure(source, args.context, args.batch, to_int8 if args.kv == "int8" else None)
         found = choose(source, configs, budget, run, args.batch)
@@ -51,6 +53,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         "scheme": vars(chosen.config.experts),
         "parts": [vars(part) for part in chosen.placement.parts],
         "bytes_on_disk": chosen.sizes.tensors + chosen.sizes.headers,
+        "prediction": chosen.sizes.prediction,
         "candidates": [_candidate(candidate) for candidate in found.candidates],
         "commands": _commands(args, chosen, budget.gpu is not None),
     } | _candidate(chosen)
@@ -126,6 +129,11 @@ def show_plan(result: dict[str, Any]) -> None:
         print(
             "experts that do not lie on the GPU are computed by the CPU, or copied where they have "
             "many tokens; --save FILE writes the plan that says so"
+        )
+    if result["prediction"]:
+        print(
+            f"{format_size(result['prediction'])} of the disk are for a layer that predicts tokens "
+            "beyond the next, which is not loaded to run the model"
         )
     print(f"{format_size(result['bytes_on_disk'])} on disk; these commands make and run the model:")
     for command in result["commands"]:

@@ -13,6 +13,7 @@ from qmoe.errors import ConfigError
 Method = Literal["rtn", "gptq", "awq", "awq-gptq"]
 Rotate = Literal["off", "fused", "online"]
 Target = Literal["qmoe", "vllm", "sglang", "llama.cpp"]
+Mtp = Literal["quantize", "keep"]
 # Targets that take one scheme for all experts of a layer.
 UNIFORM_LAYERS = ("vllm", "sglang")
 
@@ -105,6 +106,8 @@ class QuantConfig:
         "llama.cpp" has other defaults (TARGETS), which `from_dict` and `preset` know. Where the
         experts of a model differ, a result for "qmoe" has a format name that other loaders refuse:
         transformers decodes all experts by one scheme, and gives wrong weights without an error.
+    mtp: what becomes of a layer that predicts tokens beyond the next (prediction/names.py):
+        "quantize" has it quantized like all others, "keep" leaves it in 16 bits.
     calibration: the text that statistics are gathered on.
     """
 
@@ -125,6 +128,7 @@ class QuantConfig:
     min_tokens: int = 256
     widths: Mapping[str, str] = field(default_factory=dict, hash=False)
     target: Target = "qmoe"
+    mtp: Mtp = "quantize"
     calibration: CalibrationConfig = CalibrationConfig()
 
     def __post_init__(self) -> None:
@@ -155,10 +159,11 @@ class QuantConfig:
                     f"{name}: is a step of the method {' or '.join(methods)}, the method is "
                     f"{self.method}; leave {name} out, switch it off, or choose such a method"
                 )
-        if self.rotate not in get_args(Rotate):
-            raise ConfigError(f"rotate: expected one of {get_args(Rotate)}, got {self.rotate!r}")
-        if self.target not in get_args(Target):
-            raise ConfigError(f"target: expected one of {get_args(Target)}, got {self.target!r}")
+        for name, choices in (("rotate", Rotate), ("target", Target), ("mtp", Mtp)):
+            if getattr(self, name) not in get_args(choices):
+                raise ConfigError(
+                    f"{name}: expected one of {get_args(choices)}, got {getattr(self, name)!r}"
+                )
         if len({scheme.rotation for scheme in self._schemes()}) > 1:
             raise ConfigError("rotation: expected the same block in all schemes")
         if self.rotate == "fused" and any(s.rotation for s in self._schemes()):

@@ -20,6 +20,7 @@ from qmoe.export.families import Family
 from qmoe.format.compressed_tensors import SUFFIXES, Schemes
 from qmoe.format.packing import unpack_rows, unpack_zeros
 from qmoe.format.quantized import Quantized
+from qmoe.model.leftovers import LAYER, PREDICTS
 
 EXPERT = re.compile(r"(.*\.experts)\.(?:expert_)?(\d+)\.(.*)")
 # What the table does not know by its name in a checkpoint.
@@ -44,13 +45,26 @@ class Entry:
     transposed: bool = False
 
 
+def prediction_tensors(checkpoint: Checkpoint, family: Family) -> list[str]:
+    """Those of layers that predict tokens beyond the next: by their names, or behind the last of
+    the layers that config.json counts."""
+    found = []
+    for name in checkpoint.names():
+        behind = LAYER.fullmatch(name)
+        if PREDICTS.search(name) or (behind and int(behind[2]) >= family.layers):
+            found.append(name)
+    return found
+
+
 def entries(checkpoint: Checkpoint, schemes: Schemes, family: Family) -> list[Entry]:
-    """The tensors of a GGUF of this checkpoint. UnsupportedModelError for one that llama.cpp has no
-    place for."""
+    """The tensors of a GGUF of this checkpoint, without layers that predict tokens beyond the next.
+    UnsupportedModelError for one that llama.cpp has no place for."""
     table = gguf.get_tensor_name_map(family.arch, family.layers)
-    packed = {n.removesuffix("_packed") for n in checkpoint.names() if n.endswith(".weight_packed")}
+    left_out = set(prediction_tensors(checkpoint, family))
+    names = [name for name in checkpoint.names() if name not in left_out]
+    packed = {n.removesuffix("_packed") for n in names if n.endswith(".weight_packed")}
     parts = tuple(f".weight{suffix}" for suffix in SUFFIXES)
-    plain = [n for n in checkpoint.names() if not n.endswith(parts)]
+    plain = [n for n in names if not n.endswith(parts)]
     found = []
     for name, stored in _stacked([*plain, *packed]).items():
         scheme = schemes.of(stored[0].removesuffix(".weight")) if stored[0] in packed else None

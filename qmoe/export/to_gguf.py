@@ -19,11 +19,12 @@ from qmoe.errors import OutputError
 from qmoe.export.families import Family, family_of
 from qmoe.export.grid import SUPER
 from qmoe.export.planned import Planned, parts, planned
-from qmoe.export.tensors import entries
+from qmoe.export.tensors import entries, prediction_tensors
 from qmoe.export.tokenizer import add_tokenizer
 from qmoe.format.compressed_tensors import Schemes
 from qmoe.system.progress import progress as bar
 from qmoe.system.progress import shown
+from qmoe.system.sizes import format_size
 
 EMBEDDINGS, OUTPUT = "token_embd.weight", "output.weight"
 FILE_TYPES = gguf.LlamaFileType
@@ -93,8 +94,18 @@ def _export(folder: ModelFolder, dst: Path, with_tokenizer: bool) -> dict[str, A
         "bytes": dst.stat().st_size,
         "architecture": family.arch_name,
         "types": _types(plan),
-        "notes": [*_notes(plan), *family.notes, *no_words],
+        "notes": [*_notes(plan), *family.notes, *no_words, *_not_predicting(checkpoint, family)],
     }
+
+
+def _not_predicting(checkpoint: Checkpoint, family: Family) -> list[str]:
+    """In words, that layers which predict tokens beyond the next are left out."""
+    names = prediction_tensors(checkpoint, family)
+    if not names:
+        return []
+    nbytes = format_size(sum(map(checkpoint.tensor_bytes, names)))
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [f"left out, they predict tokens beyond the next: {names[0]}{more}, {nbytes}"]
 
 
 def _describe(writer: Any, folder: ModelFolder, family: Family, plan: list[Planned]) -> None:

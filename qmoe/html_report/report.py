@@ -13,6 +13,7 @@ from qmoe.html_report import comparison
 from qmoe.html_report.expert_sections import coverage, errors, quality, routing, use
 from qmoe.html_report.facts import Facts, gather
 from qmoe.html_report.plots import check_can_plot
+from qmoe.html_report.prediction_section import prediction
 from qmoe.html_report.section import Section
 from qmoe.html_report.storage_sections import departures, memory, provenance, storage, summary
 from qmoe.packed.card_text import source_name
@@ -74,8 +75,9 @@ def report(
 
 def sections(facts: Facts) -> list[Section]:
     """All of a page on one folder, in order."""
-    kinds = (quality, use, coverage, errors, routing, storage, memory, departures, provenance)
-    return [section(facts) for section in kinds]
+    first = (quality, use, coverage, errors, routing, storage, memory)
+    made = [section(facts) for section in first]
+    return [*made, *prediction(facts), departures(facts), provenance(facts)]
 
 
 def _page(title: str, intro: list[str], summaries: list[Any], parts: list[Section]) -> Report:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ from qmoe.measure.scores import Batches, Score, not_better, overall, score, summ
 from qmoe.measure.tails import Decisions, decided, decision_tokens, tails
 from qmoe.model.source import Source, open_source
 from qmoe.packed.load import Loading
+from qmoe.packed.skeleton import open_packed
 from qmoe.pipeline.checks import check_seqlen
+from qmoe.prediction.acceptance import of_models, watched
+from qmoe.prediction.attach import add_prediction, prediction_of
 
 IN_FLOAT32 = Loading(torch.float32)
 NOTHING_MORE = Extras()
@@ -57,7 +61,9 @@ def evaluate(
     ("tails") and decision tokens ("decisions"), both by model (tails.py). With `extras.routing`,
     also the tokens of each expert in the quantized model by domain and experts module
     ("experts_used"), and with `against` the share of the original's choices of experts that it
-    makes too ("routing_kept"). "tasks" and "answers" are by model, too.
+    makes too ("routing_kept"). "tasks" and "answers" are by model, too. With a quantized layer that
+    predicts tokens beyond the next: the share of its drafts that are accepted, by model and domain
+    ("acceptance", prediction/acceptance.py).
     """
     check_baselines(baselines, against)
     check_counts(samples=samples, batch=batch)
@@ -76,8 +82,9 @@ def evaluate(
     texts = load_texts(text)
     batches, notes = make_batches(tokenizer, texts, samples=samples, seqlen=seqlen, batch=batch)
     check_vocabulary(config, torch.cat([ids for _, ids in batches]))
-    models, disk = _models(folder.path, other, baselines, loading)
-    source = None if other is None else open_source(other, models["qmoe"].config.dtype)
+    models, disk = _models(folder.path, other, baselines, replace(loading, prediction=True))
+    source = _original(other, models["qmoe"])
+    notes += _not_drafting(folder, models["qmoe"])
     if source is not None:
         disk["original"] = source.checkpoint.nbytes()
     found, more = _scored(models, source, batches, decisions, extras.routing)
@@ -108,16 +115,38 @@ def _scored(
         after = watching.enter_context(recorded(ours)) if routing else {}
         if source is not None and routing:
             before = watching.enter_context(recorded(source.model))
+        every = models | ({} if source is None else {"original": source.model})
+        seen = {name: watching.enter_context(watched(model)) for name, model in every.items()}
         reference = None if source is None else streamed(source, batches, dtype)
         logits = {name: resident(model, batches) for name, model in models.items()}
-        watched = None if source is None else decisions.ids
-        found = score(batches, reference, logits, dtype, watched)
-    if not routing:
-        return found, {}
-    return found, {
-        "experts_used": experts_used(after, batches, ours),
-        "routing_kept": kept(before, after, ours),
-    }
+        tokens = None if source is None else decisions.ids
+        found = score(batches, reference, logits, dtype, tokens)
+        if reference is not None:
+            next(reference, None)  # the end, at which layers get their own forward back
+    more: dict[str, Any] = {}
+    if shares := of_models(models, source, seen, batches):
+        more["acceptance"] = shares
+    if routing:
+        more["experts_used"] = experts_used(after, batches, ours)
+        more["routing_kept"] = kept(before, after, ours)
+    return found, more
+
+
+def _original(folder: ModelFolder | None, ours: Any) -> Source | None:
+    """The original, if it is given, with its prediction layer if the quantized model has one."""
+    if folder is None:
+        return None
+    add = None if prediction_of(ours) is None else add_prediction
+    return open_source(folder, ours.config.dtype, add)
+
+
+def _not_drafting(folder: ModelFolder, ours: Any) -> list[str]:
+    """In words, why nothing is said of drafts, if the folder has layers that make some."""
+    if prediction_of(ours) is not None:
+        return []
+    carried = open_packed(folder).weights.carried
+    why = "the layer that predicts tokens beyond the next is not quantized"
+    return [f"acceptance of drafts is not measured: {why} ({carried[0]})"] if carried else []
 
 
 def _models(

@@ -3,6 +3,7 @@ the model computes what it does without them in transformers too, and what is wr
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 # What predicts tokens beyond the next, for engines that guess ahead, and what config.json calls the
 # number of such layers.
 PREDICTS, COUNTS = re.compile(r"(^|\.)(mtp|nextn)\w*\."), re.compile(r"mtp|nextn")
+MARK = "eh_proj.weight"  # in a layer that is part of the model, its copies of other parts are not
 LAYER = re.compile(r"(.*\blayers)\.(\d+)\.(.*)")
 # Tables that were stored once and are computed now, wherever in the model.
 TABLES = re.compile(
@@ -30,22 +32,17 @@ WRAPPED = {
 }
 
 
-def left_out(
-    model: nn.Module, config: dict[str, Any], known: list[str], unknown: dict[str, str]
-) -> dict[str, str]:
-    """Of checkpoint tensors that belong to no parameter, those that may be left out, and why.
+def left_out(model: nn.Module, unknown: dict[str, str]) -> dict[str, str]:
+    """Of checkpoint tensors that belong to no parameter and predict nothing, those that may be left
+    out, and why.
 
-    config: config.json. known: the tensors that belong to one. unknown: the others, with the
-    parameter each would be by transformers' renaming."""
+    unknown: the tensors, with the parameter each would be by transformers' renaming."""
     patterns: Any = model._keys_to_ignore_on_load_unexpected
     stored = set(model.state_dict())
     computed = {_last_two(name) for name, _ in model.named_buffers() if name not in stored}
-    predicting = _predicting(config, known, list(unknown))
     found = {}
     for name, target in unknown.items():
-        if PREDICTS.search(name) or name in predicting:
-            found[name] = "they predict tokens beyond the next"
-        elif TABLES.search(name) or _last_two(target) in computed:
+        if TABLES.search(name) or _last_two(target) in computed:
             found[name] = "the model computes them"
         elif any(re.search(p, each) for p in patterns or () for each in (name, target)):
             found[name] = "transformers does not use them in this family"
@@ -58,17 +55,28 @@ def _last_two(name: str) -> str:
     return ".".join(name.split(".")[-2:])
 
 
-def _predicting(config: dict[str, Any], known: list[str], unknown: list[str]) -> set[str]:
-    """The tensors of as many layers behind the model's last as config.json says to predict tokens.
-    They have something that no other layer has: one like all others is missing in the count."""
-    found: set[str] = set()
+def predicting(
+    model: nn.Module, config: dict[str, Any], known: list[str], unknown: dict[str, str]
+) -> list[str]:
+    """Of checkpoint tensors that belong to no parameter, those of layers that predict tokens beyond
+    the next: by their names, or in as many layers behind the model's last as config.json says or
+    the family's class passes over. Such layers have something that no other layer has: one like all
+    others is missing in the count.
+
+    config: config.json. known: the tensors that belong to a parameter. unknown: as for
+    `left_out`."""
+    patterns: Any = model._keys_to_ignore_on_load_unexpected or ()
+    named = {name for name in unknown if PREDICTS.search(name)}
     count = _count(config)
-    inside, last = _layers(known), _last(known)
-    for (place, i), names in _layers(unknown).items():
+    inside, last = by_layer(known), _last(known)
+    for (place, i), names in by_layer(unknown).items():
         usual = {tail for (p, _), tails in inside.items() if p == place for tail in tails}
-        if last.get(place, i) < i <= last.get(place, i) + count and set(names) - usual:
-            found |= set(names.values())
-    return found
+        attached = (place, i) in inside and MARK in inside[place, i]
+        behind = i - last.get(place, i)
+        passed = all(any(re.search(p, name) for p in patterns) for name in names.values())
+        if attached or (behind > 0 and (behind <= count or passed) and set(names) - usual):
+            named |= set(names.values())
+    return [name for name in unknown if name in named]
 
 
 def _count(config: dict[str, Any]) -> int:
@@ -81,7 +89,7 @@ def _count(config: dict[str, Any]) -> int:
     return max([*counts, *map(_count, parts)], default=0)
 
 
-def _layers(names: list[str]) -> dict[tuple[str, int], dict[str, str]]:
+def by_layer(names: Iterable[str]) -> dict[tuple[str, int], dict[str, str]]:
     """Tensors by list of layers and number, and by what they are called inside the layer."""
     found: dict[tuple[str, int], dict[str, str]] = {}
     for name in names:
@@ -92,7 +100,7 @@ def _layers(names: list[str]) -> dict[tuple[str, int], dict[str, str]]:
 
 def _last(names: list[str]) -> dict[str, int]:
     last: dict[str, int] = {}
-    for place, i in _layers(names):
+    for place, i in by_layer(names):
         last[place] = max(i, last.get(place, 0))
     return last
 
@@ -108,7 +116,7 @@ def wrapped(unexpected: list[str]) -> str:
 def complaint(known: list[str], unexpected: list[str]) -> str:
     """What else is wrong with tensors that belong to no parameter and may not be left out."""
     last = _last(known)
-    for place, i in _layers(unexpected):
+    for place, i in by_layer(unexpected):
         if place in last and i > last[place]:
             return (
                 f"{place} has {last[place] + 1} layers by config.json, the checkpoint has layer "

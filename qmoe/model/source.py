@@ -1,6 +1,6 @@
 """An opened model folder: its checkpoint, a skeleton without weights, and where its parts are."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from qmoe.errors import CheckpointError, UnsupportedModelError
 from qmoe.model.experts import expert_weights, is_experts
 from qmoe.model.leftovers import complaint, wrapped
 from qmoe.model.skeleton import build, free
-from qmoe.model.structure import Layer, Structure, find
+from qmoe.model.structure import Layer, Prediction, Structure, find
 from qmoe.model.tensor_names import original_names, stored_fused
 from qmoe.model.weight_map import WeightMap
 from qmoe.system.devices import CPU, move_to
@@ -25,13 +25,27 @@ from qmoe.system.devices import CPU, move_to
 class Source:
     """folder: where it lies. checkpoint: its tensors. model: a skeleton of it on the meta device,
     with places for packed weights if it is quantized (packed/skeleton.py). weights: which tensor
-    goes where. structure: the decoder layers."""
+    goes where. structure: the decoder layers. prediction: the one of them that predicts tokens
+    beyond the next, which is the last, if the model has it."""
 
     folder: ModelFolder
     checkpoint: Checkpoint
     model: Any
     weights: WeightMap
     structure: Structure
+    prediction: Prediction | None = None
+
+    def predicts(self, layer: str) -> bool:
+        """Whether that decoder layer is the one that predicts."""
+        return self.prediction is not None and self.prediction.layer == layer
+
+    def of_prediction(self, target: str) -> bool:
+        """Whether a parameter is one of the layer that predicts, or of what is around it."""
+        found = self.prediction
+        if found is None:
+            return False
+        parts = (found.layer, *found.before, found.norm)
+        return target.startswith(tuple(f"{part}." for part in parts))
 
     def stages(self) -> list[nn.Module]:
         """The modules whose weights are loaded one at a time, in running order."""
@@ -103,6 +117,8 @@ class Source:
             if weight.dim() == 2:
                 stored = original_names(self.model, f"{name}.weight", weight)
                 found |= {name, *(n.removesuffix(".weight") for n in stored)}
+        carried = (name for name in self.weights.carried if name.endswith(".weight"))
+        found |= {n.removesuffix(".weight") for n in carried if self.checkpoint.rank(n) == 2}
         return sorted(found)
 
     def embedding(self) -> str:
@@ -126,9 +142,13 @@ class Source:
         return [n for names in self.weights.targets.values() for n in names if n not in layered]
 
 
-def open_source(folder: ModelFolder, dtype: torch.dtype) -> Source:
+Add = Callable[[Any, Checkpoint], Prediction | None]
+
+
+def open_source(folder: ModelFolder, dtype: torch.dtype, add: Add | None = None) -> Source:
     """Open an unquantized MoE model and find its parts; loads no weights. dtype: of parameters that
-    have none of their own."""
+    have none of their own. add: puts the layer that predicts tokens beyond the next into the model
+    (prediction/attach.py); without it that layer is not part of the model."""
     checkpoint = folder.checkpoint()
     checkpoint.decode()
     config = folder.config(checkpoint)
@@ -137,6 +157,7 @@ def open_source(folder: ModelFolder, dtype: torch.dtype) -> Source:
     model = build(config, dtype, checkpoint)
     # Router logits kept for a training loss cost memory, and no layer reports them while suspended.
     model.config.output_router_logits = False
+    prediction = None if add is None else add(model, checkpoint)
     structure = find(model)
     weights = WeightMap(model, checkpoint)
     check_complete(weights)
@@ -144,7 +165,7 @@ def open_source(folder: ModelFolder, dtype: torch.dtype) -> Source:
         checkpoint.dtype(name)
     stored_fused(model)  # refuses families whose experts cannot be told apart on disk
     check_routing(model, structure)
-    return Source(folder, checkpoint, model, weights, structure)
+    return Source(folder, checkpoint, model, weights, structure, prediction)
 
 
 def check_complete(weights: WeightMap) -> None:

@@ -42,6 +42,26 @@ class Structure:
     lm_head: str | None
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """The layer that predicts tokens beyond the next, by names of modules (prediction/names.py).
+
+    layer: the decoder layer. like: the model's own layer of which it is a copy, and whose arguments
+    it takes. join, embedding_norm, hidden_norm, norm: what is around it."""
+
+    layer: str
+    like: str
+    join: str
+    embedding_norm: str
+    hidden_norm: str
+    norm: str
+
+    @property
+    def before(self) -> tuple[str, str, str]:
+        """What makes the layer's input."""
+        return self.embedding_norm, self.hidden_norm, self.join
+
+
 def find(model: nn.Module) -> Structure:
     """The decoder layers of a model and what is in them.
 
@@ -109,6 +129,9 @@ def _layer(name: str, modules: dict[str, nn.Module], fixed: set[str]) -> Layer:
             continue
         if linear in fixed:
             unquantized[linear] = "its class keeps it in float32"
+            continue
+        if (reason := getattr(module, "qmoe_kept", None)) is not None:
+            unquantized[linear] = reason
             continue
         if type(module).forward is not nn.Linear.forward:
             unquantized[linear] = f"{type(module).__name__} multiplies in its own way"

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from qmoe.checkpoint.reader import Checkpoint
 from qmoe.errors import CheckpointError
 from qmoe.format.compressed_tensors import SUFFIXES
-from qmoe.model.leftovers import left_out
+from qmoe.model.leftovers import left_out, predicting
 from qmoe.model.stacked import Stacked, padded
 from qmoe.model.tensor_names import matrix_names, original_names, packed_names
 
@@ -68,8 +68,12 @@ class WeightMap:
                 self.targets.setdefault(target, []).append(name)
             else:
                 unknown[name] = target
-        # What is not part of the model, with the reason, such as DeepSeek-V3's prediction layers.
-        self.ignored = left_out(model, checkpoint.config, self.names(), unknown)
+        # Of layers that predict tokens beyond the next and are not part of the model.
+        self.carried = predicting(model, checkpoint.config, self.names(), unknown)
+        for name in self.carried:
+            del unknown[name]
+        # What else is not part of the model, with the reason.
+        self.ignored = left_out(model, unknown)
         self.unexpected = [name for name in unknown if name not in self.ignored]
 
     def names(self) -> list[str]:

@@ -19,6 +19,7 @@ from qmoe.model.precision import in_float32
 from qmoe.model.source import Source
 from qmoe.model.tensor_names import all_original_names
 from qmoe.packed.skeleton import open_packed
+from qmoe.prediction.stored import CARRIED, described, findings
 from qmoe.runtime import coded
 from qmoe.runtime.gradients import Placeholder
 from qmoe.runtime.modules import PackedLinear, held, packed_experts
@@ -34,12 +35,14 @@ KINDS = (
 
 @dataclass
 class Audit:
-    """bytes by kind, what is wrong (empty in a good audit), and the SHA-256 of everything that is
-    not packed, by which later damage is seen."""
+    """bytes by kind, what is wrong (empty in a good audit), the SHA-256 of everything that is not
+    packed, by which later damage is seen, and what there is of prediction layers
+    (prediction/stored.py)."""
 
     bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     findings: list[str] = field(default_factory=list)
     unpacked_sha256: str = ""
+    prediction: dict[str, Any] = field(default_factory=dict)
 
     def require_clean(self, where: str) -> None:
         if self.findings:
@@ -51,24 +54,35 @@ class Audit:
 
 
 def audit_folder(
-    folder: ModelFolder, digests: dict[str, str] | None = None, unpacked_sha256: str | None = None
+    folder: ModelFolder,
+    digests: dict[str, str] | None = None,
+    unpacked_sha256: str | None = None,
+    original: Source | None = None,
 ) -> Audit:
     """Read a quantized folder as the loader does, layer by layer; AuditError on any finding.
 
     digests: `format.quantized.digest` of every quantized stack by parameter name, as it was solved;
-    the decoded bytes must be those. unpacked_sha256: that of an earlier audit, likewise.
+    the decoded bytes must be those. unpacked_sha256: that of an earlier audit, likewise. original:
+    what it was made from; its prediction layers must be here.
     """
     audit, where = Audit(), str(folder.path)
-    source = open_packed(folder, torch.float32)
+    source = open_packed(folder, torch.float32, predicting=True)
     names = source.weights
     audit.findings += [f"missing: {n}" for n in names.missing()]
     audit.findings += names.doubled()
     audit.findings += [f"belongs to no parameter: {n}" for n in names.unexpected]
     audit.findings += names.misshapen()
+    audit.findings += [] if original is None else findings(original, source)
+    audit.prediction = described(source)
     sha = hashlib.sha256()
-    for target, stored in sorted(names.targets.items()):
+    carried = {name: [name] for name in names.carried}
+    for target, stored in [*sorted(names.targets.items()), *sorted(carried.items())]:
         owner, _, parameter = target.rpartition(".")
-        kind = _kind(source, owner, parameter, source.checkpoint.rank(stored[0]))
+        if target in carried:
+            kind = CARRIED
+            audit.bytes.setdefault(kind, 0)
+        else:
+            kind = _kind(source, owner, parameter, source.checkpoint.rank(stored[0]))
         for name in stored:
             tensor = source.checkpoint.tensor(name)
             audit.bytes[kind] += tensor.nbytes

@@ -13,7 +13,7 @@ from qmoe.checkpoint.tokenizer import has_tokenizer
 from qmoe.config import Kv
 from qmoe.errors import ConfigError
 from qmoe.kernels import uses_arena
-from qmoe.model.source import check_complete
+from qmoe.model.source import Source, check_complete
 from qmoe.packed.audit import audit_model, audit_unpacked
 from qmoe.packed.loaded import guard
 from qmoe.packed.quantizer import attach
@@ -36,6 +36,8 @@ class MoreOptions(HubOptions, total=False):
     plan: True for the plan in the folder, which `quantize_to_size` wrote for a GPU's memory, or the
         path of one that `qmoe plan --save` wrote. The experts that see most tokens lie on the GPU
         then, and the CPU computes the others beside it (qmoe/runtime/hybrid.py).
+    prediction: True also loads a quantized layer that predicts tokens beyond the next. `generate`
+        does not use it; `qmoe eval` measures it.
     kv: "int8" keeps the keys and values of a cache in 8 bits, where whole ones are kept
         (qmoe/runtime/int8_cache.py); "bf16" keeps them as the model computes them, unless the plan
         says int8.
@@ -43,6 +45,7 @@ class MoreOptions(HubOptions, total=False):
 
     plan: bool | str | Path
     kv: Kv
+    prediction: bool
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Loading:
     cache: bool = True
     plan: bool | str | Path = False
     kv: Kv = "bf16"
+    prediction: bool = False
 
     def __call__(self, path: str | Path) -> Any:
         """The model alone."""
@@ -98,7 +102,7 @@ def load(
         class for the model.
     attn_implementation: as in transformers ("sdpa", "eager", ..); None is transformers' choice, but
         on a CPU qmoe's kernel instead of "sdpa".
-    more: `plan` and `kv` (MoreOptions); for a hub name, `revision`, `token` and `cache_dir`.
+    more: MoreOptions (`plan`, `kv`, `prediction`); of a hub name `revision`, `token`, `cache_dir`.
 
     Returns a transformers model and a transformers tokenizer. Layers are loaded and repacked one at
     a time, so memory stays near the checkpoint's size. Raises CheckpointError for a folder that is
@@ -113,6 +117,7 @@ def load(
     chosen = _dtype(dtype)
     with shown(progress):
         plan, kv = more.pop("plan", False), more.pop("kv", "bf16")
+        predicting = more.pop("prediction", False)
         _check_choice("kv", kv, get_args(Kv))
         folder = ModelFolder.find(path, trust_remote_code, **cast(HubOptions, more))
         planned = _planned(folder, plan, run_on, memory)
@@ -120,7 +125,8 @@ def load(
         memory = memory if planned is None else planned.expert_memory
         home = None if memory is None or hybrid else torch.device("cpu")
         run = RunOn(run_on, home, exact=activations == "bf16", cache=cache)
-        model, tokenizer = _load(folder, chosen, run, memory, attn_implementation)
+        source = open_packed(folder, chosen, attn_implementation, predicting)
+        model, tokenizer = _load(source, chosen, run, memory, attn_implementation)
         if "int8" in (kv, planned and planned.kv):
             keep_caches_in_int8(model)
         return model, tokenizer
@@ -158,13 +164,13 @@ def _dtype(value: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _load(
-    folder: ModelFolder,
+    source: Source,
     dtype: torch.dtype | None,
     run: RunOn,
     memory: int | None,
     attn_implementation: str | None,
 ) -> tuple[Any, Any]:
-    source = open_packed(folder, dtype, attn_implementation)
+    folder = source.folder
     check_complete(source.weights)
     tokenizer = None
     if has_tokenizer(folder.path):

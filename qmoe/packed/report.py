@@ -13,6 +13,7 @@ from qmoe.layer.records import ExpertsRecord, LayerRecord, MatrixRecord
 from qmoe.model.source import Source
 from qmoe.model.structure import ROUTER
 from qmoe.packed.audit import Audit
+from qmoe.prediction.stored import in_words
 
 REPORT = "qmoe_report.json"
 SHOWN = 8  # experts named in a line
@@ -32,13 +33,14 @@ def build_report(
         "symmetric": config.symmetric,
         "rotated": config.rotated,
         "fallbacks": [line for record in records for line in fallbacks(record)]
+        + in_words({"carried": audit.prediction.get("carried")})
         + _dropped(source.weights.ignored)
         + _unnamed(source)
         + _no_tokenizer(source),
         "bytes": audit.bytes,
         "source_bytes": source.checkpoint.nbytes(),
         "layers": [record.to_json() for record in records],
-    }
+    } | ({"prediction": audit.prediction} if audit.prediction else {})
 
 
 def read_report(folder: Path) -> dict[str, Any]:

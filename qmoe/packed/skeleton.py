@@ -16,25 +16,30 @@ from qmoe.format.quantized import common
 from qmoe.model.experts import expert_weights, matrices_of
 from qmoe.model.skeleton import build, settle
 from qmoe.model.source import Source, check_routing
-from qmoe.model.structure import find
+from qmoe.model.structure import Prediction, find
 from qmoe.model.tensor_names import matrices_in, matrix_names, packed_names
 from qmoe.model.weight_map import WeightMap
+from qmoe.prediction.attach import add_quantized
 from qmoe.runtime.coded import declare_coded
 from qmoe.runtime.modules import CodedLinear, PackedLinear, declare_experts
 from qmoe.runtime.stored import stored_stacks
 
 
 def open_packed(
-    folder: ModelFolder, dtype: torch.dtype | None = None, attn_implementation: str | None = None
+    folder: ModelFolder,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    predicting: bool = False,
 ) -> Source:
     """Open a quantized folder; loads no weights. dtype None is the checkpoint's own;
-    attn_implementation None is transformers' choice.
+    attn_implementation None is transformers' choice. predicting: whether a quantized layer that
+    predicts tokens beyond the next is to be part of the model.
 
     Raises CheckpointError if it is neither pack-quantized nor EXL3, or in a scheme qmoe cannot run.
     """
     checkpoint, where = folder.checkpoint(), str(folder.path)
     if quantized_by(checkpoint.config) == METHOD:
-        return _open_coded(folder, checkpoint, dtype, attn_implementation)
+        return _open_coded(folder, checkpoint, dtype, attn_implementation, predicting)
     schemes = Schemes(checkpoint.config, where)
     config = folder.config(checkpoint)
     if hasattr(config, "quantization_config"):
@@ -42,7 +47,9 @@ def open_packed(
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
     dtype = dtype or config.dtype or _scales_dtype(checkpoint)
-    return _with_places(folder, checkpoint, schemes, build(config, dtype, checkpoint))
+    model = build(config, dtype, checkpoint)
+    prediction = add_quantized(model, checkpoint) if predicting else None
+    return _with_places(folder, checkpoint, schemes, model, prediction)
 
 
 def open_packed_in(model: Any, folder: ModelFolder, dtype: torch.dtype) -> Source:
@@ -53,7 +60,11 @@ def open_packed_in(model: Any, folder: ModelFolder, dtype: torch.dtype) -> Sourc
 
 
 def _with_places(
-    folder: ModelFolder, checkpoint: Checkpoint, schemes: Schemes, model: Any
+    folder: ModelFolder,
+    checkpoint: Checkpoint,
+    schemes: Schemes,
+    model: Any,
+    prediction: Prediction | None = None,
 ) -> Source:
     where, structure = str(folder.path), find(model)
     check_routing(model, structure)
@@ -70,7 +81,7 @@ def _with_places(
             if linear_scheme is not None:
                 model.set_submodule(name, PackedLinear(module, linear_scheme, len(stored)))
     weights = WeightMap(model, checkpoint, stored_stacks(model))
-    return Source(folder, checkpoint, model, weights, structure)
+    return Source(folder, checkpoint, model, weights, structure, prediction)
 
 
 def quantized_by(config: dict[str, Any]) -> Any:
@@ -84,6 +95,7 @@ def _open_coded(
     checkpoint: Checkpoint,
     dtype: torch.dtype | None,
     attn_implementation: str | None,
+    predicting: bool,
 ) -> Source:
     """The same of a folder in EXL3's codes. Linears without codes stay as they are."""
     config = folder.config(checkpoint)
@@ -92,6 +104,7 @@ def _open_coded(
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
     model: Any = build(config, dtype or config.dtype or torch.bfloat16, checkpoint)
+    prediction = add_quantized(model, checkpoint) if predicting else None
     structure = find(model)
     check_routing(model, structure)
     known = set(checkpoint.names())
@@ -119,7 +132,7 @@ def _open_coded(
             )
             model.set_submodule(name, CodedLinear(module))
     weights = WeightMap(model, checkpoint, places=places)
-    return Source(folder, checkpoint, model, weights, structure)
+    return Source(folder, checkpoint, model, weights, structure, prediction)
 
 
 def _scales_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -75,6 +75,18 @@ def check_codes(source: Source, config: QuantConfig) -> None:
                 )
 
 
+def check_rotation(source: Source, config: QuantConfig) -> None:
+    """A layer that predicts tokens beyond the next reads the residual stream as it was."""
+    weights = source.weights
+    if config.rotate != "fused" or not (source.prediction or weights.carried):
+        return
+    first = weights.carried[0] if source.prediction is None else source.prediction.join
+    raise ConfigError(
+        f"rotate: fused turns the residual stream, which {first} reads, a part of a layer that "
+        "predicts tokens beyond the next; choose --rotate online, or take the layer's tensors out"
+    )
+
+
 def check_companions(source: Source, uses_text: bool) -> Any:
     """generation_config.json and the tokenizer must be whole, or absent if no text is used: what
     loads the result opens them. Returns the tokenizer, None if there is none."""
@@ -149,6 +161,10 @@ def estimate_bytes(source: Source, config: QuantConfig) -> int:
     """Bytes the quantized weights will take on disk, within a percent."""
     total = source.checkpoint.nbytes()
     total -= sum(map(source.checkpoint.tensor_bytes, source.weights.ignored))
+    for name in source.weights.carried:  # written in 16 bits, if they are stored in fewer
+        shape, dtype = source.checkpoint.lazy(name).get_shape(), source.checkpoint.dtype(name)
+        written = torch.Size(shape).numel() * dtype.itemsize
+        total += written - source.checkpoint.tensor_bytes(name)
     for layer in source.structure.layers:
         widths = widths_of(layer, config)
         for name, scheme in schemes_of(source, layer, config).items():

@@ -45,7 +45,7 @@ def finish(
         out.write_json(STORAGE, entry | {"tensor_storage": storage_table(out.stored())})
     folder = ModelFolder(out.path, source.folder.trust_remote_code)
     digests = out.digests()
-    audit = audit_folder(folder, digests)
+    audit = audit_folder(folder, digests, original=source)
     report = build_report(plan.config, source, out.records(), audit, __version__)
     report |= {
         "fallbacks": [

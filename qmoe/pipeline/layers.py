@@ -28,6 +28,7 @@ from qmoe.pipeline.output import OutputFolder, Shard
 from qmoe.pipeline.plan import Plan
 from qmoe.pipeline.self_text import CalibrationText
 from qmoe.pipeline.shard import restore, round_unpacked, shard_tensors, stored_dtype
+from qmoe.prediction.streamed import Seen, prediction_calls, seeing_last
 from qmoe.system.devices import move_to
 from qmoe.system.host_memory import return_freed
 from qmoe.system.progress import progress
@@ -54,7 +55,8 @@ def outside_layers(plan: Plan, changed: set[str], lm_head: LinearStats | None) -
     if lm_head is not None:
         made, record = solve_lm_head(plan, lm_head)
         quantized = {f"{plan.source.structure.lm_head}.weight": made}
-    tensors = shard_tensors(plan.source, plan.source.resident(), quantized, changed)
+    names = [*plan.source.resident(), *plan.source.weights.carried]
+    tensors = shard_tensors(plan.source, names, quantized, changed)
     return Shard(plan.shards - 1, tensors, record, _digests(quantized))
 
 
@@ -64,20 +66,25 @@ def quantize_layers(plan: Plan, text: CalibrationText, out: OutputFolder) -> Ite
     source, layers = plan.source, plan.source.structure.layers
     settings = layer_settings(plan, text, out)
     bar, reached = iter(progress(layers, "quantizing layers")), set[int]()
-    for event in _passes(plan, text):
-        if not isinstance(event, Waiting):
-            continue  # a batch has run through
-        i = event.index
-        next(bar)
-        reached.add(i)
-        if i in out.finished:
-            weights = unpacked(plan, i, out.read_shard(i))
-            outputs = _run_again(plan, settings.scratch, event, weights)
-        else:
-            outputs = yield from _quantize(plan, settings, out, i, event.forward, event.calls)
-        return_freed()  # or what one layer leaves in pieces adds up
-        if not _is_last(plan, i):
-            event.go_on(outputs)
+    with seeing_last(source, settings.scratch) as seen:
+        for event in _passes(plan, text):
+            if not isinstance(event, Waiting):
+                continue  # a batch has run through
+            i = event.index
+            next(bar)
+            reached.add(i)
+            if source.prediction is not None:
+                seen.check(layers[i].name, event.calls)
+            if source.prediction is not None and layers[i].name == source.prediction.like:
+                seen.keep_calls(event.calls)
+            if i in out.finished:
+                weights = unpacked(plan, i, out.read_shard(i))
+                outputs = _run_again(plan, settings.scratch, event, weights)
+            else:
+                outputs = yield from _quantize(plan, settings, out, i, event.forward, event.calls)
+            return_freed()  # or what one layer leaves in pieces adds up
+            if not _is_last(plan, i):
+                event.go_on(outputs)
     _check_reached(plan, reached)
     for i in (i for i in range(len(layers)) if i not in reached):
         next(bar)
@@ -85,9 +92,20 @@ def quantize_layers(plan: Plan, text: CalibrationText, out: OutputFolder) -> Ite
             out.read_shard(i)
         else:
             forward = source.model.get_submodule(layers[i].name).forward
-            yield from _quantize(plan, settings, out, i, forward, [])
+            calls = _predicting(plan, settings, text, seen) if _is_last(plan, i) else []
+            yield from _quantize(plan, settings, out, i, forward, calls)
         return_freed()
     next(bar, None)  # lets the progress bar close
+
+
+def _predicting(
+    plan: Plan, settings: LayerSettings, text: CalibrationText, seen: Seen
+) -> list[Call]:
+    """What the last layer is given, if it is one that predicts tokens beyond the next."""
+    if plan.source.prediction is None:
+        return []
+    batches = text.batches(plan.config.calibration)
+    return prediction_calls(plan.source, seen, batches, settings.scratch)
 
 
 def layer_settings(plan: Plan, text: CalibrationText, out: OutputFolder | None) -> LayerSettings:
@@ -122,8 +140,10 @@ def _streams(plan: Plan, calls: list[Call]) -> tuple[list[Call], list[Call]]:
 
 
 def _is_last(plan: Plan, i: int) -> bool:
-    """Nothing behind the last layer is of interest, unless lm_head is to be quantized."""
-    return plan.config.lm_head is None and i + 1 == len(plan.source.structure.layers)
+    """Nothing behind the last layer is of interest, unless lm_head is to be quantized. A layer that
+    predicts tokens beyond the next is the last."""
+    ends = plan.config.lm_head is None or plan.source.prediction is not None
+    return ends and i + 1 == len(plan.source.structure.layers)
 
 
 def _check_reached(plan: Plan, reached: set[int]) -> None:
@@ -132,7 +152,10 @@ def _check_reached(plan: Plan, reached: set[int]) -> None:
     layers = plan.source.structure.layers
     lists = {layers[i].name.rpartition(".")[0] for i in reached}
     for i, layer in enumerate(layers):
-        if i not in reached and layer.name.rpartition(".")[0] in lists:
+        if plan.source.predicts(layer.name):
+            if i in reached:
+                raise UnsupportedModelError(f"{layer.name}: the model's own forward runs it")
+        elif i not in reached and layer.name.rpartition(".")[0] in lists:
             raise UnsupportedModelError(f"{layer.name}: text runs past this layer of the model")
 
 

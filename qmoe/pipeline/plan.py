@@ -27,11 +27,13 @@ from qmoe.pipeline.checks import (
     check_combination,
     check_companions,
     check_held_out,
+    check_rotation,
     check_space,
     choose_text,
     make_statistics_folder,
 )
 from qmoe.pipeline.memory import check_fits, needed, spills
+from qmoe.prediction.attach import add_prediction
 from qmoe.rotation.find_rotation import find_fused_rotation
 from qmoe.rotation.fused_rotation import FusedRotation
 from qmoe.system.devices import find_device
@@ -129,7 +131,10 @@ def check(
     saved = None if save_statistics is None else Path(save_statistics)
     check_combination(config, given, saved, dst)
     where = find_device(device)
-    source = open_source(ModelFolder.find(src, trust_remote_code), torch.float32)
+    folder = ModelFolder.find(src, trust_remote_code)
+    add = add_prediction if config.mtp == "quantize" else None
+    source = open_source(folder, torch.float32, add)
+    check_rotation(source, config)
     config = with_block(source, config)
     check_schemes(source, config)
     check_target(source, config)

@@ -50,7 +50,8 @@ def plan(
     """
     gpu = budget.gpu is not None
     every = stacks(source, configs[0])
-    needed = workspace(every, source.weight_dtype(), run.chosen, batch * AT_ONCE, gpu)
+    running = [part for part in every if not source.predicts(part.layer)]
+    needed = workspace(running, source.weight_dtype(), run.chosen, batch * AT_ONCE, gpu)
     load = Load(run, needed, batch)
     candidates = []
     for config in configs:
@@ -81,7 +82,8 @@ def measure(
             f"context: {context} tokens are more than the {positions} positions of this model"
         )
     run = dry_run(source.model, context, batch, source.weight_dtype(), AT_ONCE, keep)
-    names = [n for layer in source.structure.layers for n in [*layer.experts, *layer.unfused]]
+    running = [layer for layer in source.structure.layers if not source.predicts(layer.name)]
+    names = [n for layer in running for n in [*layer.experts, *layer.unfused]]
     if unknown := [name for name in names if name not in run.chosen]:
         raise UnsupportedModelError(
             f"{unknown[0]}: to how many experts a token goes cannot be found without running the "

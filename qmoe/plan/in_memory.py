@@ -92,12 +92,14 @@ class Weights:
 
 
 def in_memory(source: Source, config: QuantConfig, parts: Sequence[Stack], gpu: bool) -> Weights:
-    """The weights of the model quantized by `config`. parts: what `stacks` (sizes.py) found. gpu:
+    """The weights of the model quantized by `config`, without a layer that predicts tokens beyond
+    the next, which is not loaded. parts: what `stacks` (sizes.py) found. gpu:
     in the layout of the GPU's kernels, or in that of the CPU's."""
     dtype = source.weight_dtype()
     modules: dict[str, list[Stack]] = {}
     for part in parts:
-        modules.setdefault(part.module, []).append(part)
+        if not source.predicts(part.layer):
+            modules.setdefault(part.module, []).append(part)
     packed = [_packed(together, dtype, gpu) for together in modules.values()]
     rest = unquantized(source, config, parts)
     return Weights(

@@ -66,7 +66,8 @@ class Stack:
 @dataclass(frozen=True)
 class Sizes:
     """Bytes by part of the model. scales: with zero points. other: norms, routers, biases and what
-    else stays as it is. headers: of the safetensors files, about."""
+    else stays as it is. prediction: of layers that predict tokens beyond the next, but for scales.
+    headers: of the safetensors files, about."""
 
     experts: int
     dense: int
@@ -74,23 +75,27 @@ class Sizes:
     embeddings: int
     lm_head: int
     other: int
+    prediction: int
     headers: int
 
     @property
     def tensors(self) -> int:
         """Of all tensors' data."""
-        return self.experts + self.dense + self.scales + self.embeddings + self.lm_head + self.other
+        model = self.experts + self.dense + self.embeddings + self.lm_head + self.other
+        return model + self.scales + self.prediction
 
 
 @dataclass(frozen=True)
 class Unquantized:
     """Bytes of what stays as it is, in the dtype that it is written in. lm_head: 0 if it is the
-    embedding, or quantized. in_layers: of `other`, those in decoder layers."""
+    embedding, or quantized. in_layers: of `other`, those in decoder layers. prediction: of layers
+    that predict tokens beyond the next, which are not loaded to run the model."""
 
     embeddings: int
     lm_head: int
     other: int
     in_layers: int
+    prediction: int
     headers: int
 
 
@@ -133,15 +138,19 @@ def unquantized(source: Source, config: QuantConfig, parts: Sequence[Stack]) -> 
     """What is left besides the parts that are quantized."""
     packed = {part.name for part in parts}
     embedding, head = f"{source.embedding()}.weight", f"{source.structure.lm_head}.weight"
-    found = {"embeddings": 0, "lm_head": 0, "other": 0, "in_layers": 0, "headers": 0}
+    kinds = ("embeddings", "lm_head", "other", "in_layers", "prediction", "headers")
+    found = dict.fromkeys(kinds, 0)
     layers = tuple(f"{layer.name}." for layer in source.structure.layers)
-    for target, names in source.weights.targets.items():
+    carried = {name: [name] for name in source.weights.carried}
+    for target, names in (source.weights.targets | carried).items():
         if target in packed:
             continue
-        part = {embedding: "embeddings", head: "lm_head"}.get(target, "other")
+        predicts = target in carried or source.of_prediction(target)
+        usual = "prediction" if predicts else "other"
+        part = {embedding: "embeddings", head: "lm_head"}.get(target, usual)
         nbytes = sum(written_bytes(source, name) for name in names)
         found[part] += nbytes
-        found["in_layers"] += nbytes if target.startswith(layers) else 0
+        found["in_layers"] += nbytes if part == "other" and target.startswith(layers) else 0
         found["headers"] += sum(ENTRY + len(name) for name in names)
     if source.adds_lm_head(config):
         found["lm_head"] = found["embeddings"]
@@ -163,12 +172,15 @@ def sizes(source: Source, config: QuantConfig, parts: Sequence[Stack]) -> Sizes:
     headers = sum(
         part.tensors() * (ENTRY + len(part.name) + len(".weight_packed")) for part in parts
     )
+    running = [part for part in parts if not source.predicts(part.layer)]
+    predicting = sum(part.weights for part in parts) - sum(part.weights for part in running)
     return Sizes(
-        experts=sum(part.weights for part in parts if part.routed),
-        dense=sum(part.weights for part in parts if part.layer and not part.routed),
+        experts=sum(part.weights for part in running if part.routed),
+        dense=sum(part.weights for part in running if part.layer and not part.routed),
         scales=sum(part.scales(scale_bytes) for part in parts),
         embeddings=rest.embeddings,
         lm_head=rest.lm_head + head,
         other=rest.other,
+        prediction=rest.prediction + predicting,
         headers=headers + rest.headers,
     )

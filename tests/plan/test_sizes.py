@@ -1,6 +1,7 @@
 """What a quantized model is said to take, beside what it takes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,8 +32,8 @@ def test_sizes_are_those_of_the_files(demo, tmp_path, family, experts, lm_head):
     assert headers <= told.headers <= 1.5 * headers
 
 
-def test_layers_that_the_model_does_not_have_are_not_counted(demo, tmp_path):
-    """As DeepSeek-V3's prediction layer, which is stored behind the last one and left out."""
+def test_layers_that_the_model_does_not_have_are_counted_apart(demo, tmp_path):
+    """As DeepSeek-V3's prediction layer, which is stored behind the last one."""
     source = save_random("deepseek_v3", tmp_path / "m", demo, torch.bfloat16)
     found = []
     for _ in range(2):
@@ -50,4 +51,5 @@ def test_layers_that_the_model_does_not_have_are_not_counted(demo, tmp_path):
         }
         more["model.layers.2.eh_proj.weight"] = torch.zeros(64, 128)
         save_file(tensors | more, file, metadata={"format": "pt"})
-    assert more and found[0] == found[1]
+    assert found[1].prediction == sum(tensor.nbytes for tensor in more.values())
+    assert found[0] == replace(found[1], prediction=0, headers=found[0].headers)

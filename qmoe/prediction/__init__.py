@@ -1,0 +1,1 @@
+"""Layers that predict a token beyond the next."""
