@@ -22,6 +22,7 @@ from qmoe.budget.kept_layers import forget_layers
 from qmoe.budget.measure import measure
 from qmoe.budget.measurements import FILE, Measurements
 from qmoe.budget.memory import Disk, Gpu, Memory, average_bits, bytes_for
+from qmoe.budget.ways import narrowest
 from qmoe.checkpoint.folders import read_json
 from qmoe.config import BITS, QuantConfig, expect
 from qmoe.config.quant import DENSE
@@ -139,8 +140,9 @@ def base_config(config: QuantConfig) -> QuantConfig:
     """The settings that matrices are measured with."""
     if config.method != "gptq":
         raise ConfigError(f"budget: matrices are measured as gptq solves them, not {config.method}")
-    if config.widths:
-        raise ConfigError("widths: a budget chooses them; leave them out")
+    for name in ("widths", "groups"):
+        if getattr(config, name):
+            raise ConfigError(f"{name}: a budget chooses them; leave them out")
     experts = replace(config.experts, bits=ANY)
     dense = experts if config.dense == DENSE else config.dense
     dense = None if dense is None else replace(dense, bits=ANY)
@@ -149,9 +151,10 @@ def base_config(config: QuantConfig) -> QuantConfig:
 
 def _check_budget(memory: Memory, config: QuantConfig, limit: int) -> None:
     """Refuse one that nothing fits, before the measuring."""
-    narrow = all_in(config, replace(config.experts, bits=min(BITS)))
-    if narrow.lm_head is not None:
-        narrow = replace(narrow, lm_head=replace(narrow.lm_head, bits=min(BITS)))
+    narrow = replace(config, experts=narrowest(config, config.experts))
+    for name in ("dense", "lm_head"):
+        if (own := getattr(config, name)) is not None:
+            narrow = replace(narrow, **{name: narrowest(config, own)})
     least = memory.total(narrow)
     if least > limit:
         average = average_bits(memory.source, narrow)
@@ -166,7 +169,8 @@ def measured(plan: Plan, folder: Path, quantize_copy: Callable[..., Any]) -> Mea
     """The measurements in a folder, made first if they are not there. Raises ConfigError for those
     of another model, text or settings."""
     told = plan.fingerprint()
-    left = ("statistics", "widths", "target", "tune", "distill", "refit")  # which play no part
+    # Which play no part.
+    left = ("statistics", "widths", "groups", "target", "tune", "distill", "refit")
     about = {key: value for key, value in told.items() if key not in left}
     if not folder.exists():
         check_destination(folder, 0)

@@ -99,6 +99,7 @@ class Plan:
             "statistics": f"from {given} to {self.save_statistics}",
             **{name: str(value) for name, value in vars(self.config).items()},
             "widths": _digest(self.config.widths),
+            "groups": _digest(self.config.groups),
             "code": code_digest(self.source.checkpoint.path),
             "versions": f"qmoe {__version__}, torch {torch.__version__}, "
             f"transformers {transformers.__version__}",
@@ -168,10 +169,10 @@ def check(
     )  # fmt: skip
 
 
-def _digest(widths: Mapping[str, str]) -> str:
-    """Of bits of single matrices, which are too many to be shown."""
-    text = json.dumps(dict(widths), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16] if widths else "none"
+def _digest(single: Mapping[str, Any]) -> str:
+    """Of settings of single matrices, which are too many to be shown."""
+    text = json.dumps(dict(single), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16] if single else "none"
 
 
 def _check_statistics(given: list[Path], source: Source, about: dict[str, str]) -> list[str]:

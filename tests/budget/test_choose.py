@@ -11,7 +11,7 @@ from qmoe.budget.choose import choose, uniform
 from qmoe.budget.measurements import Measured, Measurements
 from qmoe.budget.memory import Disk, Gpu, average_bits, bytes_for
 from qmoe.checkpoint.model_folder import ModelFolder
-from qmoe.config import QuantConfig, Scheme
+from qmoe.config import CHANNEL, QuantConfig, Scheme
 from qmoe.errors import ConfigError
 from qmoe.model.source import open_source
 from qmoe.plan.sizes import stacks
@@ -27,14 +27,16 @@ def source(demo):
 
 @pytest.fixture(scope="module")
 def measurements(source):
-    """Errors fall fourfold with each bit, and experts differ in how much they matter."""
+    """Errors fall fourfold with each bit and are half as large again without groups, and experts
+    differ in how much they matter."""
     rng = np.random.default_rng(0)
     parts, kl = [], {}
     for stack in stacks(source, BASE):
         name = stack.module if stack.name.endswith(".weight") else stack.name
         E = stack.shape[0]
         matters = rng.gamma(0.5, size=E)
-        errors = (0.1 * matters[:, None] * 4.0 ** -np.arange(4)).tolist()
+        grouped = 0.1 * matters[:, None] * 4.0 ** -np.arange(4)
+        errors = np.concatenate([grouped, 1.5 * grouped], axis=1).tolist()
         tokens = rng.integers(0, 5000, E).tolist()
         parts.append(Measured(name, stack.layer, name, tokens, errors, [1.0] * E))
         kl[name] = float(rng.gamma(1.0))
@@ -75,6 +77,17 @@ def test_matrices_that_matter_more_get_no_fewer_bits(source, measurements):
             assert ordered == sorted(ordered)
 
 
+def test_the_experts_of_a_layer_have_one_group_size(source, measurements):
+    """Some get none at a small budget, and vLLM's keep those of the settings."""
+    budget = bytes_for(source, BASE, 2.25)
+    config = choose(Disk(source), BASE, measurements, budget).config
+    experts = {name for layer in source.structure.layers for name in layer.experts}
+    assert experts & set(config.groups) and set(config.groups.values()) == {CHANNEL}
+    assert Disk(source).total(config) <= budget
+    vllm = choose(Disk(source), replace(BASE, target="vllm"), measurements, budget + 100_000)
+    assert not vllm.config.groups
+
+
 def test_vllm_gets_one_width_for_a_layer(source, measurements):
     base = replace(BASE, target="vllm")
     config = choose(Disk(source), base, measurements, bytes_for(source, base, 3.1)).config
@@ -97,9 +110,8 @@ def test_the_uniform_rival_is_the_widest_that_fits(source):
 
 
 def test_a_budget_that_nothing_fits_is_refused(source, measurements):
-    least = Disk(source).total(
-        replace(BASE, experts=replace(SCHEME, bits=2), dense=replace(SCHEME, bits=2))
-    )
+    narrow = Scheme(2, CHANNEL, symmetric=False)
+    least = Disk(source).total(replace(BASE, experts=narrow, dense=narrow))
     choose(Disk(source), BASE, measurements, least + 100)
     with pytest.raises(ConfigError, match=f"takes {least} bytes, which is 5 more"):
         choose(Disk(source), BASE, measurements, least - 5)
@@ -114,6 +126,9 @@ def test_bytes_on_a_gpu_are_what_the_plan_counts(source, measurements):
         budget = memory.total(config)
         chosen = choose(memory, config, measurements, budget)
         assert 0.999 * budget < chosen.nbytes <= budget
-        if bits == 2:  # there is no other choice
-            digits = {digit for each in chosen.config.widths.values() for digit in each}
-            assert digits == {"2"}
+    narrow = Scheme(2, CHANNEL, symmetric=False)
+    least = memory.total(replace(BASE, experts=narrow, dense=narrow))
+    chosen = choose(memory, BASE, measurements, least)
+    assert chosen.nbytes == least  # since there is no other choice
+    assert {digit for each in chosen.config.widths.values() for digit in each} == {"2"}
+    assert set(chosen.config.groups) == {part.module for part in stacks(source, BASE)}
