@@ -14,7 +14,8 @@ from qmoe.budget.ways import COUNT, IS_CHANNEL, is_open, ways
 from qmoe.config import BITS, CHANNEL, GROUPS, UNIFORM_LAYERS, QuantConfig, Scheme
 from qmoe.errors import ConfigError
 from qmoe.model.schemes import check_schemes
-from qmoe.plan.allocate import Choice, allocate
+from qmoe.plan.allocate import Choice
+from qmoe.plan.coupled import allocate_alike
 from qmoe.plan.sizes import Stack, stacks
 
 
@@ -61,7 +62,7 @@ def choose(memory: Memory, config: QuantConfig, measurements: Measurements, budg
         )
     modules = {_key(part): part.module for part in parts}
     alike = [modules[some[0][0]] for some in together]
-    found = allocate(nbytes, cost, budget - fixed, alike, IS_CHANNEL)
+    found = allocate_alike(nbytes, cost, budget - fixed, alike, IS_CHANNEL)
     made = _with(config, parts, together, found)
     return Chosen(made, fixed + found.nbytes, found.cost, found.gap)
 
