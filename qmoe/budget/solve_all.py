@@ -15,7 +15,7 @@ from qmoe.config import Scheme
 from qmoe.format.grid import dequantize
 from qmoe.format.quantized import Quantized
 from qmoe.layer.at_hand import LayerAtHand, LayerSettings
-from qmoe.layer.solve import borrow_rare, solve_as
+from qmoe.layer.solve import borrow_rare, solve_or_find
 from qmoe.model import experts
 from qmoe.solvers.awq import output_error
 from qmoe.solvers.solve import experts_at_once
@@ -87,15 +87,13 @@ def at_all(
 ) -> tuple[list[list[float]], Quantized]:
     """Of matrices [E, N, K]: their squared relative errors in each of their `ways`, and what they
     are at PROBE bits. like: their scheme in the settings."""
-    config, columns = settings.config, dict[tuple[int, int], list[float]]()
+    columns: dict[tuple[int, int], list[float]] = {}
     every, inputs = ways(like), weight.shape[-1]
     kinds = [(scheme.bits, scheme.groups(inputs)) for scheme in every]
     for kind, scheme in zip(kinds, every, strict=True):
         if kind in columns:
             continue  # a matrix of one group is the same in both
-        solved = solve_as(
-            config, config.method, name, weight, hessian, scheme, settings.scale_dtype
-        )
+        solved = solve_or_find(settings, name, weight, hessian, scheme)
         columns[kind] = [error**2 for error in solved.error]
         if scheme == replace(like, bits=PROBE):
             assert isinstance(solved.quantized, Quantized)  # codes have no widths to choose

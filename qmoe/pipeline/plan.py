@@ -36,6 +36,9 @@ from qmoe.rotation.find_rotation import find_fused_rotation
 from qmoe.rotation.fused_rotation import FusedRotation
 from qmoe.system.devices import find_device
 
+# Folders that a measuring pass keeps beside its measurements.
+STATISTICS, MATRICES = "statistics", "matrices"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -48,7 +51,8 @@ class Plan:
         to keep them in.
     rotation: what touches the residual stream, if that is to be rotated.
     device: where layers run and are solved. max_memory: bytes that one process may take, None for
-        what is free. spills: whether activations wait on disk."""
+        what is free. spills: whether activations wait on disk.
+    kept_matrices: the folder where solved matrices are kept for other runs, and found."""
 
     source: Source
     dst: Path
@@ -62,6 +66,7 @@ class Plan:
     device: torch.device
     max_memory: int | None
     spills: bool
+    kept_matrices: Path | None = None
 
     @property
     def shards(self) -> int:
@@ -87,7 +92,7 @@ class Plan:
 
     def statistics_files(self, i: int) -> list[Path]:
         """The files with saved statistics of layer i."""
-        return [folder / _statistics_file(i) for folder in self.statistics_from]
+        return [folder / statistics_file(i) for folder in self.statistics_from]
 
     def fingerprint(self) -> dict[str, str]:
         """What a run that goes on must have in common with the one that was stopped."""
@@ -108,7 +113,7 @@ class Plan:
     def statistics_to(self, i: int) -> Path | None:
         """The file to keep the statistics of layer i in."""
         folder = self.save_statistics
-        return None if folder is None else folder / _statistics_file(i)
+        return None if folder is None else folder / statistics_file(i)
 
 
 def check(
@@ -181,7 +186,7 @@ def _check_statistics(given: list[Path], source: Source, about: dict[str, str]) 
     said: list[str] = []
     for folder in given:
         for i in range(len(source.structure.layers)):
-            notes = statistics.check(folder / _statistics_file(i), about)
+            notes = statistics.check(folder / statistics_file(i), about)
             said += [f"{folder}: {note}" for note in notes if i == 0]
     return said
 
@@ -193,5 +198,5 @@ def _statistics_about(
     return about if rotation is None else about | {"stream": "rotated"}
 
 
-def _statistics_file(i: int) -> str:
+def statistics_file(i: int) -> str:
     return f"layer-{i:05d}.safetensors"
