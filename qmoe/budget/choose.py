@@ -60,8 +60,8 @@ def choose(memory: Memory, config: QuantConfig, measurements: Measurements, budg
             f"budget: at {min(BITS)} bits the model takes {smallest} bytes, which is "
             f"{smallest - budget} more than the {budget} that were given"
         )
-    modules = {_key(part): part.module for part in parts}
-    alike = [modules[some[0][0]] for some in together]
+    owners = {_key(part): part.module for part in parts}
+    alike = [owners[some[0][0]] for some in together]
     found = allocate_alike(nbytes, cost, budget - fixed, alike, IS_CHANNEL)
     made = _with(config, parts, together, found)
     return Chosen(made, fixed + found.nbytes, found.cost, found.gap)
