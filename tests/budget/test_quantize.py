@@ -219,7 +219,9 @@ def test_bits_of_lm_head_are_chosen_where_it_is_quantized(demo, tmp_path):
     assert found[3.6] < found[8.6] == 8
     told = Measurements.read(tmp_path / "measured")
     (part,) = [part for part in told.parts if part.target == "lm_head"]
-    assert part.tokens[0] > 100 and part.errors[0] == sorted(part.errors[0], reverse=True)
+    assert part.tokens[0] > 100
+    for errors in (part.errors[0][:4], part.errors[0][4:]):  # in groups, and by channel
+        assert errors == sorted(errors, reverse=True)
     assert 0 < told.kl["lm_head"] < 1
 
 
