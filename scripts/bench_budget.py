@@ -5,8 +5,9 @@
 DIR holds `<domain>.train.txt` and `<domain>.test.txt`. Calibration text is of all domains (matched)
 or of essays alone (mismatched); KL to the original is measured on the first samples of every
 domain's test text, in float32. Everything is in groups of 128 with zero points, attention's linears
-too, and embeddings stay in 16 bits, as in scripts/bench_quality.py. Uniform models have 2, 3 and 4
-bits; planned ones have their sizes, and sizes between and beyond. Each result is kept in the work
+too, and embeddings stay in 16 bits, as in scripts/bench_quality.py; planned models may have one
+scale per channel instead of groups. Uniform models have 2, 3 and 4 bits; planned ones have their
+sizes, and sizes between and beyond. Each result is kept in the work
 folder, so the same command goes on where it stopped. Writes CSV and, where matplotlib is installed,
 PNG and SVG.
 """

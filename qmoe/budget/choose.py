@@ -1,24 +1,28 @@
-"""Widths for a number of bytes: every matrix's cost at every width, and the knapsack over them."""
+"""Widths and groups for a number of bytes: every matrix's cost in every way, and the knapsack over
+them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
 
 from qmoe.budget.measurements import Measurements
 from qmoe.budget.memory import Memory
-from qmoe.config import BITS, GROUPS, UNIFORM_LAYERS, QuantConfig, Scheme
+from qmoe.budget.ways import COUNT, IS_CHANNEL, is_open, ways
+from qmoe.config import BITS, CHANNEL, GROUPS, UNIFORM_LAYERS, QuantConfig, Scheme
 from qmoe.errors import ConfigError
 from qmoe.model.schemes import check_schemes
-from qmoe.plan.allocate import Choice, allocate
+from qmoe.plan.allocate import Choice
+from qmoe.plan.coupled import allocate_alike
 from qmoe.plan.sizes import Stack, stacks
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """config: with the widths. nbytes: that the budget counts. predicted: KL in nats per token.
-    gap: see `Choice`."""
+    """config: with widths and groups. nbytes: that the budget counts. predicted: KL in nats per
+    token. gap: see `Choice`."""
 
     config: QuantConfig
     nbytes: int
@@ -27,12 +31,11 @@ class Chosen:
 
 
 def choose(memory: Memory, config: QuantConfig, measurements: Measurements, budget: int) -> Chosen:
-    """The widths with the least predicted KL with which the model takes at most `budget` bytes.
-    With the targets "vllm" and "sglang" all experts of a layer have one, and so have linears of
-    one module.
-    Raises ConfigError if 2 bits are more than the budget."""
-    narrow = replace(config, widths={})
-    parts = stacks(memory.source, narrow)
+    """The widths and groups with the least predicted KL with which the model takes at most `budget`
+    bytes. The experts of a layer have one group size. With the target "vllm" they have one width
+    too, and so have linears of one module.
+    Raises ConfigError if the fewest bytes are more than the budget."""
+    parts = stacks(memory.source, config)
     costs = measurements.costs()
     modules: dict[str, list[Stack]] = {}
     for part in parts:
@@ -40,22 +43,35 @@ def choose(memory: Memory, config: QuantConfig, measurements: Measurements, budg
     each: dict[str, ndarray] = {}
     for module in modules.values():
         rows = memory.each(module)
-        each |= {_key(part): np.asarray(row) for part, row in zip(module, rows, strict=True)}
-    fixed = memory.total(narrow) - sum(
-        part.shape[0] * int(each[_key(part)][BITS.index(part.scheme.bits)]) for part in parts
+        each |= {_key(part): _filled(row, 0) for part, row in zip(module, rows, strict=True)}
+    fixed = memory.total(config) - sum(
+        part.shape[0] * int(each[_key(part)][ways(part.scheme).index(part.scheme)])
+        for part in parts
     )
+    for part in parts:
+        closed = ~_filled(is_open(config, part.scheme), False)
+        costs[_key(part)] = np.where(closed, np.inf, _filled(costs[_key(part)], np.inf))
     together = _together(parts, config)
     nbytes = np.stack([sum(each[name] for name, _ in some) for some in together])
     cost = np.stack([sum(costs[name][e] for name, e in some) for some in together])
-    smallest = fixed + int(nbytes.min(1).sum())
+    smallest = fixed + int(np.where(np.isfinite(cost), nbytes, np.iinfo(np.int64).max).min(1).sum())
     if smallest > budget:
         raise ConfigError(
             f"budget: at {min(BITS)} bits the model takes {smallest} bytes, which is "
             f"{smallest - budget} more than the {budget} that were given"
         )
-    found = allocate(nbytes, cost, budget - fixed)
-    made = _with(config, together, found, str(memory.source.structure.lm_head))
+    owners = {_key(part): part.module for part in parts}
+    alike = [owners[some[0][0]] for some in together]
+    found = allocate_alike(nbytes, cost, budget - fixed, alike, IS_CHANNEL)
+    made = _with(config, parts, together, found)
     return Chosen(made, fixed + found.nbytes, found.cost, found.gap)
+
+
+def _filled(values: Any, rest: Any) -> ndarray:
+    """Numbers of the ways that a matrix has, filled up to COUNT."""
+    known = np.asarray(values)
+    missing = [(0, 0)] * (known.ndim - 1) + [(0, COUNT - known.shape[-1])]
+    return np.pad(known, missing, constant_values=rest)
 
 
 def _key(part: Stack) -> str:
@@ -82,21 +98,28 @@ def _together(parts: Sequence[Stack], config: QuantConfig) -> list[list[Place]]:
 
 
 def _with(
-    config: QuantConfig, together: list[list[Place]], found: Choice, head_name: str
+    config: QuantConfig, parts: Sequence[Stack], together: list[list[Place]], found: Choice
 ) -> QuantConfig:
-    """The settings with these widths; the experts' scheme has the most common one, and that of
+    """The settings with these ways; the experts' scheme has the most common width, and that of
     lm_head its own."""
-    digits: dict[str, dict[int, str]] = {}
+    schemes: dict[str, dict[int, Scheme]] = {}
+    own = {_key(part): ways(part.scheme) for part in parts}
     for some, way in zip(together, found.picked, strict=True):
         for name, e in some:
-            digits.setdefault(name, {})[e] = str(BITS[way])
-    if config.lm_head is not None and head_name in digits:
-        head = replace(config.lm_head, bits=int(digits.pop(head_name)[0]))
-        config = replace(config, lm_head=head)
-    widths = {name: "".join(own[e] for e in sorted(own)) for name, own in digits.items()}
+            schemes.setdefault(name, {})[e] = own[name][way]
+    widths, groups = dict[str, str](), dict[str, int]()
+    for part in parts:
+        each = schemes[_key(part)]
+        if not part.layer:
+            config = replace(config, lm_head=each[0])
+            continue
+        widths[_key(part)] = "".join(str(each[e].bits) for e in sorted(each))
+        if each[0].group_size != part.scheme.group_size:
+            groups[part.module] = each[0].group_size
     every = "".join(text for text in widths.values() if len(text) > 1)
     most = max(BITS, key=lambda bits: (every.count(str(bits)), -bits))
-    return replace(config, widths=widths, experts=replace(config.experts, bits=most))
+    experts = replace(config.experts, bits=most)
+    return replace(config, widths=widths, groups=groups, experts=experts)
 
 
 def uniform(memory: Memory, config: QuantConfig, budget: int) -> QuantConfig | None:
@@ -104,7 +127,7 @@ def uniform(memory: Memory, config: QuantConfig, budget: int) -> QuantConfig | N
     linears that are left in 16 bits stay so."""
     best: tuple[int, QuantConfig] | None = None
     for bits in BITS:
-        for group in sorted({*GROUPS, config.experts.group_size}):
+        for group in sorted({CHANNEL, *GROUPS, config.experts.group_size}):
             changed = all_in(config, replace(config.experts, bits=bits, group_size=group))
             try:
                 check_schemes(memory.source, changed)
@@ -119,4 +142,4 @@ def uniform(memory: Memory, config: QuantConfig, budget: int) -> QuantConfig | N
 def all_in(config: QuantConfig, scheme: Scheme) -> QuantConfig:
     """The settings with everything that is quantized in the layers in one scheme."""
     dense = None if config.dense is None else scheme
-    return replace(config, experts=scheme, dense=dense, widths={})
+    return replace(config, experts=scheme, dense=dense, widths={}, groups={})

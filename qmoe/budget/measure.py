@@ -12,7 +12,8 @@ that was stopped solves nothing twice; text and probes run through its layers ag
 Left out: refitting and tuning, which come when the choice is made.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ from qmoe.budget.kept_layers import keep_layer, kept_layer
 from qmoe.budget.lm_head import LmHead
 from qmoe.budget.measurements import PROBE, Measured, Measurements
 from qmoe.budget.solve_all import Solution, laid_out, solve_experts, solve_linear
+from qmoe.calibration.stats import LayerStats, save
 from qmoe.errors import CalibrationError
 from qmoe.layer import unfused
 from qmoe.layer.at_hand import LayerAtHand, LayerSettings
@@ -36,7 +38,7 @@ from qmoe.model.skeleton import inputs_of
 from qmoe.model.source import schemes_of
 from qmoe.pipeline.layers import layer_settings, load_outside, rotate_layer
 from qmoe.pipeline.output import OutputFolder
-from qmoe.pipeline.plan import Plan
+from qmoe.pipeline.plan import STATISTICS, Plan, statistics_file
 from qmoe.pipeline.self_text import CalibrationText
 from qmoe.system.devices import move_to
 from qmoe.system.progress import progress
@@ -139,7 +141,7 @@ def _layer(
         if event.index in out.finished:
             solved = kept_layer(out, event.index)
         else:
-            solved = list(_solved(layer, settings, text))
+            solved = list(_solved(layer, settings, text, _keeping(plan, event.index)))
             keep_layer(out, event.index, solved)
         outputs = [settings.scratch.keep(output) for output in layer.run([*text, probe])]
         mine = _groups(plan, event.index)
@@ -172,14 +174,30 @@ def _with(layer: LayerAtHand, solution: Solution, probe: Call) -> Any:
     return output
 
 
+def _keeping(plan: Plan, i: int) -> Callable[[LayerStats], None] | None:
+    """What keeps the statistics of layer i, if matrices are kept."""
+    if plan.kept_matrices is None:
+        return None
+    folder = plan.kept_matrices.with_name(STATISTICS)
+    folder.mkdir(exist_ok=True)
+    about = plan.statistics_about | {"notes": json.dumps(plan.notes)}
+    return lambda found: save(found, folder / statistics_file(i), about)
+
+
 def _solved(
-    layer: LayerAtHand, settings: LayerSettings, text: list[Call]
+    layer: LayerAtHand,
+    settings: LayerSettings,
+    text: list[Call],
+    keep: Callable[[LayerStats], None] | None,
 ) -> Iterator[tuple[str, Solution]]:
-    """The groups of a layer, in the order of `_groups`, solved on the calibration text."""
+    """The groups of a layer, in the order of `_groups`, solved on the calibration text. keep: is
+    given its statistics."""
     structure = layer.structure
     names = [*structure.dense, *structure.experts, *structure.unfused_linears()]
     names = [name for name in names if name in layer.schemes]
     stats, _ = collect_statistics(layer, settings, names, text, keep=False)
+    if keep is not None:
+        keep(stats)
     for name in layer.structure.dense:
         if name in layer.schemes:
             linear = stats.linears.get(name)

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from qmoe.budget.ways import COUNT
 from qmoe.checkpoint.folders import read_json
 from qmoe.config import BITS
 from qmoe.errors import CheckpointError, ConfigError
@@ -30,10 +31,10 @@ class Measured:
     """A stack of experts, or a linear.
 
     target: its name in `QuantConfig.widths`. layer: the decoder layer it is in. group: see above.
-    tokens: that each expert saw. errors: of each matrix, at each of BITS, the squared output error
-    relative to the squared output under its Hessian, after solving. energy: of each matrix, the
-    mean squared output of its expert, over tokens that it saw, with their routing weights; 1 for
-    linears.
+    tokens: that each expert saw. errors: of each matrix, in each of its ways (ways.py), the squared
+    output error relative to the squared output under its Hessian, after solving. energy: of each
+    matrix, the mean squared output of its expert, over tokens that it saw, with their routing
+    weights; 1 for linears.
     """
 
     target: str
@@ -63,7 +64,8 @@ class Measurements:
     kl: dict[str, float]
 
     def costs(self) -> dict[str, Float[ndarray, "E C"]]:
-        """By target, what each matrix adds to the KL of the model's output at each of BITS."""
+        """By target, what each matrix adds to the KL of the model's output in each of its
+        ways (ways.py)."""
         seen: dict[str, list[int]] = {}
         for part in self.parts:
             seen.setdefault(part.group, []).extend(part.tokens)
@@ -102,9 +104,14 @@ class Measurements:
             raise _damaged(folder, f"{type(error).__name__}: {error}") from error
         for part in parts:
             cost = costs[part.target]
-            if cost.shape != (len(part.tokens), len(BITS)) or not np.isfinite(cost).all():
+            if cost.shape not in _shapes(len(part.tokens)) or not np.isfinite(cost).all():
                 raise _damaged(folder, f"{part.target} has no numbers for each matrix")
         return made
+
+
+def _shapes(matrices: int) -> list[tuple[int, int]]:
+    """What costs may have: some schemes have half of the ways."""
+    return [(matrices, COUNT), (matrices, len(BITS))]
 
 
 def _damaged(folder: Path, what: str) -> CheckpointError:

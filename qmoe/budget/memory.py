@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, prod
 
+from qmoe.budget.ways import ways
 from qmoe.config import BITS, QuantConfig, Scheme
 from qmoe.model.source import Source
 from qmoe.plan.choose import AT_ONCE, measure
@@ -31,9 +32,9 @@ class Disk:
         return found.tensors + found.headers
 
     def each(self, module: Sequence[Stack]) -> list[list[int]]:
-        """Of each stack of a module, what one of its matrices takes at each of BITS."""
+        """Of each stack of a module, what one of its matrices takes in each of its ways."""
         scale = self.source.weight_dtype().itemsize
-        return [[one.weights + one.scales(scale) for one in _at_all(part)] for part in module]
+        return [[one.weights + one.scales(scale) for one in _each_way(part)] for part in module]
 
 
 @dataclass(frozen=True)
@@ -106,22 +107,24 @@ class Gpu:
         return sum(part.gpu for part in placed.parts if not part.name.startswith("margin"))
 
     def each(self, module: Sequence[Stack]) -> list[list[int]]:
-        """As for the disk. Scales and tables are the same for all widths, and not counted."""
-        from qmoe.kernels.arena import ALIGN
+        """As for the disk. Tables, which are the same for all ways, are not counted."""
+        from qmoe.kernels.arena import expert_bytes
 
-        return [
-            [-(-matrix.weight_bytes(bits) // ALIGN) * ALIGN for bits in BITS]
-            for matrix in gpu_matrices(module)
-        ]
+        found: list[list[int]] = [[] for _ in module]
+        dtype = self.source.weight_dtype()
+        for like in zip(*(_each_way(part) for part in module), strict=True):
+            for row, matrix in zip(found, gpu_matrices(like), strict=True):
+                row.append(expert_bytes([matrix], [matrix.bits], dtype))
+        return found
 
 
 Memory = Disk | Gpu
 
 
-def _at_all(part: Stack) -> list[Stack]:
-    """One matrix of a part at each of BITS."""
+def _each_way(part: Stack) -> list[Stack]:
+    """One matrix of a part in each of its ways."""
     one = replace(part, shape=(1, *part.shape[1:]), widths=())
-    return [replace(one, scheme=replace(part.scheme, bits=bits)) for bits in BITS]
+    return [replace(one, scheme=scheme) for scheme in ways(part.scheme)]
 
 
 def average_bits(source: Source, config: QuantConfig) -> float:

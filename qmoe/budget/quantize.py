@@ -22,6 +22,7 @@ from qmoe.budget.kept_layers import forget_layers
 from qmoe.budget.measure import measure
 from qmoe.budget.measurements import FILE, Measurements
 from qmoe.budget.memory import Disk, Gpu, Memory, average_bits, bytes_for
+from qmoe.budget.ways import narrowest
 from qmoe.checkpoint.folders import read_json
 from qmoe.config import BITS, QuantConfig, expect
 from qmoe.config.quant import DENSE
@@ -30,8 +31,8 @@ from qmoe.errors import ConfigError, OutputError
 from qmoe.packed.report import REPORT
 from qmoe.pipeline.checks import check_destination
 from qmoe.pipeline.output import OutputFolder
-from qmoe.pipeline.plan import Plan, check
-from qmoe.pipeline.quantize import quantize
+from qmoe.pipeline.plan import MATRICES, Plan, check
+from qmoe.pipeline.quantize import quantize, run_again
 from qmoe.pipeline.self_text import calibration_text
 from qmoe.plan.run_plan import FILE as RUN_PLAN
 from qmoe.system import distributed
@@ -48,7 +49,9 @@ class Budget:
     quantized weight on average, scales and zero points counted. vram: instead, of a GPU's memory
     that holds all of the model, and the cache of a sequence of `context` tokens. ram: beside vram,
     bytes of host memory for routed experts that the GPU does not hold. guard_text: held-out text on
-    which the result is compared with the uniform one of the same bytes."""
+    which the result is compared with the uniform one of the same bytes. keep: every matrix that is
+    solved while measuring is kept beside the measurements, and models are put together of these;
+    for another budget only what is not there yet is solved."""
 
     size: str | int | None = None
     bits: float | None = None
@@ -56,6 +59,7 @@ class Budget:
     context: int = 8192
     ram: str | int | None = None
     guard_text: str | list[str] = "heldout"
+    keep: bool = False
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.size, self.bits, self.vram)) != 1:
@@ -108,6 +112,8 @@ def quantize_to_size(
         raise ConfigError(f"budget: runs in one process, this is one of {distributed.count()}")
     dst = Path(os.path.expanduser(dst))
     base = base_config(config or QuantConfig())
+    if budget.keep:
+        _check_kept(base)
     how: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
     how["max_memory"] = None if max_memory is None else parse_size("max_memory", max_memory)
     folder = dst.with_name(dst.name + ".measurements") if measurements is None else measurements
@@ -121,10 +127,13 @@ def quantize_to_size(
         memory, limit = budget.of(plan)
         _check_budget(memory, plan.config, limit)
         copy = partial(quantize, progress=False, **how)
-        found = measured(plan, Path(os.path.expanduser(folder)), copy)
+        where = Path(os.path.expanduser(folder))
+        found = measured(plan, where, copy, budget.keep)
         chosen = choose(memory, base, found, limit)
         rival = uniform(memory, base, limit)
         make = partial(quantize, src, progress=progress, **how)
+        if budget.keep:
+            make = partial(run_again, src, measured=where, **how)
         report = _guarded(plan, chosen, rival, text, notes, make)
         if isinstance(memory, Gpu) and budget.vram is not None:
             written, nbytes = chosen.config, chosen.nbytes
@@ -139,8 +148,9 @@ def base_config(config: QuantConfig) -> QuantConfig:
     """The settings that matrices are measured with."""
     if config.method != "gptq":
         raise ConfigError(f"budget: matrices are measured as gptq solves them, not {config.method}")
-    if config.widths:
-        raise ConfigError("widths: a budget chooses them; leave them out")
+    for name in ("widths", "groups"):
+        if getattr(config, name):
+            raise ConfigError(f"{name}: a budget chooses them; leave them out")
     experts = replace(config.experts, bits=ANY)
     dense = experts if config.dense == DENSE else config.dense
     dense = None if dense is None else replace(dense, bits=ANY)
@@ -148,11 +158,21 @@ def base_config(config: QuantConfig) -> QuantConfig:
     return replace(config, experts=experts, dense=dense, mtp="keep")
 
 
+def _check_kept(config: QuantConfig) -> None:
+    """Refuse what needs text in the quantized model, which is not run."""
+    for name in ("tune", "distill", "lm_head"):
+        if getattr(config, name):
+            raise ConfigError(
+                f"{name}: needs text that runs through the quantized model; leave it out, or do "
+                "not keep matrices"
+            )
+
+
 def _check_budget(memory: Memory, config: QuantConfig, limit: int) -> None:
     """Refuse one that nothing fits, before the measuring."""
-    narrow = all_in(config, replace(config.experts, bits=min(BITS)))
-    if narrow.lm_head is not None:
-        narrow = replace(narrow, lm_head=replace(narrow.lm_head, bits=min(BITS)))
+    own = {name: getattr(config, name) for name in ("experts", "dense", "lm_head")}
+    changes: dict[str, Any] = {n: s and narrowest(config, s) for n, s in own.items()}
+    narrow = replace(config, **changes)
     least = memory.total(narrow)
     if least > limit:
         average = average_bits(memory.source, narrow)
@@ -163,21 +183,32 @@ def _check_budget(memory: Memory, config: QuantConfig, limit: int) -> None:
         )
 
 
-def measured(plan: Plan, folder: Path, quantize_copy: Callable[..., Any]) -> Measurements:
-    """The measurements in a folder, made first if they are not there. Raises ConfigError for those
-    of another model, text or settings."""
+def measured(
+    plan: Plan, folder: Path, quantize_copy: Callable[..., Any], keep: bool = False
+) -> Measurements:
+    """The measurements in a folder, made first if they are not there. keep: with statistics and
+    solved matrices. Raises ConfigError for those of another model, text or settings, or without
+    what was to be kept."""
     told = plan.fingerprint()
-    left = ("statistics", "widths", "target", "tune", "distill", "refit")  # which play no part
+    # Which play no part.
+    left = ("statistics", "widths", "groups", "target", "tune", "distill", "refit")
     about = {key: value for key, value in told.items() if key not in left}
     if not folder.exists():
         check_destination(folder, 0)
         with OutputFolder(folder, len(plan.source.structure.layers), about) as out:
             if not (out.path / FILE).exists():
                 text = calibration_text(plan, out, quantize_copy)
+                if keep:
+                    plan = replace(plan, kept_matrices=out.path / MATRICES)
                 out.write_json(FILE, measure(plan, text, about, out).to_json())
             forget_layers(out)
     found = Measurements.read(folder)
     found.check(about, folder)
+    if keep and not (folder / MATRICES).is_dir():
+        raise ConfigError(
+            f"{folder}: these measurements were made without keeping matrices; name another folder "
+            "with --measurements, or leave out --keep-matrices"
+        )
     return found
 
 

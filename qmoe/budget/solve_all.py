@@ -1,4 +1,4 @@
-"""Matrices of a layer solved at every width: what each loses, and the matrices of PROBE bits."""
+"""Matrices of a layer solved in every way: what each loses, and the matrices of PROBE bits."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from qmoe.budget.measurements import PROBE, Measured
+from qmoe.budget.ways import ways
 from qmoe.calibration.coverage import average_weight
 from qmoe.calibration.routed_tokens import RoutedTokens
 from qmoe.calibration.stats import ExpertStats, check_finite
-from qmoe.config import BITS, Scheme
+from qmoe.config import Scheme
 from qmoe.format.grid import dequantize
 from qmoe.format.quantized import Quantized
 from qmoe.layer.at_hand import LayerAtHand, LayerSettings
-from qmoe.layer.solve import borrow_rare, solve_as
+from qmoe.layer.solve import borrow_rare, solve_or_find
 from qmoe.model import experts
 from qmoe.solvers.awq import output_error
 from qmoe.solvers.solve import experts_at_once
@@ -84,19 +85,20 @@ def solve_experts(
 def at_all(
     settings: LayerSettings, like: Scheme, name: str, weight: Tensor, hessian: Tensor
 ) -> tuple[list[list[float]], Quantized]:
-    """Of matrices [E, N, K]: their squared relative errors at each of BITS, and what they are at
-    PROBE bits. like: the scheme but for its bits."""
-    config, columns = settings.config, list[list[float]]()
-    for bits in BITS:
-        scheme = replace(like, bits=bits)
-        solved = solve_as(
-            config, config.method, name, weight, hessian, scheme, settings.scale_dtype
-        )
-        columns.append([error**2 for error in solved.error])
-        if bits == PROBE:
+    """Of matrices [E, N, K]: their squared relative errors in each of their `ways`, and what they
+    are at PROBE bits. like: their scheme in the settings."""
+    columns: dict[tuple[int, int], list[float]] = {}
+    every, inputs = ways(like), weight.shape[-1]
+    kinds = [(scheme.bits, scheme.groups(inputs)) for scheme in every]
+    for kind, scheme in zip(kinds, every, strict=True):
+        if kind in columns:
+            continue  # a matrix of one group is the same in both
+        solved = solve_or_find(settings, name, weight, hessian, scheme)
+        columns[kind] = [error**2 for error in solved.error]
+        if scheme == replace(like, bits=PROBE):
             assert isinstance(solved.quantized, Quantized)  # codes have no widths to choose
             probe = solved.quantized.to(CPU)
-    return [list(row) for row in zip(*columns, strict=True)], probe
+    return [list(row) for row in zip(*(columns[kind] for kind in kinds), strict=True)], probe
 
 
 def _joined(stacks: Sequence[Quantized]) -> Quantized:

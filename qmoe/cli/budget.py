@@ -20,8 +20,8 @@ def budget_of(args: argparse.Namespace) -> Budget | None:
         raise ConfigError("--size, --vram: bits are not chosen for the format exl3; give --bits")
     average = bits if isinstance(bits, float) and not coded else None
     if args.size is None and args.vram is None and average is None:
-        for option in ("measurements", "guard_text", "context", "ram"):
-            if getattr(args, option) is not None:
+        for option in ("measurements", "keep_matrices", "guard_text", "context", "ram"):
+            if getattr(args, option) not in (None, False):
                 name = option.replace("_", "-")
                 raise ConfigError(f"--{name}: goes with --size, --vram or an average of --bits")
         return None
@@ -34,7 +34,7 @@ def budget_of(args: argparse.Namespace) -> Budget | None:
         more["ram"] = args.ram
     if args.guard_text:
         more["guard_text"] = merged(args.guard_text)
-    return Budget(args.size, average, args.vram, **more)
+    return Budget(args.size, average, args.vram, keep=args.keep_matrices, **more)
 
 
 def to_size(args: argparse.Namespace, budget: Budget, how: dict[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,12 @@ def budget_options(p: argparse.ArgumentParser) -> None:
         "(default: DST.measurements)",
     )
     budget.add_argument(
+        "--keep-matrices",
+        action="store_true",
+        help="keep all that is solved while measuring, and put models together of that: another "
+        "budget then takes seconds and the comparison, and loses a little more",
+    )
+    budget.add_argument(
         "--guard-text",
         metavar="TEXT",
         action="append",

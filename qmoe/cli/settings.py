@@ -94,9 +94,9 @@ def to_toml(config: dict[str, Any]) -> str:
     """Settings, as a report has them, as a config file."""
     lines, tables = [], []
     for name, value in config.items():
-        if name == "widths":
+        if name in ("widths", "groups"):
             if value:
-                tables += ["", "[widths]", *(f"{_toml(k)} = {_toml(v)}" for k, v in value.items())]
+                tables += ["", f"[{name}]", *(f"{_toml(k)} = {_toml(v)}" for k, v in value.items())]
         elif isinstance(value, dict):
             tables += ["", f"[{name}]", *(f"{key} = {_toml(v)}" for key, v in value.items())]
         elif value is None:

@@ -6,7 +6,8 @@ from typing import Any, Literal, cast, get_args
 
 from qmoe.config.formats import CODED, DENSE_CODED, Format, check_format
 from qmoe.config.presets import PRESETS, STEPS, TARGETS, check_preset
-from qmoe.config.scheme import BITS, CHANNEL, UNQUANTIZED, Scheme, expect
+from qmoe.config.scheme import CHANNEL, UNQUANTIZED, Scheme, expect
+from qmoe.config.single import check_groups, check_widths
 from qmoe.config.tables import check_keys, overlay, strict
 from qmoe.errors import ConfigError
 
@@ -101,6 +102,9 @@ class QuantConfig:
         3, 4 or 8) for each, by module for a linear and by parameter for the experts of a layer, as
         in {"model.layers.0.mlp.experts.down_proj": "2242..."}. Gate and up of an expert have one
         digit, since kernels multiply with both at once.
+    groups: group sizes of single modules, where they are not those of `experts` or `dense`: 32, 64,
+        128, or -1 for one scale per output channel, by the name of a linear or of the experts of a
+        layer, as in {"model.layers.0.mlp.experts": -1}.
     target: what is to run the result. Settings that break a rule of that engine (qmoe/engines)
         are refused. "vllm" and "sglang" take one scheme for all experts of a layer, and
         "llama.cpp" has other defaults (TARGETS), which `from_dict` and `preset` know. Where the
@@ -127,6 +131,7 @@ class QuantConfig:
     beam: int = 256
     min_tokens: int = 256
     widths: Mapping[str, str] = field(default_factory=dict, hash=False)
+    groups: Mapping[str, int] = field(default_factory=dict, hash=False)
     target: Target = "qmoe"
     mtp: Mtp = "quantize"
     calibration: CalibrationConfig = CalibrationConfig()
@@ -171,10 +176,13 @@ class QuantConfig:
         if self.applies_awq and (self.rotate != "off" or any(s.rotation for s in self._schemes())):
             raise ConfigError(f"rotate: not with AWQ's scales, the method is {self.method}")
         check_widths(self.widths)
-        if self.widths and self.applies_awq:
-            raise ConfigError(
-                f"widths: not with AWQ's scales, which experts share; the method is {self.method}"
-            )
+        check_groups(self.groups)
+        for name in ("widths", "groups"):
+            if getattr(self, name) and self.applies_awq:
+                raise ConfigError(
+                    f"{name}: not with AWQ's scales, which experts share; the method is "
+                    f"{self.method}"
+                )
         check_format(vars(self), self._schemes())
         if not 0 < self.damp < 1:
             raise ConfigError(f"damp: expected a share between 0 and 1, got {self.damp}")
@@ -209,9 +217,11 @@ class QuantConfig:
         rounded must not be rounded twice."""
         return self.applies_awq or self.rotate == "fused"
 
-    def scheme_of(self, linear: str, base: Scheme) -> Scheme:
-        """Of a linear by its module's name. base: what it has unless `widths` says otherwise."""
-        return replace(base, bits=int(self.widths[linear])) if linear in self.widths else base
+    def scheme_of(self, module: str, base: Scheme) -> Scheme:
+        """Of a linear by its module's name, or of an experts module but for its experts' bits.
+        base: what it has unless `widths` and `groups` say otherwise."""
+        found = replace(base, group_size=self.groups.get(module, base.group_size))
+        return replace(found, bits=int(self.widths[module])) if module in self.widths else found
 
     def _schemes(self) -> list[Scheme]:
         found = (self.experts, self.dense, self.lm_head)
@@ -257,17 +267,6 @@ class QuantConfig:
                 CalibrationConfig, values["calibration"], "calibration.", setting_names()
             )
         return cast(QuantConfig, strict(cls, values, "", setting_names()))
-
-
-def check_widths(widths: Any) -> None:
-    """Raises ConfigError unless these are digits by name."""
-    expect("widths", widths, dict)
-    for name, digits in widths.items():
-        if not isinstance(digits, str) or not digits or set(digits) - set(map(str, BITS)):
-            raise ConfigError(
-                f"widths: expected a digit of {BITS} for each matrix of {name}, got "
-                f"{str(digits)[:100]!r}"
-            )
 
 
 def _scheme(name: str, values: dict[str, Any], default: dict[str, Any]) -> Scheme | None:

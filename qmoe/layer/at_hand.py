@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qmoe.calibration.collect import See, collecting_experts
 from qmoe.config import QuantConfig, Scheme
 from qmoe.format.trellis import Stack
+from qmoe.layer.kept_matrices import KeptMatrices
 from qmoe.layer.records import LayerRecord
 from qmoe.layer.solved_cache import SolvedCache
 from qmoe.model.layerwise import Call, Forward
@@ -98,7 +99,7 @@ class LayerSettings:
     needs_all_hessians: whether statistics of all experts of a layer are needed at once: AWQ folds
         them into the layer, and a file holds all of them.
     scratch: where activations wait. solved_cache: where solved experts are kept until their layer
-        is written.
+        is written. kept_matrices: where matrices are kept for other runs.
     """
 
     config: QuantConfig
@@ -109,6 +110,7 @@ class LayerSettings:
     needs_all_hessians: bool = False
     scratch: Scratch = field(default_factory=Scratch)
     solved_cache: SolvedCache | None = None
+    kept_matrices: KeptMatrices | None = None
 
 
 @dataclass

@@ -205,7 +205,7 @@ def _solve(
 ) -> Solved:
     """parts: matrices that rows are made of. widths: bits of each matrix, empty where all have the
     scheme's."""
-    config, scheme, dtype = settings.config, layer.schemes[name], settings.scale_dtype
+    config, scheme = settings.config, layer.schemes[name]
     if scheme.codebook:
         return solve_coded(config, name, weight, hessian, scheme, parts)
     solved = []
@@ -215,8 +215,23 @@ def _solve(
         given = weight if every else weight[alike]
         seen = hessian if hessian is None or every else hessian[alike]
         each = replace(scheme, bits=bits)
-        solved.append((alike, solve_as(config, config.method, name, given, seen, each, dtype)))
+        solved.append((alike, solve_or_find(settings, name, given, seen, each)))
     return solved[0][1] if len(solved) == 1 else in_order(solved)
+
+
+def solve_or_find(
+    settings: LayerSettings, name: str, weight: Tensor, hessian: Tensor | None, scheme: Scheme
+) -> Solved:
+    """`solve_as` with the method of the settings, or what is kept of it (kept_matrices.py)."""
+    config, kept, dtype = settings.config, settings.kept_matrices, settings.scale_dtype
+
+    def make(given: Tensor, seen: Tensor | None) -> Solved:
+        return solve_as(config, config.method, name, given, seen, scheme, dtype)
+
+    if kept is None or hessian is None:
+        return make(weight, hessian)
+    about = f"{config.method} {config.act_order} {config.damp} {config.search_grid} {dtype}"
+    return kept.solve(weight, hessian, scheme, about, make)
 
 
 def solve_coded(

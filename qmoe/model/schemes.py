@@ -33,7 +33,7 @@ def check_schemes(source: Source, config: QuantConfig) -> None:
     """Every group size divides every input dimension it is used on; lm_head can be quantized; every
     matrix with bits of its own is there."""
     model = source.model
-    _check_widths(source, config)
+    _check_single(source, config)
     for layer in source.structure.layers:
         for name, scheme in schemes_of(source, layer, config).items():
             for weight, shape in weight_shapes(model, name):
@@ -55,19 +55,22 @@ def check_schemes(source: Source, config: QuantConfig) -> None:
 
 
 def exact_schemes(source: Source, config: QuantConfig) -> dict[str, Scheme]:
-    """Matrices whose bits are not those of `config.experts` or `config.dense`, by the name of their
-    module in the checkpoint."""
+    """Matrices whose bits or groups are not those of `config.experts` or `config.dense`, by the
+    name of their module in the checkpoint."""
     found: dict[str, Scheme] = {}
     for layer in source.structure.layers:
-        for target, widths in widths_of(layer, config).items():
-            for name, bits in stored_widths(source.model, target, widths).items():
-                if bits != config.experts.bits:
-                    found[name.removesuffix(".weight")] = replace(config.experts, bits=bits)
-        plain = schemes_of(source, layer, replace(config, widths={}))
-        for linear, scheme in schemes_of(source, layer, config).items():
-            if scheme != plain[linear]:
-                names = _stored(source.model, linear)
+        plain = schemes_of(source, layer, replace(config, widths={}, groups={}))
+        widths = widths_of(layer, config)
+        for module, scheme in schemes_of(source, layer, config).items():
+            if module not in layer.experts:
+                names = _stored(source.model, module) if scheme != plain[module] else []
                 found |= {name.removesuffix(".weight"): scheme for name in names}
+                continue
+            for target, shape in weight_shapes(source.model, module):
+                own = widths.get(target) or (scheme.bits,) * shape[0]
+                for name, bits in stored_widths(source.model, target, own).items():
+                    if (each := replace(scheme, bits=bits)) != plain[module]:
+                        found[name.removesuffix(".weight")] = each
     return found
 
 
@@ -86,19 +89,25 @@ def _stored(model: nn.Module, linear: str) -> list[str]:
     return list(packed_names(model, target, model.get_parameter(target)))
 
 
-def _check_widths(source: Source, config: QuantConfig) -> None:
-    """Every matrix with bits of its own is one that is quantized, and no expert is left out."""
+def _check_single(source: Source, config: QuantConfig) -> None:
+    """Everything with bits or groups of its own is quantized, and no expert is left out."""
     counts: dict[str, int] = {}
+    modules: set[str] = set()
     for layer in source.structure.layers:
         for name in schemes_of(source, layer, config):
+            modules.add(name)
             shapes = weight_shapes(source.model, name)
             experts = name in layer.experts
             counts |= {target if experts else name: s[0] if experts else 1 for target, s in shapes}
-    for name, digits in config.widths.items():
-        if name not in counts:
-            nearest = get_close_matches(name, counts, 1)
+    for setting, names, known in (
+        ("groups", config.groups, modules),
+        ("widths", config.widths, set(counts)),
+    ):
+        for name in sorted(set(names) - known):
+            nearest = get_close_matches(name, known, 1)
             hint = f"; the nearest is {nearest[0]}" if nearest else ""
-            raise ConfigError(f"widths: nothing that is quantized is called {name}{hint}")
+            raise ConfigError(f"{setting}: nothing that is quantized is called {name}{hint}")
+    for name, digits in config.widths.items():
         if len(digits) != counts[name]:
             raise ConfigError(
                 f"widths: {name} has {counts[name]} matrices, and {len(digits)} digits were given"

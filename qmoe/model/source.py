@@ -211,8 +211,8 @@ def check_routing(model: Any, structure: Structure) -> None:
 def schemes_of(source: Source, layer: Layer, config: QuantConfig) -> dict[str, Scheme]:
     """Scheme of every weight to quantize in a layer: experts modules and linears by name. That of
     an experts module is its experts' but for their bits, which may differ (`widths_of`)."""
-    found = dict.fromkeys(layer.experts, config.experts)
-    found |= {n: config.scheme_of(n, config.experts) for n in layer.unfused_linears()}
+    routed = [*layer.experts, *layer.unfused_linears()]
+    found = {n: config.scheme_of(n, config.experts) for n in routed}
     if config.dense is not None:
         found |= {n: config.scheme_of(n, config.dense) for n in layer.dense}
     return found

@@ -16,6 +16,7 @@ from qmoe.errors import UnsupportedModelError
 from qmoe.format.stacks import digest
 from qmoe.format.trellis import Stack
 from qmoe.layer.at_hand import LayerAtHand, LayerSettings
+from qmoe.layer.kept_matrices import KeptMatrices
 from qmoe.layer.quantize import quantize_layer, solve_layer
 from qmoe.model.experts import packed_parameters
 from qmoe.model.layerwise import Call, Finished, Forward, Waiting, suspended
@@ -118,9 +119,12 @@ def layer_settings(plan: Plan, text: CalibrationText, out: OutputFolder | None) 
         scale_dtype=plan.source.weight_dtype(),
         stored_dtype=partial(stored_dtype, plan.source),
         refits=plan.refits,
-        needs_all_hessians=plan.save_statistics is not None or config.applies_awq,
+        needs_all_hessians=plan.save_statistics is not None
+        or plan.kept_matrices is not None
+        or config.applies_awq,
         scratch=Scratch(out.path if out is not None and plan.spills else None),
         solved_cache=out.solved_cache if out is not None and config.method == "gptq" else None,
+        kept_matrices=None if plan.kept_matrices is None else KeptMatrices(plan.kept_matrices),
     )
 
 

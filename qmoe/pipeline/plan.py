@@ -38,6 +38,9 @@ from qmoe.rotation.find_rotation import find_fused_rotation
 from qmoe.rotation.fused_rotation import FusedRotation
 from qmoe.system.devices import find_device
 
+# Folders that a measuring pass keeps beside its measurements.
+STATISTICS, MATRICES = "statistics", "matrices"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -50,7 +53,8 @@ class Plan:
         to keep them in.
     rotation: what touches the residual stream, if that is to be rotated.
     device: where layers run and are solved. max_memory: bytes that one process may take, None for
-        what is free. spills: whether activations wait on disk."""
+        what is free. spills: whether activations wait on disk.
+    kept_matrices: the folder where solved matrices are kept for other runs, and found."""
 
     source: Source
     dst: Path
@@ -64,6 +68,7 @@ class Plan:
     device: torch.device
     max_memory: int | None
     spills: bool
+    kept_matrices: Path | None = None
 
     @property
     def shards(self) -> int:
@@ -89,7 +94,7 @@ class Plan:
 
     def statistics_files(self, i: int) -> list[Path]:
         """The files with saved statistics of layer i."""
-        return [folder / _statistics_file(i) for folder in self.statistics_from]
+        return [folder / statistics_file(i) for folder in self.statistics_from]
 
     def fingerprint(self) -> dict[str, str]:
         """What a run that goes on must have in common with the one that was stopped."""
@@ -101,6 +106,7 @@ class Plan:
             "statistics": f"from {given} to {self.save_statistics}",
             **{name: str(value) for name, value in vars(self.config).items()},
             "widths": _digest(self.config.widths),
+            "groups": _digest(self.config.groups),
             "code": code_digest(self.source.checkpoint.path),
             "versions": f"qmoe {__version__}, torch {torch.__version__}, "
             f"transformers {transformers.__version__}",
@@ -109,7 +115,7 @@ class Plan:
     def statistics_to(self, i: int) -> Path | None:
         """The file to keep the statistics of layer i in."""
         folder = self.save_statistics
-        return None if folder is None else folder / _statistics_file(i)
+        return None if folder is None else folder / statistics_file(i)
 
 
 def check(
@@ -173,10 +179,10 @@ def check(
     )  # fmt: skip
 
 
-def _digest(widths: Mapping[str, str]) -> str:
-    """Of bits of single matrices, which are too many to be shown."""
-    text = json.dumps(dict(widths), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16] if widths else "none"
+def _digest(single: Mapping[str, Any]) -> str:
+    """Of settings of single matrices, which are too many to be shown."""
+    text = json.dumps(dict(single), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16] if single else "none"
 
 
 def _check_statistics(given: list[Path], source: Source, about: dict[str, str]) -> list[str]:
@@ -185,7 +191,7 @@ def _check_statistics(given: list[Path], source: Source, about: dict[str, str]) 
     said: list[str] = []
     for folder in given:
         for i in range(len(source.structure.layers)):
-            notes = statistics.check(folder / _statistics_file(i), about)
+            notes = statistics.check(folder / statistics_file(i), about)
             said += [f"{folder}: {note}" for note in notes if i == 0]
     return said
 
@@ -197,5 +203,5 @@ def _statistics_about(
     return about if rotation is None else about | {"stream": "rotated"}
 
 
-def _statistics_file(i: int) -> str:
+def statistics_file(i: int) -> str:
     return f"layer-{i:05d}.safetensors"

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from qmoe.pipeline.finish import finish
 from qmoe.pipeline.layers import load_outside, outside_layers, quantize_layers
 from qmoe.pipeline.lm_head import collecting_lm_head
 from qmoe.pipeline.output import DISTILLED, OutputFolder
-from qmoe.pipeline.plan import Plan, check
+from qmoe.pipeline.plan import MATRICES, STATISTICS, Plan, check
 from qmoe.pipeline.self_text import calibration_text
 from qmoe.system import distributed
 from qmoe.system.progress import shown
@@ -77,6 +78,16 @@ def run(
     config names. how: device, max_memory in bytes, trust_remote_code."""
     plan = check(src, dst, config, text=text, statistics_from=(), save_statistics=None, **how)
     return _carry_out(plan, partial(quantize, progress=False, **how))
+
+
+def run_again(
+    src: str | Path, dst: Path, config: QuantConfig, measured: Path, **how: Any
+) -> dict[str, Any]:
+    """`quantize` on the statistics and the solved matrices that a measuring pass kept in a folder
+    (budget/measure.py). how: device, max_memory in bytes, trust_remote_code."""
+    statistics, kept = [measured / STATISTICS], measured / MATRICES
+    plan = check(src, dst, config, statistics_from=statistics, save_statistics=None, **how)
+    return _carry_out(replace(plan, kept_matrices=kept), partial(quantize, progress=False, **how))
 
 
 def _carry_out(plan: Plan, quantize_copy: Callable[..., Any]) -> dict[str, Any]:

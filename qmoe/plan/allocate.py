@@ -39,14 +39,15 @@ def allocate(nbytes: Int64[ndarray, "J C"], costs: Float[ndarray, "J C"], budget
     """
     J, C = nbytes.shape
     there = np.isfinite(costs)
-    least = int(np.where(there, nbytes, np.iinfo(np.int64).max).min(1).sum())
+    smallest = np.where(there, nbytes, np.iinfo(np.int64).max)
+    least = int(smallest.min(1).sum())
     if least > budget:
         raise ConfigError(
             f"budget: the smallest the model can be is {least} bytes, which is {least - budget} "
             f"more than the {budget} that were given"
         )
     if least > budget * (1 - SLACK):  # the solver would find no room at all
-        return _of(np.where(there, nbytes, np.iinfo(np.int64).max).argmin(1), nbytes, costs)
+        return _of(smallest.argmin(1), nbytes, costs)
     # Costs and sizes near 1, which the solver's tolerances are made for.
     scale = costs[there].max() or 1.0
     part = np.repeat(np.arange(J), C)

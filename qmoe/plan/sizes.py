@@ -7,14 +7,17 @@ from math import prod
 from torch import nn
 
 from qmoe.config import QuantConfig, Scheme
+from qmoe.format.compressed_tensors import SUFFIXES
 from qmoe.format.packing import packed_words
 from qmoe.model.experts import expert_weights, matrices_of, stack
 from qmoe.model.source import Source, schemes_of, widths_of
-from qmoe.model.tensor_names import packed_names
+from qmoe.model.tensor_names import matrix_names, packed_names
 
 SHAPE = 16  # bytes of a matrix's weight_shape: two int64
-# Most bytes of a tensor in a safetensors header besides its name: dtype, shape and offsets.
-ENTRY = 90
+# Bytes of a tensor in a safetensors header besides its name and the digits of numbers; and of a
+# header besides its tensors: its length, spaces that fill it up, and metadata.
+ENTRY = len('"":{"dtype":"BF16","shape":[,],"data_offsets":[,]},')
+HEADER = 64
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,16 @@ class Stack:
             total += self.matrices * each * 4 * groups
         return total
 
-    def tensors(self) -> int:
-        """Tensors that the stack is stored in."""
-        return self.shape[0] * self.matrices * (3 if self.scheme.symmetric else 4)
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the tensors that a matrix is stored in."""
+        return tuple(s for s in SUFFIXES if s != "_zero_point" or not self.scheme.symmetric)
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Bytes by part of the model. scales: with zero points. other: norms, routers, biases and what
     else stays as it is. prediction: of layers that predict tokens beyond the next, but for scales.
-    headers: of the safetensors files, about."""
+    headers: of the safetensors files, at most."""
 
     experts: int
     dense: int
@@ -151,10 +154,27 @@ def unquantized(source: Source, config: QuantConfig, parts: Sequence[Stack]) -> 
         nbytes = sum(written_bytes(source, name) for name in names)
         found[part] += nbytes
         found["in_layers"] += nbytes if part == "other" and target.startswith(layers) else 0
-        found["headers"] += sum(ENTRY + len(name) for name in names)
+        for name in names:
+            shape = source.checkpoint.lazy(name).get_shape()
+            found["headers"] += len(name) + _entry(source, [int(size) for size in shape])
     if source.adds_lm_head(config):
         found["lm_head"] = found["embeddings"]
     return Unquantized(**found)
+
+
+def _header(source: Source, part: Stack) -> int:
+    """Bytes that a stack's tensors take in the headers, at their most."""
+    count = None if part.name.endswith(".weight") else part.shape[0]
+    names = matrix_names(source.model, part.name, count, part.matrices)
+    suffixes = part.suffixes()
+    each = sum(map(len, suffixes)) + len(suffixes) * _entry(source, part.shape[1:])
+    return len(suffixes) * sum(map(len, names)) + len(names) * each
+
+
+def _entry(source: Source, shape: Sequence[int]) -> int:
+    """Bytes of a tensor of at most this shape in a header, besides its name."""
+    offset = len(str(source.checkpoint.nbytes()))  # no file is larger than the original model
+    return ENTRY + 2 * offset + sum(len(str(size)) + 1 for size in shape)
 
 
 def written_bytes(source: Source, name: str) -> int:
@@ -169,9 +189,8 @@ def sizes(source: Source, config: QuantConfig, parts: Sequence[Stack]) -> Sizes:
     scale_bytes = source.weight_dtype().itemsize
     head = sum(part.weights for part in parts if not part.layer)
     rest = unquantized(source, config, parts)
-    headers = sum(
-        part.tensors() * (ENTRY + len(part.name) + len(".weight_packed")) for part in parts
-    )
+    headers = sum(_header(source, part) for part in parts)
+    headers += HEADER * (len(source.structure.layers) + 1)
     running = [part for part in parts if not source.predicts(part.layer)]
     predicting = sum(part.weights for part in parts) - sum(part.weights for part in running)
     return Sizes(

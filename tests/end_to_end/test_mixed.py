@@ -1,4 +1,4 @@
-"""Experts of one layer and linears in widths of their own: written, resumed, audited, run."""
+"""Experts and linears in widths and groups of their own: written, resumed, audited, run."""
 
 import json
 import shutil
@@ -14,6 +14,7 @@ import qmoe.packed.load
 import qmoe.runtime.modules
 from qmoe import QuantConfig, Scheme
 from qmoe.checkpoint.model_folder import ModelFolder
+from qmoe.config import CHANNEL
 from qmoe.errors import CheckpointError, ConfigError
 from qmoe.format.compressed_tensors import Schemes, unpacked_tensors
 from qmoe.kernels.arena_stack import ArenaStack
@@ -32,7 +33,9 @@ def mixed(symmetric=False, **changes):
         f"{LAYER}.self_attn.q_proj": "8",
         f"{LAYER}.self_attn.o_proj": "4",
     }
-    settings = {"search_grid": False, "calibration": LITTLE_TEXT} | changes
+    groups = {f"{LAYER}.mlp.experts": 64, "model.layers.1.mlp.experts": CHANNEL,
+              f"{LAYER}.self_attn.q_proj": CHANNEL}  # fmt: skip
+    settings = {"search_grid": False, "calibration": LITTLE_TEXT, "groups": groups} | changes
     return QuantConfig(experts=scheme, dense=scheme, widths=widths, **settings)
 
 
@@ -197,8 +200,9 @@ def test_gate_and_up_of_an_expert_must_be_alike(written, tmp_path):
     folder = shutil.copytree(written, tmp_path / "other")
     config = json.loads((folder / "config.json").read_text())
     for group in config["quantization_config"]["config_groups"].values():
-        name = f"{LAYER}.mlp.experts.0.up_proj"
+        name, other = (f"{LAYER}.mlp.experts.{e}.up_proj" for e in (0, 1))
         group["targets"] = [target for target in group["targets"] if target != name]
+        group["targets"] += [name] if other in group["targets"] else []
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="expert 0 of .*gate and up at once"):
         qmoe.load(folder, progress=False)

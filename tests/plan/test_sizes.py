@@ -29,7 +29,7 @@ def test_sizes_are_those_of_the_files(demo, tmp_path, family, experts, lm_head):
     headers = sum(8 + int.from_bytes(f.read_bytes()[:8], "little") for f in files)
     data = sum(f.stat().st_size for f in files) - headers
     assert told.tensors == data
-    assert headers <= told.headers <= 1.5 * headers
+    assert headers <= told.headers <= 1.1 * headers + 64 * len(files)
 
 
 def test_layers_that_the_model_does_not_have_are_counted_apart(demo, tmp_path):
