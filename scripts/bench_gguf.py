@@ -7,10 +7,15 @@ there. Twice: as it is ("run"), where llama.cpp's kernels round the inputs of pr
 every tensor expanded to float32 ("weights"), which shows what the weights lost and nothing else.
 llama.cpp's own types have an importance matrix of 128 samples of calibration text. Of ours the
 perplexity in qmoe, in float32, stands beside. Writes gguf.csv and gguf.png into --out.
+
+llama.cpp never divides the chosen experts' weights by their sum in a Qwen2-MoE. In place of such a
+model that does, the original is then the same tensors with `norm_topk_prob = false`: another model,
+but one that both quantize and that llama.cpp runs.
 """
 
 import argparse
 import csv
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -21,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves i
 import numpy as np
 import torch
 from llama.programs import Llama, expand, matrix_bits
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
@@ -54,7 +60,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("docs/gguf"))
     parser.add_argument("--samples", type=int, default=16, help="test samples of each domain")
     parser.add_argument("--preset", default="balanced")
-    parser.add_argument("--calibration-samples", type=int, default=64, help="ours, of both kinds")
     parser.add_argument("--only", nargs="+", choices=[*OURS, *THEIRS], help="rows to measure")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -73,9 +78,10 @@ class Case:
     """A model, its test tokens and the original's log-probabilities on them."""
 
     def __init__(self, model: Path, args: argparse.Namespace, llama: Llama):
-        self.model, self.llama, self.args = model, llama, args
+        self.llama, self.args = llama, args
         self.work = args.work / model.name
         self.work.mkdir(parents=True, exist_ok=True)
+        self.model = model = as_llama_runs_it(model, self.work)
         tokenizer = AutoTokenizer.from_pretrained(model)
         texts = load_texts(str(args.corpus / "*.test.txt"))
         batches = make_batches(tokenizer, texts, samples=args.samples, seqlen=SEQLEN, batch=1)[0]
@@ -155,6 +161,24 @@ class Case:
             for ids, logits in zip(part, model(input_ids=part).logits, strict=True)
         ]
         return round(float(torch.cat(loss).mean().exp()), 4)
+
+
+def as_llama_runs_it(model: Path, work: Path) -> Path:
+    """The model, or if llama.cpp runs another one of the same tensors, a folder with that. Tied
+    embeddings are written twice, as llama.cpp wants an output matrix of a Qwen2-MoE."""
+    config = json.loads((model / "config.json").read_text())
+    if config["model_type"] != "qwen2_moe" or not config["norm_topk_prob"]:
+        return model
+    other = work / f"{model.name}-unnormalized"
+    shutil.rmtree(other, ignore_errors=True)
+    shutil.copytree(model, other)
+    changes = {"norm_topk_prob": False, "tie_word_embeddings": False}
+    (other / "config.json").write_text(json.dumps(config | changes))
+    tensors = load_file(other / "model.safetensors")
+    if config["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    return other
 
 
 def _loss(predicted: Tensor, ids: Tensor) -> Tensor:
