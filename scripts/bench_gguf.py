@@ -6,7 +6,8 @@ Every file runs in llama.cpp, on the same token ids, and is held against the ori
 there. Twice: as it is ("run"), where llama.cpp's kernels round the inputs of products too, and with
 every tensor expanded to float32 ("weights"), which shows what the weights lost and nothing else.
 llama.cpp's own types have an importance matrix of 128 samples of calibration text. Of ours the
-perplexity in qmoe, in float32, stands beside. Writes gguf.csv and gguf.png into --out.
+perplexity in qmoe, in float32, stands beside. Writes gguf.csv and gguf.png into --out, and the
+table of all rows of the CSV into gguf.md beside that folder; without models it does the last alone.
 
 llama.cpp never divides the chosen experts' weights by their sum in a Qwen2-MoE. In place of such a
 model that does, the original is then the same tensors with `norm_topk_prob = false`: another model,
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves i
 
 import numpy as np
 import torch
+from check_table import put
 from llama.programs import Llama, expand, matrix_bits
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -49,28 +51,36 @@ OURS = {
 }
 COLUMNS = ("model", "method", "bits_per_weight", "bytes", "kl_run", "kl_weights",
            "perplexity_run", "perplexity_weights", "perplexity_qmoe", "types")  # fmt: skip
+BEGIN, END = "<!-- gguf: begin, by scripts/bench_gguf.py -->", "<!-- gguf: end -->"
 Row = dict[str, Any]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL")
-    parser.add_argument("--corpus", type=Path, required=True, help="*.train.txt and *.test.txt")
-    parser.add_argument("--work", type=Path, required=True, help="a few GB")
+    parser.add_argument("models", nargs="*", type=Path, metavar="MODEL")
+    parser.add_argument("--corpus", type=Path, help="*.train.txt and *.test.txt")
+    parser.add_argument("--work", type=Path, help="a few GB")
     parser.add_argument("--out", type=Path, default=Path("docs/gguf"))
     parser.add_argument("--samples", type=int, default=16, help="test samples of each domain")
     parser.add_argument("--preset", default="balanced")
     parser.add_argument("--only", nargs="+", choices=[*OURS, *THEIRS], help="rows to measure")
     args = parser.parse_args()
+    if args.models and not (args.corpus and args.work):
+        parser.error("models are measured with --corpus and --work")
     args.out.mkdir(parents=True, exist_ok=True)
-    llama = Llama.find(args.work)
+    llama = Llama.find(args.work) if args.models else None
     for model in args.models:
+        assert llama is not None
         case = Case(model, args, llama)
         for name in args.only or [*OURS, *THEIRS]:
             row = case.ours(name) if name in OURS else case.theirs(name)
             print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             write(args.out / "gguf.csv", row)
-    draw(read(args.out / "gguf.csv"), args.out / "gguf.png")
+    rows = read(args.out / "gguf.csv")
+    draw(rows, args.out / "gguf.png")
+    page = args.out.parent / "gguf.md"
+    if page.is_file():
+        page.write_text(put(page.read_text(), BEGIN, END, table(rows)))
     return 0
 
 
@@ -202,6 +212,21 @@ def write(path: Path, row: Row) -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def table(rows: list[Row]) -> str:
+    """For the page; ours are bold, and KL is in thousandths."""
+    heads = ("model", "method", "bits per weight", "bytes", "KL, weights", "KL, as run",
+             "perplexity, as run", "perplexity in qmoe")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for r in rows:
+        name = f"**{r['method']}**" if r["method"].startswith("qmoe") else r["method"]
+        numbers = [f"{float(r['bits_per_weight']):.2f}", f"{int(r['bytes']) / 1e6:.2f} MB"]
+        numbers += [f"{1000 * float(r[f'kl_{what}']):.2f}" for what in ("weights", "run")]
+        numbers += [f"{float(r['perplexity_run']):.2f}"]
+        numbers += [f"{float(r['perplexity_qmoe']):.2f}" if r["perplexity_qmoe"] else "-"]
+        lines.append(f"| {r['model']} | {name} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
 
 
 def draw(rows: list[Row], path: Path) -> None:
