@@ -247,7 +247,8 @@ def draw(rows: list[Row], path: Path) -> None:
             points = [(float(r["bits_per_weight"]), float(r["kl_weights"])) for r in mine]
             axis.plot(*zip(*points, strict=True), mark, label=who)
             for r, point in zip(mine, points, strict=True):
-                axis.annotate(r["method"].removeprefix(f"{who} "), point, fontsize=7)
+                name = r["method"].removeprefix(f"{who} ")
+                axis.annotate(name, point, (5, 4), fontsize=7, textcoords="offset points")
         axis.set_yscale("log")
         axis.set_title(model, fontsize=10)
         axis.set_xlabel("stored bits per weight of the layers' matrices")
