@@ -122,8 +122,8 @@ LONG = ("versions", "notes", "types")  # columns that stay in the file
 def rows(docs: Path) -> str:
     """A page of every row that benchmarks wrote into the repository."""
     said = (
-        "The tables are made of files in the repository, which the scripts that measured wrote. The "
-        "page that is named explains the columns and has the command."
+        "The tables are made of files in the repository, which benchmarks wrote. The page that is "
+        "named explains the columns and has the command."
     )
     lines = ["# All measured rows", "", said]
     for name, (title, page) in ROWS.items():
