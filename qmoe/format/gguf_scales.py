@@ -66,8 +66,9 @@ def widest_bits(scheme: Scheme, inputs: int) -> int:
     """The most bits that a matrix of this many inputs may have for the bytes of its own. No K type
     holds rows that are not made of super-blocks. Q4_0 then does, 2 and 3 bits like 4; but zero
     points need Q4_1 at 4 bits, which is larger."""
-    if inputs % SUPER == 0 or scheme.bits not in MOST:
-        return scheme.bits
+    bits: int = scheme.bits
+    if inputs % SUPER == 0 or bits not in MOST:
+        return bits
     return 4 if scheme.symmetric else 3
 
 
