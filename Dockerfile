@@ -1,5 +1,5 @@
 # docker build --tag qmoe . && docker run --rm --volume "$PWD:/models" qmoe quantize SRC DST
-# With a GPU: docker run --gpus all. Not built by any test of this repository.
+# With a GPU: docker run --gpus all. No test of this repository builds it (docs/install.md says what was tried).
 FROM python:3.11-slim
 
 # Builds the CPU kernels; Triton needs it at run time on a GPU.

@@ -8,7 +8,7 @@ CROSS ?= aarch64-linux-gnu-gcc
 SANITIZED := -std=c11 -g -ffp-contract=off -fno-math-errno -fno-trapping-math -Ikernels/cpu/csrc \
 	tests/kernels/cpu/sanitize.c $(wildcard kernels/cpu/csrc/*.c) -lm -lpthread
 
-.PHONY: quickstart test test-all lint types rooms sanitize kernels gpu-dry-run families docs smoke check clean
+.PHONY: quickstart test test-all lint types rooms sanitize kernels gpu-dry-run families docs smoke wheels check clean
 
 quickstart: .venv/ready
 	$(BIN)/python scripts/quickstart.py
@@ -67,6 +67,10 @@ gpu-dry-run: .venv/ready
 # sdist and wheels in dist/, each wheel used in a clean environment outside of the repository.
 smoke: .venv/ready
 	$(BIN)/python -P scripts/smoke_test.py --dist dist --borrow
+
+# What goes to a package index, in dist/; a wheel for aarch64 too if there is a cross compiler.
+wheels: .venv/ready
+	$(BIN)/python -P scripts/wheels.py --dist dist $$(command -v $(CROSS) >/dev/null && echo --cross $(CROSS))
 
 # The site, in build/site; a warning is an error.
 docs: .venv/ready

@@ -6,11 +6,17 @@ Every file runs in llama.cpp, on the same token ids, and is held against the ori
 there. Twice: as it is ("run"), where llama.cpp's kernels round the inputs of products too, and with
 every tensor expanded to float32 ("weights"), which shows what the weights lost and nothing else.
 llama.cpp's own types have an importance matrix of 128 samples of calibration text. Of ours the
-perplexity in qmoe, in float32, stands beside. Writes gguf.csv and gguf.png into --out.
+perplexity in qmoe, in float32, stands beside. Writes gguf.csv and gguf.png into --out, and the
+table of all rows of the CSV into gguf.md beside that folder; without models it does the last alone.
+
+llama.cpp never divides the chosen experts' weights by their sum in a Qwen2-MoE. In place of such a
+model that does, the original is then the same tensors with `norm_topk_prob = false`: another model,
+but one that both quantize and that llama.cpp runs.
 """
 
 import argparse
 import csv
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -20,7 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves i
 
 import numpy as np
 import torch
+from check_table import put
 from llama.programs import Llama, expand, matrix_bits
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
@@ -43,29 +51,36 @@ OURS = {
 }
 COLUMNS = ("model", "method", "bits_per_weight", "bytes", "kl_run", "kl_weights",
            "perplexity_run", "perplexity_weights", "perplexity_qmoe", "types")  # fmt: skip
+BEGIN, END = "<!-- gguf: begin, by scripts/bench_gguf.py -->", "<!-- gguf: end -->"
 Row = dict[str, Any]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL")
-    parser.add_argument("--corpus", type=Path, required=True, help="*.train.txt and *.test.txt")
-    parser.add_argument("--work", type=Path, required=True, help="a few GB")
+    parser.add_argument("models", nargs="*", type=Path, metavar="MODEL")
+    parser.add_argument("--corpus", type=Path, help="*.train.txt and *.test.txt")
+    parser.add_argument("--work", type=Path, help="a few GB")
     parser.add_argument("--out", type=Path, default=Path("docs/gguf"))
     parser.add_argument("--samples", type=int, default=16, help="test samples of each domain")
     parser.add_argument("--preset", default="balanced")
-    parser.add_argument("--calibration-samples", type=int, default=64, help="ours, of both kinds")
     parser.add_argument("--only", nargs="+", choices=[*OURS, *THEIRS], help="rows to measure")
     args = parser.parse_args()
+    if args.models and not (args.corpus and args.work):
+        parser.error("models are measured with --corpus and --work")
     args.out.mkdir(parents=True, exist_ok=True)
-    llama = Llama.find(args.work)
+    llama = Llama.find(args.work) if args.models else None
     for model in args.models:
+        assert llama is not None
         case = Case(model, args, llama)
         for name in args.only or [*OURS, *THEIRS]:
             row = case.ours(name) if name in OURS else case.theirs(name)
             print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             write(args.out / "gguf.csv", row)
-    draw(read(args.out / "gguf.csv"), args.out / "gguf.png")
+    rows = read(args.out / "gguf.csv")
+    draw(rows, args.out / "gguf.png")
+    page = args.out.parent / "gguf.md"
+    if page.is_file():
+        page.write_text(put(page.read_text(), BEGIN, END, table(rows)))
     return 0
 
 
@@ -73,9 +88,10 @@ class Case:
     """A model, its test tokens and the original's log-probabilities on them."""
 
     def __init__(self, model: Path, args: argparse.Namespace, llama: Llama):
-        self.model, self.llama, self.args = model, llama, args
+        self.llama, self.args = llama, args
         self.work = args.work / model.name
         self.work.mkdir(parents=True, exist_ok=True)
+        self.model = model = as_llama_runs_it(model, self.work)
         tokenizer = AutoTokenizer.from_pretrained(model)
         texts = load_texts(str(args.corpus / "*.test.txt"))
         batches = make_batches(tokenizer, texts, samples=args.samples, seqlen=SEQLEN, batch=1)[0]
@@ -157,6 +173,24 @@ class Case:
         return round(float(torch.cat(loss).mean().exp()), 4)
 
 
+def as_llama_runs_it(model: Path, work: Path) -> Path:
+    """The model, or if llama.cpp runs another one of the same tensors, a folder with that. Tied
+    embeddings are written twice, as llama.cpp wants an output matrix of a Qwen2-MoE."""
+    config = json.loads((model / "config.json").read_text())
+    if config["model_type"] != "qwen2_moe" or not config["norm_topk_prob"]:
+        return model
+    other = work / f"{model.name}-unnormalized"
+    shutil.rmtree(other, ignore_errors=True)
+    shutil.copytree(model, other)
+    changes = {"norm_topk_prob": False, "tie_word_embeddings": False}
+    (other / "config.json").write_text(json.dumps(config | changes))
+    tensors = load_file(other / "model.safetensors")
+    if config["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    return other
+
+
 def _loss(predicted: Tensor, ids: Tensor) -> Tensor:
     """Of log-probabilities [N - 1, V] of each next token."""
     return -predicted.gather(1, ids[1:, None])[:, 0]
@@ -180,6 +214,21 @@ def write(path: Path, row: Row) -> None:
         writer.writerows(rows)
 
 
+def table(rows: list[Row]) -> str:
+    """For the page; ours are bold, and KL is in thousandths."""
+    heads = ("model", "method", "bits per weight", "bytes", "KL, weights", "KL, as run",
+             "perplexity, as run", "perplexity in qmoe")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for r in rows:
+        name = f"**{r['method']}**" if r["method"].startswith("qmoe") else r["method"]
+        numbers = [f"{float(r['bits_per_weight']):.2f}", f"{int(r['bytes']) / 1e6:.2f} MB"]
+        numbers += [f"{1000 * float(r[f'kl_{what}']):.2f}" for what in ("weights", "run")]
+        numbers += [f"{float(r['perplexity_run']):.2f}"]
+        numbers += [f"{float(r['perplexity_qmoe']):.2f}" if r["perplexity_qmoe"] else "-"]
+        lines.append(f"| {r['model']} | {name} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
 def draw(rows: list[Row], path: Path) -> None:
     """KL against bits per weight, a panel per model; nothing without matplotlib."""
     try:
@@ -198,7 +247,8 @@ def draw(rows: list[Row], path: Path) -> None:
             points = [(float(r["bits_per_weight"]), float(r["kl_weights"])) for r in mine]
             axis.plot(*zip(*points, strict=True), mark, label=who)
             for r, point in zip(mine, points, strict=True):
-                axis.annotate(r["method"].removeprefix(f"{who} "), point, fontsize=7)
+                name = r["method"].removeprefix(f"{who} ")
+                axis.annotate(name, point, (5, 4), fontsize=7, textcoords="offset points")
         axis.set_yscale("log")
         axis.set_title(model, fontsize=10)
         axis.set_xlabel("stored bits per weight of the layers' matrices")

@@ -1,10 +1,13 @@
 """Pages of the site that are not in docs/: the README, ARCHITECTURE.md and their like, and the
-reference of the command line, which is made of the parser itself. mkdocs loads this file.
+reference of the command line, which is made of the parser itself, and all rows that measurements
+left as CSV and JSON. mkdocs loads this file.
 
 Left out: the pages themselves, which mkdocs.yml lists.
 """
 
 import argparse
+import csv
+import json
 import re
 import sys
 import textwrap
@@ -55,6 +58,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made here."""
     pages = {site: (ROOT / name).read_text(encoding="utf-8") for name, site in TOP.items()}
     pages |= {"reference/cli.md": command_line(), "reference/python.md": PYTHON}
+    pages["reference/rows.md"] = rows(ROOT / "docs")
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files
@@ -96,6 +100,59 @@ def command_line() -> str:
         if sub.epilog:
             lines += ["", "```text", sub.epilog.rstrip(), "```"]
     return "\n".join(lines) + "\n"
+
+
+# Files of rows below docs/, what they hold, and the page that explains them.
+ROWS = {
+    "quality/quality.csv": ("Quality beside other tools", "../quality/README.md"),
+    "budget/tiny-qwen3moe.csv": ("Bits chosen for a number of bytes", "../budget.md"),
+    "gguf/gguf.csv": ("Files of llama.cpp", "../gguf.md"),
+    "gpu/NVIDIA_H100_80GB_HBM3/decode.json": (
+        "MoE layers on an H100, decoding",
+        "../gpu/README.md",
+    ),
+    "gpu/NVIDIA_H100_80GB_HBM3/prefill.json": (
+        "MoE layers on an H100, prompts",
+        "../gpu/README.md",
+    ),
+}
+LONG = ("versions", "notes", "types")  # columns that stay in the file
+
+
+def rows(docs: Path) -> str:
+    """A page of every row that benchmarks wrote into the repository."""
+    said = (
+        "The tables are made of files in the repository, which benchmarks wrote. The page that is "
+        "named explains the columns and has the command."
+    )
+    lines = ["# All measured rows", "", said]
+    for name, (title, page) in ROWS.items():
+        text = (docs / name).read_text(encoding="utf-8")
+        found = (
+            json.loads(text)["rows"]
+            if name.endswith("json")
+            else [*csv.DictReader(text.splitlines())]
+        )
+        heads = [head for head in found[0] if head not in LONG]
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            f"From `docs/{name}`, explained on [this page]({page}).",
+            "",
+        ]
+        lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        lines += [f"| {' | '.join(_short(row.get(head)) for head in heads)} |" for row in found]
+    return "\n".join(lines) + "\n"
+
+
+def _short(value: object) -> str:
+    """Numbers with a point as four digits that count, all else as it is."""
+    text = "" if value is None else str(value)
+    try:
+        return f"{float(text):.4g}" if "." in text else text.replace("|", "\\|")
+    except ValueError:
+        return text.replace("|", "\\|")
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:

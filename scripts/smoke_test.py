@@ -7,19 +7,19 @@ The wheels are built from the sdist: one with the CPU kernels for this platform,
 them (QMOE_PURE=1) for every platform. In each environment, outside of the repository, a small model
 is quantized, audited, reported on, loaded and asked to continue a text.
 
-For a package index, `auditwheel repair` gives the first wheel the manylinux tag that its libraries
-allow: 2_34 if it was built on Debian 12.
+scripts/wheels.py builds those that go to a package index.
 """
 
 import argparse
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves it out
+
+from wheels import ROOT, build_sdist, native, pure, run
+
 DEMO = ROOT / "tests" / "data" / "demo-moe"
 USE = """
 import sys, pathlib, qmoe
@@ -35,33 +35,6 @@ COMMANDS = (
     ["inspect", "int4"],
     ["report", "int4"],
 )
-
-
-def run(command: list[str], cwd: Path, **environment: str) -> str:
-    """Standard output of a command; ends the script if it fails."""
-    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        command, cwd=cwd, env=inherited | environment, capture_output=True, text=True
-    )
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return done.stdout
-
-
-def build(dist: Path) -> list[Path]:
-    """The sdist, and the two wheels that are built from it, which are returned."""
-    dist.mkdir(parents=True, exist_ok=True)
-    code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(dist)!r}))"
-    sdist = dist / run([sys.executable, "-c", code], ROOT).strip().splitlines()[-1]
-    print(f"{sdist.name}: {sdist.stat().st_size} bytes")
-    wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
-    wheel += ["--no-build-isolation", "--wheel-dir", str(dist), str(sdist)]
-    for pure in ("0", "1"):
-        run(wheel, dist, QMOE_PURE=pure)
-    wheels = sorted(dist.glob("qmoe-*.whl"))
-    if [path.name.endswith("-any.whl") for path in wheels] != [False, True]:
-        sys.exit(f"expected one wheel with the CPU kernels and one without, found {wheels}")
-    return wheels
 
 
 def use(wheel: Path, borrow: bool) -> None:
@@ -90,7 +63,7 @@ def use(wheel: Path, borrow: bool) -> None:
         print("    " + run([python, "-c", USE], place).strip())
         has_kernels = "C kernels, " in run([qmoe, "info"], place)
         if has_kernels == wheel.name.endswith("-any.whl"):
-            print(f"{wheel.name}: the kernels that it promises are not those that run")
+            sys.exit(f"{wheel.name}: the kernels that it promises are not those that run")
 
 
 def main() -> None:
@@ -98,7 +71,10 @@ def main() -> None:
     parser.add_argument("--dist", type=Path, default=ROOT / "dist", help="where they are put")
     parser.add_argument("--borrow", action="store_true", help="install no other packages")
     args = parser.parse_args()
-    for wheel in build(args.dist.resolve()):
+    dist = args.dist.resolve()
+    sdist = build_sdist(dist)
+    print(f"Python {sys.version.split()[0]}, {sdist.name}: {sdist.stat().st_size} bytes")
+    for wheel in (native(sdist, dist), pure(sdist, dist)):
         print(f"{wheel.name}: {wheel.stat().st_size} bytes")
         use(wheel, args.borrow)
     print("passed")

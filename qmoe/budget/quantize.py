@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from qmoe.budget.choose import Chosen, all_in, choose, uniform
+from qmoe.budget.curve import curve
 from qmoe.budget.guard import GuardText, batches_of, better, divergences
 from qmoe.budget.kept_layers import forget_layers
 from qmoe.budget.measure import measure
@@ -134,7 +135,8 @@ def quantize_to_size(
         make = partial(quantize, src, progress=progress, **how)
         if budget.keep:
             make = partial(run_again, src, measured=where, **how)
-        report = _guarded(plan, chosen, rival, text, notes, make)
+        told = {"curve": curve(memory, base, found)}
+        report = _guarded(plan, chosen, rival, text, notes, make, told)
         if isinstance(memory, Gpu) and budget.vram is not None:
             written, nbytes = chosen.config, chosen.nbytes
             if rival is not None and report["budget"]["written"] == "uniform":
@@ -219,9 +221,10 @@ def _guarded(
     text: GuardText,
     notes: list[str],
     make: Callable[..., Any],
+    told: dict[str, Any],
 ) -> dict[str, Any]:
     """Make the planned model and the uniform one, and keep the better. notes: on the text. make:
-    quantizes into a folder."""
+    quantizes into a folder. told: what the report's "budget" says beside what comes of it."""
     configs = {"planned": chosen.config} | ({} if rival is None else {"uniform": rival})
     folders = {name: plan.dst.with_name(f"{plan.dst.name}.{name}") for name in configs}
     for name, path in folders.items():
@@ -231,7 +234,7 @@ def _guarded(
             raise OutputError(f"{path}: is in the way and was made with other settings; remove it")
     kl = divergences(plan.source.folder, folders, text)
     best = better(kl)
-    told = {
+    told = told | {
         "bytes": chosen.nbytes,
         "written": best,
         "predicted_kl": chosen.predicted,

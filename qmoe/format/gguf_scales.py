@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qmoe.config import Scheme
+
 SUPER = 256  # inputs of a super-block
 MOST = {2: 15, 3: 31}  # the largest multiple, by bits
 LARGEST = 65280.0  # of bfloat16 in the range of float16
@@ -58,6 +60,16 @@ def gguf_scales(
         best = torch.where(error < least, multiples * unit, best)
         least = torch.minimum(error, least)
     return best.flatten(-2)
+
+
+def widest_bits(scheme: Scheme, inputs: int) -> int:
+    """The most bits that a matrix of this many inputs may have for the bytes of its own. No K type
+    holds rows that are not made of super-blocks. Q4_0 then does, 2 and 3 bits like 4; but zero
+    points need Q4_1 at 4 bits, which is larger."""
+    bits: int = scheme.bits
+    if inputs % SUPER == 0 or bits not in MOST:
+        return bits
+    return 4 if scheme.symmetric else 3
 
 
 def _least(digits: int) -> float:

@@ -96,6 +96,24 @@ def ranked(values: Sequence[float], least: int, alt: str) -> str:
         return _in_page(figure, alt)
 
 
+def curve(
+    line: Sequence[tuple[float, float]], points: Mapping[str, tuple[float, float]], alt: str
+) -> str:
+    """KL by bits on average: a predicted line, and measured points by name, on a scale of powers of
+    ten, from which values of 0 are left out."""
+    with _figure(2.6) as (figure, axes):
+        shown = [(x, y) for x, y in line if y > 0]
+        axes.plot(*zip(*shown, strict=True), color=LINES[0], linewidth=1.4, label="predicted")
+        for (name, at), colour, mark in zip(points.items(), LINES[1:], "osD", strict=False):
+            axes.plot(*at, mark, color=colour, markersize=5, label=f"{name}, measured")
+        axes.set_yscale("log")
+        axes.set_xlabel("bits of a quantized weight on average")
+        axes.set_ylabel("KL, nats per token")
+        axes.grid(axis="y", alpha=0.25, color=INK, linewidth=0.4)
+        axes.legend(frameon=False, loc="best", fontsize=8)
+        return _in_page(figure, alt)
+
+
 @contextmanager
 def _figure(height: float) -> Iterator[tuple[Any, Any]]:
     """A figure with one pair of axes, in the settings above."""

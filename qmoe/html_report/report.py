@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from qmoe.errors import OutputError
 from qmoe.html_report import comparison
+from qmoe.html_report.budget_section import budget
 from qmoe.html_report.expert_sections import coverage, errors, quality, routing, use
 from qmoe.html_report.facts import Facts, gather
 from qmoe.html_report.plots import check_can_plot
@@ -75,8 +76,8 @@ def report(
 
 def sections(facts: Facts) -> list[Section]:
     """All of a page on one folder, in order."""
-    first = (quality, use, coverage, errors, routing, storage, memory)
-    made = [section(facts) for section in first]
+    middle = (use, coverage, errors, routing, storage, memory)
+    made = [quality(facts), *budget(facts), *(section(facts) for section in middle)]
     return [*made, *prediction(facts), departures(facts), provenance(facts)]
 
 

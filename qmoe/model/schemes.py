@@ -8,6 +8,7 @@ from torch import nn
 
 from qmoe.config import CHANNEL, GROUPS, QuantConfig, Scheme
 from qmoe.errors import ConfigError
+from qmoe.format.gguf_scales import widest_bits
 from qmoe.format.hadamard import block_for
 from qmoe.model.experts import expert_weights, matrices_of, stack
 from qmoe.model.precision import ever_in_float32
@@ -27,6 +28,30 @@ def with_block(source: Source, config: QuantConfig) -> QuantConfig:
     if block == 1:
         raise ConfigError(f"rotate: no power of two divides all input dimensions: {sorted(sizes)}")
     return config.rotated_by(block)
+
+
+def with_widest(source: Source, config: QuantConfig) -> tuple[QuantConfig, list[str]]:
+    """With the target llama.cpp, settings that give a matrix more bits where its block type has
+    room for them, and a note of it. Bits that the settings have for a single matrix stay; so do all
+    with AWQ's scales, which go with one width alone."""
+    if config.target != "llama.cpp" or config.applies_awq:
+        return config, []
+    widths: dict[str, str] = {}
+    for layer in source.structure.layers:
+        for name, scheme in schemes_of(source, layer, config).items():
+            for target, shape in weight_shapes(source.model, name):
+                bits, experts = widest_bits(scheme, shape[-1]), name in layer.experts
+                key = target if experts else name
+                if bits != scheme.bits and key not in config.widths:
+                    widths[key] = str(bits) * (shape[0] if experts else 1)
+    if not widths:
+        return config, []
+    first, digits = next(iter(widths.items()))
+    note = (
+        f"{digits[0]} bits instead of fewer: {len(widths)} matrices or stacks of them, as {first}; "
+        "llama.cpp's types of fewer bits need inputs that 256 divides, and the next type has room"
+    )
+    return replace(config, widths={**config.widths, **widths}), [note]
 
 
 def check_schemes(source: Source, config: QuantConfig) -> None:

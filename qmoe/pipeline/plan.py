@@ -20,7 +20,7 @@ from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.checkpoint.remote_code import code_digest
 from qmoe.config import QuantConfig
 from qmoe.engines.settings import check_target
-from qmoe.model.schemes import check_schemes, with_block
+from qmoe.model.schemes import check_schemes, with_block, with_widest
 from qmoe.model.source import Source, open_source
 from qmoe.pipeline.checks import (
     check_codes,
@@ -47,7 +47,7 @@ class Plan:
     """dst: the folder to make.
     config: the settings, with the block of an online rotation.
     samples: calibration text at hand, none where no text runs through the model.
-    notes: in words, what of the text is not as it was asked for.
+    notes: in words, what of bits and text is not as it was asked for.
     source_sha256: of the model's weights.
     statistics_from: folders of saved statistics, used instead of text; save_statistics: the folder
         to keep them in.
@@ -141,16 +141,17 @@ def check(
     add = add_prediction if config.mtp == "quantize" else None
     source = open_source(folder, torch.float32, add)
     check_rotation(source, config)
-    config = with_block(source, config)
+    config, widened = with_widest(source, with_block(source, config))
     check_schemes(source, config)
     check_target(source, config)
     check_codes(source, config)
     check_space(source, config, dst)
     uses_text = not given and config.method != "rtn"
     tokenizer = check_companions(source, uses_text)
-    samples, notes = torch.empty(0, 0, dtype=torch.long), list[str]()
+    samples, notes = torch.empty(0, 0, dtype=torch.long), widened
     if uses_text:
-        samples, notes = choose_text(source, tokenizer, config.calibration, text)
+        samples, said = choose_text(source, tokenizer, config.calibration, text)
+        notes = notes + said
     check_held_out(config, samples)
     sha256 = source.checkpoint.check_finite()
     c = config.calibration

@@ -1,6 +1,7 @@
 """Widths for a number of bytes, on made-up measurements of a real model."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from helpers import mostly_slow
 
 import qmoe
 from qmoe.budget.choose import choose, uniform
+from qmoe.budget.curve import curve
 from qmoe.budget.measurements import Measured, Measurements
 from qmoe.budget.memory import Disk, Gpu, average_bits, bytes_for
 from qmoe.checkpoint.model_folder import ModelFolder
@@ -94,6 +96,17 @@ def test_more_bytes_never_cost_more(source, measurements):
     budgets = [bytes_for(source, BASE, bits) for bits in (2.3, 2.6, 3, 4, 5, 7)]
     costs = [choose(Disk(source), BASE, measurements, budget).predicted for budget in budgets]
     assert costs == sorted(costs, reverse=True) and costs[0] > 10 * costs[-1]
+
+
+def test_the_curve_falls_from_the_fewest_bits_to_the_most(source, measurements):
+    found = curve(Disk(source), BASE, measurements)
+    two = replace(SCHEME, bits=2)
+    assert found[0]["bits"] == average_bits(source, replace(BASE, experts=two, dense=two))
+    for a, b in pairwise(found):
+        assert a["bytes"] < b["bytes"] and a["bits"] < b["bits"]
+        assert a["predicted_kl"] > b["predicted_kl"]
+    chosen = choose(Disk(source), BASE, measurements, int(found[3]["bytes"]))
+    assert chosen.predicted == pytest.approx(found[3]["predicted_kl"], rel=0.02)  # headers vary
 
 
 def test_matrices_that_matter_more_get_no_fewer_bits(source, measurements):

@@ -189,6 +189,23 @@ def test_target_fits_k_types(
     assert any("no multiple of 256" in note for note in result["notes"])
 
 
+def test_the_target_fills_blocks(tmp_path: Path, demo: Path) -> None:
+    """Matrices that no K type holds get the bits that the next type has room for, unless the
+    settings have bits for them."""
+    source = save_random(
+        "qwen3_moe", tmp_path / "source", demo, torch.bfloat16, hidden_size=256, norm_topk_prob=True
+    )
+    own = "model.layers.0.mlp.experts.down_proj"
+    table: dict[str, Any] = {"target": "llama.cpp", "method": "rtn", "widths": {own: "2" * 6}}
+    config = QuantConfig.from_dict(table | {"experts": {"bits": 2}})
+    report = qmoe.quantize(source, tmp_path / "q", config, progress=False)
+    assert report["config"]["widths"] == {own: "2" * 6, own.replace(".0.", ".1."): "4" * 6}
+    assert any(note.startswith("4 bits instead of fewer") for note in report["fallbacks"])
+    result = export(ModelFolder(tmp_path / "q"), tmp_path / "model.gguf", progress=False)
+    assert result["types"]["Q4_0"]["tensors"] == 2  # both, the first with room to spare
+    assert [note[:9] for note in result["notes"] if "no multiple of 256" in note] == ["1 tensors"]
+
+
 def test_free_scales_are_larger(tmp_path: Path, demo: Path) -> None:
     config = QuantConfig(method="rtn", search_grid=False, refit=False, experts=Scheme(2, 32))
     changes = {"hidden_size": 256, "norm_topk_prob": True}

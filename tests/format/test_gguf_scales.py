@@ -1,9 +1,15 @@
 """Scales that llama.cpp's K types hold."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from qmoe.format.gguf_scales import gguf_scales
+from qmoe.config import Scheme
+from qmoe.export.block_types import BLOCK_TYPES
+from qmoe.export.grid import grid_of
+from qmoe.format.gguf_scales import gguf_scales, widest_bits
+from qmoe.format.quantized import Quantized
 
 
 def reference(values: torch.Tensor, most: int) -> bool:
@@ -66,3 +72,33 @@ def test_no_super_blocks_in_odd_rows() -> None:
     assert torch.equal(gguf_scales(scale, torch.zeros_like(scale), 2, 32, torch.bfloat16), scale)
     whole = torch.rand(3, 1).bfloat16().float() + 0.5
     assert torch.equal(gguf_scales(whole, torch.zeros_like(whole), 2, 512, torch.bfloat16), whole)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "inputs", "bits"),
+    [
+        (Scheme(2, 32), 256, 2),
+        (Scheme(2, 32), 128, 4),
+        (Scheme(3, 32), 1408, 4),
+        (Scheme(3, 32), 768, 3),
+        (Scheme(2, 32, symmetric=False), 384, 3),
+        (Scheme(3, 32, symmetric=False), 384, 3),
+        (Scheme(4, 32), 128, 4),
+        (Scheme(8, 32), 128, 8),
+    ],
+)
+def test_more_bits_cost_no_byte(scheme: Scheme, inputs: int, bits: int) -> None:
+    """The smallest block type of these bits is no larger than that of the scheme's own, and that of
+    one bit more is."""
+    assert widest_bits(scheme, inputs) == bits
+
+    def size(bits: int) -> float:
+        shape = (1, 4, inputs)
+        q = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), shape, dtype=torch.int8)
+        scale = torch.full((1, 4, inputs // 32), 0.125, dtype=torch.bfloat16)
+        zero = None if scheme.symmetric else torch.full(scale.shape, -1, dtype=torch.int8)
+        grid = grid_of(Quantized(q, scale, zero, replace(scheme, bits=bits)), 0)
+        return next(kind.bits for kind in BLOCK_TYPES if kind.holds(grid))
+
+    assert size(bits) <= size(scheme.bits)
+    assert bits == 8 or size(bits + 1 if bits < 4 else 8) > size(scheme.bits)

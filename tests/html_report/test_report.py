@@ -140,6 +140,30 @@ def test_what_was_not_recorded_is_said_with_the_command_that_records_it(quantize
     assert "qmoe bench q4 --against source --save" in text
 
 
+def test_a_budget_shows_its_curve(measured, tmp_path):
+    folder = tmp_path / "sized"
+    shutil.copytree(measured, folder)
+    told = json.loads((folder / "qmoe_report.json").read_text())
+    kl = {"planned": {"overall": 0.0125, "p99": 0.25}, "uniform": {"overall": 0.05, "p99": 0.75}}
+    told["budget"] = {
+        "written": "planned", "kl": kl, "predicted_kl": 0.0075,
+        "bits": {"planned": 3.1, "uniform": 3},
+        "weight_files": {"planned": 10**6, "uniform": 999 * 10**3},
+        "curve": [{"bytes": 1, "bits": 2.1, "predicted_kl": 0.1},
+                  {"bytes": 2, "bits": 8.1, "predicted_kl": 0.0}],
+    }  # fmt: skip
+    (folder / "qmoe_report.json").write_text(json.dumps(told))
+    page = check_alone(report(folder).html)
+    assert page.titles == [TITLES[0], "Budget", *TITLES[1:]]
+    text = " ".join(page.text)
+    for said in ("0.00750", "0.01250", "0.7500", "1.00 MB", "the planned one was written",
+                 "planned, measured", "bits of a quantized weight on average"):  # fmt: skip
+        assert said in text, said
+    del told["budget"]["curve"]
+    (folder / "qmoe_report.json").write_text(json.dumps(told))
+    assert "planned, measured" not in report(folder).html
+
+
 def test_two_folders_side_by_side(measured, other):
     html = report(measured, other).html
     page = check_alone(html)

@@ -44,3 +44,16 @@ def test_arguments_become_a_list():
     assert as_list("Do it.\n\nsrc: a folder,\n    or a name.\ndst: new.\n\nReturns x: y.") == (
         "Do it.\n\n- **src**: a folder,\n    or a name.\n- **dst**: new.\n\nReturns x: y."
     )
+
+
+def test_all_rows_of_a_file_are_in_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(docs_hooks, "ROWS", {"a.csv": ("A", "x.md"), "b.json": ("B", "y.md")})
+    (tmp_path / "a.csv").write_text("name,kl,notes\nq|4,0.00123456,long\nq3,,\n")
+    (tmp_path / "b.json").write_text('{"rows": [{"us": 35.2319, "tokens": 4096}]}')
+    page = docs_hooks.rows(tmp_path)
+    assert "| name | kl |\n|---|---|\n| q\\|4 | 0.001235 |\n| q3 |  |\n" in page
+    assert "| us | tokens |\n|---|---|\n| 35.23 | 4096 |\n" in page and "long" not in page
+
+
+def test_files_of_rows_are_there():
+    assert all((docs_hooks.ROOT / "docs" / name).is_file() for name in docs_hooks.ROWS)
