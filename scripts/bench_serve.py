@@ -34,7 +34,11 @@ PLAIN, OURS = "transformers.cli.transformers", "qmoe.cli.transformers"
 SIXTEEN = "`transformers serve`, the 16-bit original"
 SERVERS: dict[str, tuple[str, Sequence[str]]] = {
     "`qmoe-transformers serve`": (OURS, ()),
-    "`qmoe-transformers serve --continuous-batching`": (OURS, ("--continuous-batching",)),
+    # On a CPU its cache takes most of the free memory unless it is told how many blocks to take.
+    "`qmoe-transformers serve --continuous-batching --cb-num-blocks 64`": (
+        OURS,
+        ("--continuous-batching", "--cb-num-blocks", "64"),
+    ),
     "`transformers serve`, without qmoe": (PLAIN, ()),
     SIXTEEN: (PLAIN, ()),
 }
