@@ -54,7 +54,10 @@ RANDOM: dict[str, dict[str, Any]] = {
     "gpt_oss": dict(
         intermediate_size=128, num_local_experts=8, head_dim=64, sliding_window=64,
         layer_types=["sliding_attention", "full_attention"],
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters=dict(
+            rope_type="yarn", rope_theta=150000.0, factor=2.0, beta_fast=32.0, beta_slow=1.0,
+            original_max_position_embeddings=256, truncate=False,
+        ),
     ),
     "llama4_text": dict(
         intermediate_size=128, intermediate_size_mlp=256, num_local_experts=8, head_dim=64,
