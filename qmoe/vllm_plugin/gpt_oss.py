@@ -12,7 +12,18 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from qmoe.vllm_plugin.method import PackedConfig
 
-INSIDE = WeightsMapper(orig_to_new_substr={".mlp.experts.": ".mlp.experts.routed_experts."})
+# Without the endings of other formats, which single experts' names have too.
+NAMES = WeightsMapper(
+    orig_to_new_substr={
+        ".self_attn.": ".attn.",
+        ".mlp.experts.": ".mlp.experts.routed_experts.",
+    },
+    orig_to_new_suffix={
+        ".embed_tokens.weight": ".embedding.weight",
+        ".gate_up_proj_bias": ".w13_bias",
+        ".down_proj_bias": ".w2_bias",
+    },
+)
 
 
 class PackedGptOss(GptOssForCausalLM):  # type: ignore[misc]
@@ -21,6 +32,4 @@ class PackedGptOss(GptOssForCausalLM):  # type: ignore[misc]
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         if not isinstance(self.vllm_config.quant_config, PackedConfig):
             return super().load_weights(weights)  # type: ignore[no-any-return]
-        loader = AutoWeightsLoader(self)
-        mapper = self.hf_to_vllm_mapper | INSIDE
-        return loader.load_weights(weights, mapper=mapper)  # type: ignore[no-any-return]
+        return AutoWeightsLoader(self).load_weights(weights, mapper=NAMES)  # type: ignore[no-any-return]
