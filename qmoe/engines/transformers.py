@@ -47,7 +47,7 @@ def _joins(contents: Contents, setup: Setup) -> Breaches:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     for entry in get_checkpoint_conversion_mapping(contents.model_type) or []:
-        patterns = getattr(entry, "source_patterns", ())
+        patterns: list[str] = list(getattr(entry, "source_patterns", []))
         joins = hasattr(entry, "operations") and len(patterns) > 1
         if joins and not any("*" in pattern for pattern in patterns):
             yield patterns[0], f"{contents.model_type} joins {len(patterns)} tensors of this kind"
