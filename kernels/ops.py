@@ -5,6 +5,7 @@ An op takes tensors and numbers only: an arena travels as its two buffers and a 
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -33,6 +34,11 @@ def _arena(buffer: Tensor, table: Tensor, numbers: Sequence[int], dtype: torch.d
     return Arena(tuple(matrices), buffer, table, ORDERS[numbers[0]], dtype)
 
 
+def _launched_on(x: Tensor) -> AbstractContextManager[object]:
+    """Makes the GPU of a tensor the current one, on which Triton starts kernels."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 @torch.library.custom_op("qmoe::routed_experts", mutates_args=())
 def routed_experts(
     x: Tensor,
@@ -50,7 +56,8 @@ def routed_experts(
     """experts.routed_experts."""
     packed = _arena(buffer, table, arena, x.dtype)
     between = Activation(activation, alpha, limit)
-    return layer.routed_experts(x, ids, gates, packed, between, first_bias, second_bias)
+    with _launched_on(x):
+        return layer.routed_experts(x, ids, gates, packed, between, first_bias, second_bias)
 
 
 @routed_experts.register_fake
@@ -68,7 +75,8 @@ def first_product(
     bias: Tensor | None,
 ) -> Tensor:
     """experts.first_product without an activation: for those that are not fused."""
-    return layer.first_product(x, ids, _arena(buffer, table, arena, x.dtype), bias=bias)
+    with _launched_on(x):
+        return layer.first_product(x, ids, _arena(buffer, table, arena, x.dtype), bias=bias)
 
 
 @first_product.register_fake
@@ -87,7 +95,9 @@ def second_product(
     bias: Tensor | None,
 ) -> Tensor:
     """experts.second_product."""
-    return layer.second_product(mid, ids, gates, _arena(buffer, table, arena, mid.dtype), bias)
+    packed = _arena(buffer, table, arena, mid.dtype)
+    with _launched_on(mid):
+        return layer.second_product(mid, ids, gates, packed, bias)
 
 
 @second_product.register_fake
@@ -100,7 +110,8 @@ def linear(
     x: Tensor, buffer: Tensor, table: Tensor, arena: Sequence[int], bias: Tensor | None
 ) -> Tensor:
     """experts.linear."""
-    return layer.linear(x, _arena(buffer, table, arena, x.dtype), bias)
+    with _launched_on(x):
+        return layer.linear(x, _arena(buffer, table, arena, x.dtype), bias)
 
 
 @linear.register_fake

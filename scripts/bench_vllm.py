@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import qmoe
 from qmoe.format.compressed_tensors import Schemes, unpacked_tensors
@@ -51,7 +51,20 @@ RANDOM: dict[str, dict[str, Any]] = {
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT
     | dict(norm_topk_prob=True, topk_method="noaux_tc", scoring_func="sigmoid"),
-}
+    "gpt_oss": dict(
+        intermediate_size=128, num_local_experts=8, head_dim=64, sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters=dict(
+            rope_type="yarn", rope_theta=150000.0, factor=2.0, beta_fast=32.0, beta_slow=1.0,
+            original_max_position_embeddings=256, truncate=False,
+        ),
+    ),
+    "llama4_text": dict(
+        intermediate_size=128, intermediate_size_mlp=256, num_local_experts=8, head_dim=64,
+        num_experts_per_tok=1, attention_chunk_size=256, no_rope_layers=[1, 0], use_qk_norm=False,
+        moe_layers=[0, 1], rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+}  # fmt: skip
 # How the names of folders end that are compared with vLLM itself: its latent attention gives other
 # logits than transformers', of 16-bit models too.
 EXPANDED = "beside vLLM with expanded weights"
@@ -84,6 +97,8 @@ def folders(work: Path) -> dict[str, Path]:
             replace(SMALL, lm_head=qmoe.Scheme(8, -1)),
         ),
         "OLMoE, random: int4 g32, dense int8 per channel": ("olmoe", SMALL),
+        "gpt-oss, random: int4 g32, dense int8 per channel": ("gpt_oss", SMALL),
+        "Llama 4 (text), random: int4 g32, dense int8 per channel": ("llama4_text", SMALL),
         "DeepSeek-V2, random: the same, beside vLLM with expanded weights": ("deepseek_v2", SMALL),
         "DeepSeek-V3, random: the same, beside vLLM with expanded weights": ("deepseek_v3", SMALL),
     }
@@ -111,21 +126,41 @@ def source(model: str, work: Path) -> Path:
     return folder
 
 
-# The first folder again, on two processes.
+ADAPTED = "the first, with a LoRA adapter on attention"
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+# The first folder again, on two processes, and with an adapter.
 TWICE: dict[str, dict[str, Any]] = {
     "the first, `--tensor-parallel-size 2`": {"tensor_parallel_size": 2},
     "the first, and `--enable-expert-parallel`": {
         "tensor_parallel_size": 2,
         "enable_expert_parallel": True,
     },
+    ADAPTED: {"enable_lora": True, "lora_target_modules": TARGETS},
 }
 
 
+def adapter(work: Path) -> Path:
+    """A random adapter of PEFT's on the demo model, which moves its logits."""
+    import peft
+
+    folder = work / "adapter"
+    if not folder.is_dir():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(DEMO)
+        config = peft.LoraConfig(r=8, init_lora_weights=False, target_modules=TARGETS)
+        peft.get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
 @torch.no_grad()
-def reference(folder: Path, dtype: torch.dtype) -> list[dict[str, Any]]:
+def reference(
+    folder: Path, dtype: torch.dtype, adapter: Path | None = None
+) -> list[dict[str, Any]]:
     """Greedy tokens and their log probabilities as qmoe gives them, of every prompt; `gap`: how far
     behind the second best one is."""
     model, tokenizer = qmoe.load(folder, dtype=dtype)
+    if adapter is not None:
+        model.load_adapter(adapter)
     found = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt).input_ids
@@ -178,12 +213,14 @@ def texts(work: Path, vllm: Path) -> list[dict[str, Any]]:
     cases = [(what, folder, {}) for what, folder in made.items()]
     cases += [(what, next(iter(made.values())), options) for what, options in TWICE.items()]
     for i, (what, folder, options) in enumerate(cases):
-        each = {d: reference(folder, getattr(torch, d)) for d in ("float32", "bfloat16")}
+        lora = adapter(work) if what == ADAPTED else None
+        each = {d: reference(folder, getattr(torch, d), lora) for d in ("float32", "bfloat16")}
         noise = compared(each["bfloat16"], each["float32"])
         for dtype, found in each.items():
             engine = {"model": str(folder), "dtype": dtype} | options
             prompts, out = [one["prompt"] for one in found], str(work / f"texts-{i}.{dtype}.json")
-            jobs.append({"engine": engine, "prompts": prompts, "tokens": TOKENS, "out": out})
+            job = {"engine": engine, "prompts": prompts, "tokens": TOKENS, "out": out}
+            jobs.append(job | ({} if lora is None else {"adapter": str(lora)}))
             if what.endswith(EXPANDED):
                 engine = engine | {"model": str(expanded(folder, work / f"expanded-{i}"))}
                 out = str(work / f"expanded-{i}.{dtype}.json")

@@ -91,8 +91,13 @@ def options(folder: Path, work: Path) -> str:
     return "taken"
 
 
+@torch.no_grad()
 def spread(folder: Path, work: Path) -> str:
-    return refused(lambda: packed(folder, device_map={"model": "cpu", "lm_head": "disk"}))
+    expected = packed(folder)(IDS).logits
+    given = {"": "cpu", "model.layers.1": torch.device("cpu")}
+    told = same(packed(folder, device_map=given)(IDS).logits, expected)
+    disk = refused(lambda: packed(folder, device_map={"": "cpu", "lm_head": "disk"}))
+    return f'{told}; "disk" is {disk}'
 
 
 def refused(act: Callable[[], Any]) -> str:
@@ -123,9 +128,11 @@ def compiled(folder: Path, work: Path) -> str:
     model = packed(folder)
     with torch.no_grad():
         told = torch._dynamo.explain(model)(IDS, use_cache=False)
-    if told.graph_break_count:
-        raise AssertionError(told.break_reasons[0].reason)
-    return f"{told.graph_count} graph, {told.graph_break_count} breaks"
+        if told.graph_break_count:
+            raise AssertionError(told.break_reasons[0].reason)
+        whole = torch.compile(model, fullgraph=True, backend="aot_eager")
+        equal = same(whole(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
+    return f"{told.graph_count} graph, {told.graph_break_count} breaks; {equal}"
 
 
 def saved(folder: Path, work: Path) -> str:
@@ -229,10 +236,10 @@ ROWS = [
     Row("AutoModelForCausalLM.from_pretrained(path)", loaded),
     Row("from_pretrained(path), without qmoe", without),
     Row('from_pretrained(path, dtype=.., device_map="auto", attn_implementation=..)', options),
-    Row("from_pretrained(path, device_map=several devices)", spread),
+    Row("from_pretrained(path, device_map={module: device, ..})", spread),
     Row("model.generate(..)", generated),
     Row('pipeline("text-generation", model=path)', piped),
-    Row("torch.compile(model)", compiled),
+    Row("torch.compile(model, fullgraph=True)", compiled),
     Row("model.save_pretrained(folder)", saved),
     Row("qmoe.quantize_model(model, tokenizer, ..)", in_memory),
     Row('LoraConfig(target_modules=["q_proj", "v_proj"])', trained(**ATTENTION), "peft"),

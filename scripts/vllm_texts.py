@@ -3,8 +3,9 @@
     python scripts/vllm_texts.py JOBS.json    # by the Python that has vLLM
 
 JOBS.json: a list of {"engine": arguments of vLLM's LLM, "prompts": lists of token ids, "tokens":
-how many, "out": a file}. The file gets {"tokens", "logprobs"} of each prompt; a job whose file is
-there is done. bench_vllm.py writes the jobs and reads the files. qmoe comes in as vLLM's plugin.
+how many, "out": a file, "adapter": a folder with one of LoRA, if any}. The file gets {"tokens",
+"logprobs"} of each prompt; a job whose file is there is done. bench_vllm.py writes the jobs and
+reads the files. qmoe comes in as vLLM's plugin.
 """
 
 import gc
@@ -22,6 +23,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.lora.request import LoRARequest
 
 
 def texts(job: dict[str, Any]) -> list[dict[str, Any]]:
@@ -31,7 +33,8 @@ def texts(job: dict[str, Any]) -> list[dict[str, Any]]:
     greedy = SamplingParams(temperature=0, max_tokens=job["tokens"], logprobs=0, ignore_eos=True)
     prompts: Any = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     found = []
-    for request in llm.generate(prompts, greedy, use_tqdm=False):
+    adapter = LoRARequest("adapter", 1, job["adapter"]) if "adapter" in job else None
+    for request in llm.generate(prompts, greedy, use_tqdm=False, lora_request=adapter):
         one = request.outputs[0]
         ids = list(one.token_ids)
         logprobs = [at[i].logprob for at, i in zip(one.logprobs or [], ids, strict=True)]

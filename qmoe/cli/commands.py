@@ -2,13 +2,9 @@
 plan` in plan.py)."""
 
 import argparse
-from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import transformers
 
 from qmoe.checkpoint.folders import read_json
 from qmoe.checkpoint.model_folder import ModelFolder
@@ -16,17 +12,14 @@ from qmoe.cli import tables
 from qmoe.cli.budget import budget_of, show_budget, to_size
 from qmoe.cli.check import check, show_check
 from qmoe.cli.export import export, show_export
+from qmoe.cli.families import families, show_families
 from qmoe.cli.heat_map import heat_map, is_mixed
 from qmoe.cli.info import info, show_info
 from qmoe.cli.measure import bench, eval, show_bench, show_eval
 from qmoe.cli.plan import plan, show_plan
 from qmoe.cli.settings import config_from, to_toml
 from qmoe.errors import (
-    AuditError,
     CheckpointError,
-    ConfigError,
-    QmoeError,
-    UnsupportedModelError,
 )
 from qmoe.model.experts import expert_weights, stack
 from qmoe.model.source import open_source
@@ -37,7 +30,6 @@ from qmoe.pipeline.quantize import quantize as run_quantize
 from qmoe.prediction.attach import add_prediction
 from qmoe.prediction.stored import in_words
 from qmoe.system import distributed
-from qmoe.system.progress import progress, shown
 from qmoe.system.sizes import format_size
 
 __all__ = [
@@ -94,56 +86,6 @@ def _show_lines(lines: list[str], most: int = 20) -> None:
         print(f"  {line}")
     if len(lines) > most:
         print(f"  and {len(lines) - most} more: see qmoe_report.json, or --json")
-
-
-def families(args: argparse.Namespace) -> dict[str, Any]:
-    """`qmoe families`: what is known, and with --check proven, of each; AuditError if a check of a
-    family that is not refused fails."""
-    from qmoe.measure import families as known
-    from qmoe.measure.family_check import CONFIG, check
-
-    if args.rotate != "off" and not args.check:
-        raise ConfigError("--rotate: says how models are checked; add --check")
-    config = replace(CONFIG, rotate=args.rotate)
-    found = {family.model_type: family for family in known.families()}
-    if unknown := [name for name in args.names if name not in found]:
-        raise ConfigError(f"{unknown[0]}: not an MoE language model of this transformers")
-    rows, failed = [], []
-    for family in progress([found[name] for name in args.names or found], "families"):
-        row = {"family": family.model_type, "reads": family.reads, "model": family.head}
-        try:
-            row["experts"] = known.layout(family)
-            if args.check:
-                with TemporaryDirectory(prefix="qmoe-families-") as folder, shown(False):
-                    check(family, Path(folder), config)
-            row["result"] = "passed" if args.check else "supported"
-        except UnsupportedModelError as error:
-            row["result"] = str(error)
-        except QmoeError as error:
-            failed.append(f"{family.model_type}: {error}")
-        rows.append(row)
-    if failed:
-        raise AuditError("\n".join([f"{len(failed)} of {len(rows)} families failed", *failed]))
-    return {"transformers": transformers.__version__, "families": rows}
-
-
-def show_families(result: dict[str, Any]) -> None:
-    rows = result["families"]
-    good = [row for row in rows if row["result"] in ("passed", "supported")]
-    tables.show(
-        f"MoE language models of transformers {result['transformers']}",
-        ["family", "reads", "experts", "result"],
-        [
-            [row["family"], row["reads"], row.get("experts", ""), row["result"]]
-            if row in good
-            else [row["family"], row["reads"], row.get("experts", ""), "refused, see below"]
-            for row in rows
-        ],
-    )
-    for row in rows:
-        if row not in good:
-            print(f"{row['family']}: {row['result']}")
-    print(f"{len(good)} of {len(rows)} {good[0]['result'] if good else 'supported'}")
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:

@@ -43,6 +43,24 @@ def _published(contents: Contents, setup: Setup) -> Breaches:
             )
 
 
+def _joins(contents: Contents, setup: Setup) -> Breaches:
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    for entry in get_checkpoint_conversion_mapping(contents.model_type) or []:
+        patterns: list[str] = list(getattr(entry, "source_patterns", []))
+        joins = hasattr(entry, "operations") and len(patterns) > 1
+        if joins and not any("*" in pattern for pattern in patterns):
+            yield patterns[0], f"{contents.model_type} joins {len(patterns)} tensors of this kind"
+
+
+def _no_weights(contents: Contents, setup: Setup) -> Breaches:
+    if contents.text("zero_expert_num"):
+        yield (
+            "zero_expert_num",
+            f"{contents.model_type} has {contents.text('zero_expert_num')} experts without weights",
+        )
+
+
 RULES = (
     Rule(
         "method",
@@ -78,6 +96,22 @@ RULES = (
         "transformers/conversion_mapping.py: get_checkpoint_conversion_mapping",
         "Load the folder after `import qmoe`.",
         _published,
+    ),
+    Rule(
+        "joined tensors",
+        "transformers decodes tensors that it joins while it loads, and drops those that are not "
+        "packed.",
+        f"{INTEGRATION}: CompressedTensorsDequantize.convert",
+        "Load the folder after `import qmoe`.",
+        _joins,
+    ),
+    Rule(
+        "experts without weights",
+        "transformers' class has room for the weights of experts that have none, which qmoe does "
+        "not write.",
+        "transformers/models/longcat_flash/modeling_longcat_flash.py: LongcatFlashExperts",
+        "Load the folder after `import qmoe`.",
+        _no_weights,
     ),
 )
 ENGINE = Engine(

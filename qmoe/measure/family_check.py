@@ -162,9 +162,13 @@ def _check_rotated(folder: Path, what: str) -> None:
         raise AuditError(f"{what}: rotated, logits are off by up to {float(lost.max()):.1e}")
 
 
+def distance(found: Tensor, expected: Tensor) -> float:
+    """The relative RMS error of logits."""
+    return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+
 def _compare(what: str, found: Tensor, expected: Tensor) -> None:
-    lost = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-    if not lost <= TOLERANCE:
+    if not (lost := distance(found, expected)) <= TOLERANCE:
         raise AuditError(f"{what}: logits are off by {lost:.1e}, RMS")
 
 

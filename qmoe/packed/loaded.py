@@ -34,6 +34,10 @@ def _keep_dtypes(model: Any) -> None:
                 "dtype: a loaded qmoe model stays in the one it was loaded in; load it again with "
                 f"dtype={dtype}"
             )
+        if device is not None and hasattr(model, "hf_device_map"):
+            raise ConfigError(
+                f"device: the model is on several; load it again with device_map={str(device)!r}"
+            )
         if device is not None and device.type != model.device.type:
             raise ConfigError(
                 f"device: packed weights are laid out for {model.device.type}; load the model "

@@ -76,6 +76,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: PackedConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.device: Any = "cpu"
+        self.places: dict[str, torch.device] = {}
+        self.choose = False
 
     def update_attn_implementation(self, config: Any) -> Any:
         """The configuration as it is; called before transformers chooses what was not asked for."""
@@ -83,23 +85,40 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return config
 
     def update_device_map(self, device_map: Any) -> dict[str, Any] | None:
-        """One device for the whole model; ConfigError for a map that names several."""
+        """One device for transformers, which loads nothing: the first. Devices of modules are kept
+        for `fill`. ConfigError for a device that is not there."""
         from qmoe.runtime.run_on import usable_device
 
         if device_map is None:
             return None
+        self.choose = device_map in CHOICES and torch.cuda.device_count() > 0
         if device_map in CHOICES:
-            devices: set[Any] = {"auto"}
-        else:
-            devices = {f"cuda:{d}" if isinstance(d, int) else str(d) for d in device_map.values()}
-        if len(devices) > 1:
-            raise ConfigError(
-                f"device_map: qmoe runs a model on one device, the map names {sorted(devices)}; "
-                'give one, such as device_map="cuda:0", and for experts that do not fit there load '
-                "with qmoe.load(..., expert_memory=...)"
-            )
-        self.device = usable_device(devices.pop())
+            device_map = {"": "auto"}
+        self.places = {
+            name: usable_device(f"cuda:{device}" if isinstance(device, int) else device)
+            for name, device in device_map.items()
+        }
+        self.device = next(iter(self.places.values()))
         return {"": self.device}
+
+    def _run_on(self, source: Any) -> Any:
+        """Where the packed model of a folder runs."""
+        from qmoe.runtime.run_on import RunOn
+        from qmoe.runtime.spread import fill_up
+
+        places = self.places
+        if self.choose:
+            layers = {layer.name: 0 for layer in source.structure.layers}
+            stored = {name: source.checkpoint.tensor_bytes(name) for name in source.weights.names()}
+            for layer in layers:
+                layers[layer] = sum(stored.pop(name) for name in source.weights.sources(layer))
+            gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+            free = [(gpu, torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus]
+            places = fill_up(layers, sum(stored.values()), free)
+        devices = set(places.values())
+        if len(devices) > 1:
+            return RunOn(self.device, places=places)
+        return RunOn(devices.pop() if devices else torch.device("cpu"))
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -124,7 +143,6 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         from qmoe.packed.skeleton import open_packed_in
         from qmoe.runtime.attention import fuse_attention
         from qmoe.runtime.fill import fill
-        from qmoe.runtime.run_on import RunOn
 
         if model.is_custom_code():  # transformers loses what its constructors compute
             raise UnsupportedModelError(
@@ -143,9 +161,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         source = open_packed_in(model, ModelFolder(self.folder), model.config.dtype)
         check_complete(source.weights)
-        run = RunOn(torch.device(self.device))
+        run = self._run_on(source)
         fill(source, model.config.dtype, run)
-        if self.attention_is_ours:
+        if self.attention_is_ours and not run.places:
             fuse_attention(model, run)
         guard(source)
         return model

@@ -3,7 +3,7 @@
 import inspect
 import re
 import sys
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -33,6 +33,14 @@ def fuse_attention(model: Any, run: RunOn) -> None:
         AttentionInterface.register(NAME, attention_forward)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
+        model.init_continuous_batching = partial(_batch_continuously, model)
+
+
+def _batch_continuously(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' `init_continuous_batching`, which takes no attention but its own."""
+    if model.config._attn_implementation == NAME:
+        model.set_attn_implementation("sdpa")
+    return type(model).init_continuous_batching(model, *args, **kwargs)
 
 
 @cache

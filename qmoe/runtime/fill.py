@@ -21,6 +21,7 @@ from qmoe.runtime.offload import offload_experts
 from qmoe.runtime.prepared import keep_prepared, open_prepared, prepared_file
 from qmoe.runtime.routers import fuse_routers
 from qmoe.runtime.run_on import RunOn
+from qmoe.runtime.spread import check_places, move_apart
 from qmoe.system.host_memory import return_freed
 from qmoe.system.progress import progress
 
@@ -35,7 +36,8 @@ def fill(source: Source, dtype: torch.dtype | None, run: RunOn, memory: int | No
     them, computed by the CPU (hybrid.py). Raises CheckpointError for tensors that contradict each
     other, and ConfigError for scales that the model's dtype cannot hold.
     """
-    file, in_c = None, uses_cpu_kernels(run.device) and not uses_arena(run.device)
+    in_c = uses_cpu_kernels(run.device) and not uses_arena(run.device) and not run.places
+    file = None
     coded = any(hasattr(module, "_qmoe_coded") for module in source.model.modules())
     if run.cache and in_c and not coded:  # codes run from the file's bytes
         file = prepared_file(source.checkpoint, source.model.config.dtype)
@@ -44,6 +46,8 @@ def fill(source: Source, dtype: torch.dtype | None, run: RunOn, memory: int | No
     hybrid = memory is not None and run.home is None
     if memory is not None and hybrid:
         run = place_experts(source, run, memory)
+    if run.places:
+        check_places(source, run.places)
     # What is prepared is not read again.
     wanted = source.weights.names()
     if run.prepared is not None:
@@ -59,7 +63,11 @@ def fill(source: Source, dtype: torch.dtype | None, run: RunOn, memory: int | No
     _finish(source, "", run)
     if memory is not None and not hybrid:
         offload_experts(source.model, source.structure, run.device, memory, source.folder.path)
-    source.model.to(run.device).requires_grad_(False)
+    if run.places:
+        move_apart(source, run.places)
+    else:
+        source.model.to(run.device)
+    source.model.requires_grad_(False)
     if hybrid:
         measure_rates(source.model)
     if file is not None and run.prepared is None:
@@ -82,9 +90,9 @@ def _finish(source: Source, prefix: str, run: RunOn) -> None:
         if prefix and not name.startswith(prefix + "."):
             continue
         if name in experts and _holds(module, "down_proj"):
-            finish_experts(module, name, run)
+            finish_experts(module, name, run.at(name))
         elif isinstance(module, PackedLinear) and _holds(module, "weight"):
-            module.finish(name, run)
+            module.finish(name, run.at(name))
         for parameter in module.parameters(recurse=False):
             if parameter.device.type != "meta":
                 # What safetensors gives may be a view into the mapped file and keep all of it.

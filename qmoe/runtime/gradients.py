@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from qmoe.errors import ConfigError
 from qmoe.model import experts
+from qmoe.system.host_memory import return_freed
 
 Expand = Callable[[int], Tensor]
+HOLES = 1 << 25  # bytes of expanded matrices after which freed memory is given back
 
 
 def needs_gradient(*inputs: Tensor) -> bool:
@@ -27,15 +29,30 @@ def needs_gradient(*inputs: Tensor) -> bool:
 class _Product(torch.autograd.Function):
     """x [M, K] times the transpose of matrix e [N, K]."""
 
+    expanded = 0  # bytes, since freed memory was last given back
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, expand: Expand, e: int) -> Tensor:
         ctx.expand, ctx.e = expand, e
-        return x @ expand(e).to(x.dtype).T
+        return x @ _Product.matrix(expand, e, x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = grads
-        return grad @ ctx.expand(ctx.e).to(grad.dtype), None, None
+        return grad @ _Product.matrix(ctx.expand, ctx.e, grad.dtype), None, None
+
+    @classmethod
+    def matrix(cls, expand: Expand, e: int, dtype: torch.dtype) -> Tensor:
+        """A matrix to multiply with. On a CPU, what is freed of the ones before it leaves holes
+        between activations that stay, into which the next one may not fit. Unless the holes are
+        given back, a step takes as much memory as the weights in 16 bits."""
+        if cls.expanded > HOLES and not torch.compiler.is_compiling():
+            cls.expanded = 0
+            return_freed()
+        matrix = expand(e).to(dtype)
+        if matrix.device.type == "cpu":
+            cls.expanded += matrix.nbytes
+        return matrix
 
 
 def product(x: Float[Tensor, "M K"], expand: Expand, e: int) -> Float[Tensor, "M N"]:

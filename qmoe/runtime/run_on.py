@@ -1,7 +1,7 @@
 """Where and how packed weights run: what the options of `load` come to."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,8 @@ class RunOn:
     cache: on a CPU, keep large models in the kernels' layout for the next load.
     prepared: on a CPU, the buffers in the kernels' layout, if they need not be made from the stored
         tensors (runtime/prepared.py), by the module's name and the place of the matrix in it.
+    places: of modules by the beginnings of their names, for a model on several devices
+        (runtime/spread.py); `at` gives how a module runs.
     hot: of experts modules whose experts do not all lie on the GPU, those that do. how: the others
         are computed (runtime/hybrid.py)."""
 
@@ -30,8 +32,26 @@ class RunOn:
     exact: bool = False
     cache: bool = True
     prepared: Mapping[str, Tensor] | None = None
+    places: Mapping[str, torch.device] = field(default_factory=dict)
     hot: Mapping[str, Sequence[int]] = field(default_factory=dict)
     how: "How | None" = None
+
+    def at(self, name: str) -> "RunOn":
+        """How the module of this name runs."""
+        return replace(self, device=place_of(self.places, name)) if self.places else self
+
+
+def place_of(places: Mapping[str, torch.device], name: str) -> torch.device:
+    """The device of a module, by the longest name among `places` that it is or lies in; "" is the
+    whole model. ConfigError if there is none."""
+    while name not in places:
+        if not name:
+            raise ConfigError(
+                f"device_map: expected a device for every module, found {sorted(places)}; add one "
+                'for what is left, under the name ""'
+            )
+        name = name.rpartition(".")[0]
+    return places[name]
 
 
 def usable_device(device: str | torch.device) -> torch.device:

@@ -6,6 +6,7 @@ Everything here is decided by `quantization_config` and needs no vLLM.
 from collections.abc import Mapping
 from typing import Any
 
+from qmoe.errors import UnsupportedModelError
 from qmoe.format.compressed_tensors import PACKED, is_ours
 
 METHOD = "qmoe"  # the name of the method in vLLM; config.json says "compressed-tensors"
@@ -16,8 +17,14 @@ def takes(entry: Mapping[str, Any], asked: str | None, gpu: bool) -> bool:
     """Whether qmoe's method runs a folder with this `quantization_config` in vLLM.
 
     asked: vLLM's `--quantization`; "qmoe" and "compressed-tensors" decide. gpu: whether vLLM runs
-    on a GPU, where its own Marlin kernels run what they can (`for_marlin`).
+    on a GPU, where its own Marlin kernels run what they can (`for_marlin`). UnsupportedModelError
+    for EXL3's codes, which nothing in vLLM runs.
     """
+    if entry.get("quant_method") == "exl3":
+        raise UnsupportedModelError(
+            "quantization_config: vLLM does not run EXL3's codes; exllamav3 and `qmoe.load` do. "
+            "For vLLM, quantize the model without --format exl3"
+        )
     if not is_ours(entry):
         return False
     if asked is not None:

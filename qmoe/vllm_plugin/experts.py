@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from qmoe.config import Scheme
@@ -56,14 +57,18 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             for suffix in SUFFIXES:
                 loader = partial(_load, layer, suffix)
                 place(layer, f"{matrix}_weight", suffix, params_dtype, loader)
+        if self.moe.has_bias:
+            _place_gpt_oss(layer, num_experts, hidden_size)
 
     def _check(self, layer: Any, size: int) -> None:
-        reason = ""
-        if self.moe.has_bias:
-            reason = "experts with biases"
-        elif layer.apply_router_weight_on_input:
-            reason = "routing weights that multiply the experts' input"
-        elif self.moe.hidden_dim != self.moe.hidden_dim_unpadded:
+        lora, reason = get_current_vllm_config().lora_config, ""
+        if lora is not None and "experts" in (lora.target_modules or ["experts"]):
+            raise UnsupportedModelError(
+                f"{layer.layer_name}: qmoe takes no adapters on experts in vLLM; name the linears "
+                "that adapters are on, --lora-target-modules q_proj k_proj v_proj o_proj, or run "
+                "the model with transformers and PEFT"
+            )
+        if self.moe.hidden_dim != self.moe.hidden_dim_unpadded:
             reason = "experts whose hidden size vLLM pads"
         elif size * self._processes(layer) != self.moe.intermediate_size:
             reason = "experts whose intermediate size vLLM pads"
@@ -106,6 +111,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         between = layer.qmoe_between
         fused = between if isinstance(between, Activation) and not any(self.rotations) else None
         layer.qmoe_stack = packed([firsts, seconds], layer.qmoe_dtype, fused, layer.layer_name)
+        layer.qmoe_biases = _take_gpt_oss(layer) if self.moe.has_bias else (None, None)
 
     def _rows(self, layer: Any, matrix: StoredWords) -> StoredWords:
         if self._processes(layer) == 1:
@@ -141,8 +147,44 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         def between(product: Tensor) -> Tensor:
             return rotate(layer.qmoe_between(product), second)
 
-        y: Tensor = layer.qmoe_stack.experts(rotate(x, first), ids, topk_weights, between)
+        if layer.apply_router_weight_on_input:  # of the one expert that a token has
+            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
+        y: Tensor = layer.qmoe_stack.experts(
+            rotate(x, first), ids, topk_weights, between, layer.qmoe_biases
+        )
         return y
+
+
+def _place_gpt_oss(layer: Any, experts: int, hidden_size: int) -> None:
+    """Places by the names of the checkpoint, where vLLM's loader of gpt-oss puts tensors of single
+    experts (gpt_oss.py), and for its biases, of which gate and up lie in turns."""
+    for e in range(layer.global_num_experts):
+        local = layer._map_global_expert_id_to_local_expert_id(e)
+        if local == -1:
+            continue
+        matrices = nn.Module()
+        for shard, name in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+            matrix = nn.Module()
+            for suffix in SUFFIXES:
+                loader = partial(_keep_one, layer, (local, shard), suffix)
+                place(matrix, "weight", suffix, layer.qmoe_dtype, loader)
+            matrices.add_module(name, matrix)
+        layer.add_module(str(e), matrices)
+    for name, width in (("w13_bias", 2 * layer.qmoe_size), ("w2_bias", hidden_size)):
+        zeros = torch.zeros(experts, width, dtype=layer.qmoe_dtype)
+        layer.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
+
+
+def _keep_one(layer: Any, matrix: tuple[int, str], suffix: str, _: Tensor, tensor: Tensor) -> None:
+    keep(layer, matrix, suffix, tensor)
+
+
+def _take_gpt_oss(layer: Any) -> tuple[Tensor, Tensor]:
+    """The biases as the kernels take them, gates before ups; the places are removed."""
+    for name in [name for name, _ in layer.named_children() if name.isdigit()]:
+        delattr(layer, name)
+    first = layer.w13_bias.data
+    return torch.cat([first[:, ::2], first[:, 1::2]], 1), layer.w2_bias.data
 
 
 def _load(

@@ -22,6 +22,9 @@ from qmoe.runtime.stored import scale_to_run
 # By vLLM's names. The first ones are computed on gate and up (and fused with the products).
 GATED = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_tanh"}
 CLAMPED = "swigluoai_uninterleave"
+# vLLM's for gate and up rows in turns, which are stored one after the other here. Its parameters
+# are gpt-oss's, which vLLM has in its kernel.
+GPT_OSS = "swigluoai"
 UNGATED: dict[str, Callable[[Tensor], Tensor]] = {
     "silu_no_mul": F.silu,
     "gelu_no_mul": F.gelu,
@@ -116,6 +119,8 @@ def activation_of(
         return Activation(GATED[name])
     if name in UNGATED:
         return UNGATED[name]
+    if name == GPT_OSS and (alpha, beta, limit) == (None, None, None):
+        return Activation("clamped_swiglu", 1.702, 7.0)
     if name == CLAMPED and beta in (None, 1.0) and alpha is not None and limit is not None:
         return Activation("clamped_swiglu", alpha, limit)
     clamped = "" if limit is None else f" with limit {limit}, alpha {alpha}, beta {beta}"

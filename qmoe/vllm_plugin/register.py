@@ -2,7 +2,12 @@
 
 from importlib import import_module
 
+GPT_OSS = "qmoe.vllm_plugin.gpt_oss:PackedGptOss"
+
 
 def register() -> None:
-    """Tell vLLM of qmoe's quantization method. Calling it again changes nothing."""
+    """Tell vLLM of qmoe's quantization method, and of its class for gpt-oss. Calling it again
+    changes nothing."""
     import_module("qmoe.vllm_plugin.method")
+    registry = import_module("vllm.model_executor.models.registry").ModelRegistry
+    registry.register_model("GptOssForCausalLM", GPT_OSS)

@@ -73,6 +73,8 @@ CASES: list[tuple[str, Setup, dict[str, Any], dict[str, Any], str]] = [
     ("transformers", Setup(), {}, {"own": {f"{SECOND}.up_proj": (8, 64, True)}}, "experts.1"),
     ("transformers", Setup(), {}, {"experts": (4, 64, False)}, "zero points"),
     ("transformers", Setup(), {"family": "mixtral"}, {"family": "gpt_oss"}, "in one tensor"),
+    ("transformers", Setup(), {}, {"family": "bailing_hybrid"}, "joins 3 tensors"),
+    ("transformers", Setup(), {}, {"zero_expert_num": 2}, "2 experts without weights"),
     ("llama.cpp", Setup(), TINY, {"method": "exl3"}, "'exl3'"),
     ("llama.cpp", Setup(), TINY, {"form": "pack-quantized-rotated"}, "rotated"),
     ("llama.cpp", Setup(), {**TINY, "experts": (4, 64, False)}, {"experts": (8, 64, False)},

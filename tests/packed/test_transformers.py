@@ -10,7 +10,14 @@ import pytest
 import remote_models
 import torch
 from helpers import same_files
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TextStreamer, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    TextStreamer,
+    pipeline,
+)
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
@@ -95,7 +102,7 @@ def test_a_folder_of_another_program_is_left_to_transformers(quantized_short):
 
 
 def test_refusals(quantized_short):
-    with pytest.raises(ConfigError, match="one device, the map names .'cpu', 'disk'"):
+    with pytest.raises(ConfigError, match="expected cpu, cuda or cuda:N, got 'disk'"):
         device_map = {"model": "cpu", "lm_head": "disk"}
         AutoModelForCausalLM.from_pretrained(quantized_short, device_map=device_map)
     with pytest.raises(UnsupportedModelError, match="holds a Qwen3MoeForCausalLM"):
@@ -130,6 +137,15 @@ def test_generate(how, model, quantized_short):
         ours, _ = qmoe.load(quantized_short, progress=False)
         greedy = ours.generate(IDS, max_new_tokens=5, min_new_tokens=5, do_sample=False)
         assert torch.equal(out, greedy)
+
+
+def test_continuous_batching_gives_the_text_of_generate(model, quantized_short):
+    prompts = [IDS[0].tolist(), IDS[0, :5].tolist()]
+    how = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    expected = [model.generate(torch.tensor([ids]), how)[0, len(ids) :].tolist() for ids in prompts]
+    batched = AutoModelForCausalLM.from_pretrained(quantized_short)
+    out = batched.generate_batch(prompts, how, progress_bar=False)
+    assert [one.generated_tokens for one in out.values()] == expected
 
 
 def test_pipeline_and_streaming(model, quantized_short, capsys):

@@ -68,6 +68,21 @@ def test_gradients_are_those_of_the_dequantized_model(family, tmp_path, demo):
     assert_close(*found, most=1e-3, rms=1e-4)
 
 
+def test_what_is_freed_of_expanded_matrices_is_given_back(monkeypatch):
+    """Every 3 matrices of 40 bytes, in the forward and in the backward product."""
+    given = []
+    monkeypatch.setattr("qmoe.runtime.gradients.HOLES", 100)
+    monkeypatch.setattr("qmoe.runtime.gradients.return_freed", lambda: given.append(1))
+    monkeypatch.setattr("qmoe.runtime.gradients._Product.expanded", 0)
+    x, matrix = torch.ones(1, 5, requires_grad=True), torch.ones(2, 5)
+    for _ in range(2):
+        product(x, lambda e: matrix, 0).sum().backward()
+    assert given == [1]
+    for _ in range(4):
+        product(x, lambda e: matrix, 0).sum().backward()
+    assert given == [1] * 3
+
+
 def test_inference_does_not_take_the_way_of_gradients(quantized_short, monkeypatch):
     model, _ = qmoe.load(quantized_short, progress=False)
     monkeypatch.setattr("qmoe.runtime.modules.product", None)

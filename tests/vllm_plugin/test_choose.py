@@ -3,6 +3,7 @@
 import pytest
 
 from qmoe.config import CHANNEL, Scheme
+from qmoe.errors import UnsupportedModelError
 from qmoe.format.compressed_tensors import quantization_config
 from qmoe.vllm_plugin.choose import takes
 
@@ -36,6 +37,11 @@ def test_folders_of_other_programs_are_left_alone():
     for entry in (other, other | {"producer": {"name": "modelopt"}}, {"quant_method": "awq"}):
         assert not takes(entry, None, gpu=False)
         assert not takes(entry, "qmoe", gpu=False)
+
+
+def test_exl3_is_refused_with_the_remedy():
+    with pytest.raises(UnsupportedModelError, match="without --format exl3"):
+        takes({"quant_method": "exl3"}, None, gpu=True)
 
 
 def test_the_producer_has_a_name_as_vllm_reads_it():

@@ -56,7 +56,8 @@ def test_activations_by_vllms_names():
     assert activation_of("gelu_tanh", None, None, None, "w") == Activation("gelu_tanh")
     found = activation_of("swigluoai_uninterleave", 1.5, 1.0, 6.0, "w")
     assert found == Activation("clamped_swiglu", 1.5, 6.0)
-    for name, limit in (("swigluoai", None), ("silu", 7.0), ("situ", None)):
+    assert activation_of("swigluoai", None, None, None, "w") == Activation("clamped_swiglu")
+    for name, limit in (("swigluoai", 5.0), ("silu", 7.0), ("situ", None)):
         with pytest.raises(UnsupportedModelError, match=f"w: qmoe has no activation '{name}'"):
             activation_of(name, None, None, limit, "w")
 
