@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[2, 3, 4])
     parser.add_argument("--beams", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
     options = parser.parse_args()
-    from qmoe.solvers.trellis import MOST_SHARE, SHARE
+    from qmoe.solvers.trellis import share_of
 
     print(
         "| rate | beam | error / all states | ms a tile | h on 8 cores | h on 16 |\n"
@@ -42,7 +42,7 @@ def main() -> None:
         + "|"
     )
     for rate in options.rates:
-        wanted = torch.randn(TILES, 256) * SHARE.get(rate, MOST_SHARE)
+        wanted = torch.randn(TILES, 256) * share_of(rate, fed_back=False)
         taken, least = milliseconds(wanted[:FULL], rate, 0, options.tier)
         print(f"| {rate:g} | all | 1 | {taken:.1f} | | |")
         for beam in options.beams:
