@@ -5,8 +5,8 @@
 //   that cost less than `limit`, in order: costs and survivor << bits | symbol. It stops once there are `room` of
 //   them, and may write SPARE more. Returns how many there are. aim: the value that each survivor wants.
 //
-// With a shape every survivor has errors of its own behind it, and so its own wanted values: `owed` is what its errors
-// add to them in the pair of columns at hand. The least error is then that of the pair's Hessian and not its diagonal's.
+// With a shape every survivor has errors of its own behind it, and so its own wanted values: `Owed` is what its errors
+// add to them. The least error is then that under the block's Hessian, and not under its diagonal.
 #pragma once
 #include <string.h>
 
@@ -17,7 +17,7 @@ static int64_t room_of(int64_t beam) { return beam + beam / 2 + 64; }
 
 static int64_t scratch_bytes(int64_t beam) {
     int64_t row = room_of(beam) + SPARE, wide = room_of(WIDER * beam) + SPARE;
-    return 4 * ((5 + 2 * PAIR) * wide + LENGTH * row + 2 * WINDOW * wide);
+    return 4 * ((9 + 2 * PAIR) * wide + LENGTH * row + 2 * WINDOW * wide);
 }
 
 // Costs are never negative, so as integers they have the same order.
@@ -86,27 +86,52 @@ static int64_t widened(const Stretch *s, int64_t step, int64_t beam) {
     return ahead < 2 ? WIDER * beam : ahead < 4 ? WIDER / 2 * beam >> (ahead - 2) : beam;
 }
 
+#define SWAP(type, a, b)   \
+    do {                   \
+        type *swapped = a; \
+        a = b;             \
+        b = swapped;       \
+    } while (0)
+
 // The visit of a position's column, and the column: the first or the second of its pair.
 static int visit_of(int64_t position) { return (int)(position % PAIR / 8 * 4 + position % 4); }
 static int column_of(int64_t position) { return (int)(position / 4 % 2); }
 
-// The values that survivors want at a position.
-static void aims(const float *owed, int64_t m, float wanted, int64_t position, float *aim) {
-    if (owed) owed += VISITS * column_of(position) + visit_of(position);
-    for (int64_t i = 0; i < m; i++) aim[i] = owed ? wanted + owed[PAIR * i] : wanted;
+// What survivors' errors add to the values that they want at the visits of a column. owed: rows of 16, and for each
+// survivor its row: survivors that went on together share one until an error of theirs comes to it.
+typedef float Visits __attribute__((vector_size(2 * VISITS), aligned(4), may_alias));  // half of them
+typedef struct {
+    float *owed, *spare;
+    uint32_t *row, *spare_row;
+} Owed;
+
+static void aims(const Owed *owed, int64_t m, float wanted, int visit, float *aim) {
+    for (int64_t i = 0; i < m; i++) aim[i] = owed ? wanted + owed->owed[VISITS * owed->row[i] + visit] : wanted;
 }
 
-// What the survivors' errors add to the values that they want, once they have gone on by `choice`.
+// Survivors have gone on by `choice`, with errors in the column `here`.
 static void owe(const Stretch *s, int64_t position, int bits, const uint32_t *restrict choice, int64_t n, const uint32_t *restrict state,
-                const float *restrict before, float *restrict after) {
-    const float wanted = s->wanted[position], *row = s->shape + VISITS * visit_of(position);
-    const int64_t here = VISITS * column_of(position), other = VISITS - here;
+                Owed *here, Owed *other) {
+    const float wanted = s->wanted[position], *restrict values = s->values;
+    const Visits *adds = (const Visits *)(s->shape + VISITS * visit_of(position)), first = adds[0], second = adds[1];
+    const int early = visit_of(position) < VISITS / 2;
+    const float *restrict owed = here->owed;
+    const uint32_t *restrict row = here->row, *restrict old = other->row;
+    float *restrict now = here->spare;
+    uint32_t *restrict row_now = here->spare_row, *restrict old_now = other->spare_row;
     for (int64_t i = 0; i < n; i++) {
-        const float error = wanted - s->values[state[i]], *old = before + PAIR * (choice[i] >> bits);
-        float *now = after + PAIR * i;
-        for (int j = 0; j < VISITS; j++) now[here + j] = __builtin_fmaf(error, row[j], old[here + j]);
-        for (int j = 0; j < VISITS; j++) now[other + j] = old[other + j];
+        const uint32_t parent = choice[i] >> bits;
+        const float error = wanted - values[state[i]], *before = owed + VISITS * row[parent];
+        Visits *after = (Visits *)(now + VISITS * i);
+        // What is behind the first half of the visits is owed to the second alone.
+        if (early) after[0] = ((const Visits *)before)[0] + error * first;
+        after[1] = ((const Visits *)before)[1] + error * second;
+        row_now[i] = (uint32_t)i;
+        old_now[i] = old[parent];
     }
+    SWAP(float, here->owed, here->spare);
+    SWAP(uint32_t, here->row, here->spare_row);
+    SWAP(uint32_t, other->row, other->spare_row);
 }
 
 // The weight of a position's squared errors.
@@ -129,19 +154,14 @@ static void trace(const Stretch *s, int64_t best, uint32_t *const *record, uint1
     }
 }
 
-#define SWAP(type, a, b)   \
-    do {                   \
-        type *swapped = a; \
-        a = b;             \
-        b = swapped;       \
-    } while (0)
-
 // Costs are kept in units of the weight of the position at hand.
 static float search(const Stretch *s, int64_t beam, void *scratch, uint16_t *states) {
     int64_t wide = room_of(WIDER * beam) + SPARE, m = s->before >= 0 ? 1 : beam;
-    float *cost = scratch, *next = cost + wide, *aim = next + wide, *owed = aim + wide, *owes = owed + PAIR * wide;
+    float *cost = scratch, *next = cost + wide, *aim = next + wide;
     float penalty[MOST] = {0}, limit = 1.0f, weight = 1.0f;
-    uint32_t *state = (uint32_t *)(owes + PAIR * wide), *from = state + wide, *record[LENGTH], *free = from + wide;
+    uint32_t *state = (uint32_t *)(aim + wide), *from = state + wide, *record[LENGTH], *free = from + wide;
+    Owed owed[2];
+    for (int c = 0; c < 2; c++, free += (2 + PAIR) * wide) owed[c] = (Owed){(float *)free, (float *)free + VISITS * wide, free + PAIR * wide, free + (1 + PAIR) * wide};
     for (int64_t i = 0; i < m; i++) {
         cost[i] = 0;
         state[i] = s->before >= 0 ? (uint32_t)s->before : first_state(i);
@@ -152,9 +172,14 @@ static float search(const Stretch *s, int64_t beam, void *scratch, uint16_t *sta
         uint32_t want, fixed = fixed_bits(s, step, &want);
         if (fixed)
             for (uint32_t j = 0; j < MOST; j++) penalty[j] = (j ^ want) & fixed ? 1e30f : 0.0f;
-        if (s->shape && (step == 0 || position % PAIR == 0)) memset(owed, 0, (size_t)m * PAIR * 4);
-        aims(s->shape ? owed : NULL, m, s->wanted[position], position, aim);
-        if (s->shape) {
+        Owed *here = s->shape ? &owed[column_of(position)] : NULL;
+        if (here && (step == 0 || position % PAIR == 0))
+            for (int c = 0; c < 2; c++) {
+                memset(owed[c].owed, 0, VISITS * 4);
+                memset(owed[c].row, 0, (size_t)m * 4);
+            }
+        aims(here, m, s->wanted[position], visit_of(position), aim);
+        if (here) {
             float ratio = weight / weight_of(s, step);
             for (int64_t i = 0; i < m; i++) cost[i] *= ratio;
             limit *= ratio;
@@ -170,8 +195,7 @@ static float search(const Stretch *s, int64_t beam, void *scratch, uint16_t *sta
         if (n == 0) n = extend(cost, state, m, bits, aim, s->values, penalty, 1e29f, next, free, room);
         n = n < room ? n : room;
         follow(free, n, bits, state, from);
-        if (s->shape) owe(s, position, bits, free, n, from, owed, owes);
-        SWAP(float, owed, owes);
+        if (here) owe(s, position, bits, free, n, from, here, here == owed ? owed + 1 : owed);
         SWAP(float, cost, next);
         SWAP(uint32_t, state, from);
         m = n;
