@@ -135,9 +135,12 @@ def _even(size: Float[Tensor, "E n"]) -> Float[Tensor, "E n"]:
 
 def _level(W: Float[Tensor, "E N K"], dim: int) -> Float[Tensor, "E n"]:
     """The size of each block of 128 rows or columns, which are rotated as one and must not differ:
-    all have the same codes. dim: the other one."""
+    all have the same codes: over the largest. dim: the other one."""
     mean = W.square().mean(dim).unflatten(1, (-1, BLOCK)).mean(2).sqrt()
-    return mean.clamp(min=1e-2 * mean.amax(1, keepdim=True)).clamp(min=1e-30).repeat_interleave(BLOCK, 1)
+    largest = mean.amax(1, keepdim=True).clamp(min=torch.finfo(mean.dtype).tiny)
+    # Where there is nothing, any scale will do.
+    share = torch.where(mean > 0, mean / largest, 1.0).clamp(min=1e-2)
+    return share.repeat_interleave(BLOCK, 1)
 
 
 def _order(H: Float[Tensor, "E K K"]) -> Int[Tensor, "E K"]:
