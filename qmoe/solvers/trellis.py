@@ -29,9 +29,9 @@ from qmoe.format.hadamard import rotate, rotate_moments
 from qmoe.format.trellis import BLOCK, Codes, padded
 from qmoe.kernels.cpu.encode import encode
 
-# Of the codebook's deviation: what the deviation of the weights is set to. Codes reach less far than
-# a Gaussian does, and the more bits they have the more do its tails weigh. With a Hessian the coded
-# values are weights and errors of others, which are the wider the fewer bits there are.
+# Of the codebook's deviation: what the deviation of the weights is set to. Codes reach less far
+# than a Gaussian does, and the more bits they have the more do its tails weigh. With a Hessian what
+# is coded is wider than the weights, by the errors that are fed back.
 ALONE = {1.0: 1.0, 1.5: 0.97, 2.0: 0.95, 2.5: 0.91, 3.0: 0.89}
 MOST_ALONE = 0.87
 FED_BACK = {1.0: 0.66, 1.5: 0.71}
@@ -95,8 +95,9 @@ def code_stack(
     # What is filled up is cut off again, and whatever is coded there is no loss.
     W = W[:, :n]
     D = (suh.float()[..., None] * made * svh.float()[:, None]).mT[:, :n] - W
-    inner = (M if H is None else M @ H for M in (D, W))
-    lost, total = ((M * A).sum((1, 2), dtype=torch.float64) for M, A in zip((D, W), inner, strict=True))
+    lost, total = (
+        ((M if H is None else M @ H) * M).sum((1, 2), dtype=torch.float64) for M in (D, W)
+    )
     return Coded(Codes(trellis, suh, svh, codebook, n, k), lost, total, factor.damped, factor.alone)
 
 
@@ -110,7 +111,7 @@ def share_of(rate: float, fed_back: bool) -> float:
 def scales_of(
     W: Float[Tensor, "E N K"], energy: Float[Tensor, "E K"] | None
 ) -> tuple[Float[Tensor, "E N"], Float[Tensor, "E K"]]:
-    """Scales of outputs and inputs with random signs, ahead of the rotations. energy: of the inputs.
+    """Scales of outputs and inputs with random signs, ahead of the rotations. energy: of inputs.
 
     Codes lose alike everywhere, and scaled back that is a loss by the square of the scale. With
     outputs scaled by the root of their size the sum is least; inputs are scaled to equal size, and
@@ -172,7 +173,9 @@ def _factor(H: Float[Tensor, "E K K"], damp: float) -> _Factor:
             # L L' of the reversed matrix, reversed again, is U U'.
             L, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
             if info == 0 and L.isfinite().all():
-                blocks = torch.stack([L[i : i + SIDE, i : i + SIDE] for i in range(0, len(L), SIDE)])
+                blocks = torch.stack(
+                    [L[i : i + SIDE, i : i + SIDE] for i in range(0, len(L), SIDE)]
+                )
                 unit[e] = _unit_blocks(L, blocks).flip(0, 1)
                 inner[e] = (blocks @ blocks.mT).flip(0, 1, 2)
                 break
