@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,6 +126,17 @@ def test_damage_is_refused_by_name(coded, tmp_path, damage):
     with pytest.raises((CheckpointError, AuditError)) as refused:
         qmoe.load(broken, progress=False)
     assert ending.rpartition(".")[0].split(".")[-1] in str(refused.value)
+
+
+def test_tuning_moves_scales_and_no_codes(coded, short, tmp_path):
+    report = qmoe.quantize(short, tmp_path / "out", replace(FEW, tune=6), progress=False)
+    before, after = tensors_of(coded), tensors_of(tmp_path / "out")
+    first = [n for n in before if "layers.0." in n]
+    assert all(torch.equal(before[n], after[n]) for n in first if n.endswith(".trellis"))
+    scales = [n for n in first if n.endswith((".suh", ".svh"))]
+    assert scales and not any(torch.equal(before[n], after[n]) for n in scales)
+    tuning = report["layers"][0]["tuning"]
+    assert tuning["tuned"] < tuning["solved"]
 
 
 @pytest.mark.parametrize(
