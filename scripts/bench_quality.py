@@ -162,7 +162,7 @@ def _check_text(case: Case, method: Method, peer: dict[str, Any]) -> None:
     """Ours choose their samples themselves: they must be those that the peers get, unless text that
     the model writes is part of the method."""
     told = peer.get("calibration_sha256")
-    if method.script == "ours" and told is not None and not method.writes:
+    if method.script in methods.OURS and told is not None and not method.writes:
         wanted = fingerprint(load_file(case.tokens)["tokens"])
         assert told == wanted, f"{method.name}: calibrated on other samples than the peers"
 

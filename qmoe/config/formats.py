@@ -10,12 +10,11 @@ Format = Literal["compressed-tensors", "exl3"]
 # What the format exl3 has where nothing else is said.
 CODED = Scheme(4, CHANNEL, codebook="mul1")
 DENSE_CODED = Scheme(6, CHANNEL, codebook="mul1")
-# What EXL3's codes can be solved with. Tuning and the grid search move integers, and a rotation is
-# part of the codes.
+# What EXL3's codes can be solved with. Distilling and the grid search know integers, and a rotation
+# is part of the codes.
 WITH_CODES = {
     "method": ("gptq", "rtn"),
     "rotate": ("off",),
-    "tune": (0,),
     "distill": (0,),
     "search_grid": (False,),
 }

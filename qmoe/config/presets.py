@@ -5,7 +5,7 @@ from typing import Any
 from qmoe.errors import ConfigError
 
 # What each preset changes of the defaults. fast: GPTQ on min-max grids, without text that the model
-# writes. best: more text of both kinds, and each layer tuned.
+# writes. best: more text of both kinds, each layer tuned, a wider search for codes.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
         "search_grid": False,
@@ -13,7 +13,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "calibration": {"samples": 128, "self_samples": 0},
     },
     "balanced": {},
-    "best": {"tune": 200, "calibration": {"samples": 128, "self_samples": 128}},
+    "best": {"tune": 200, "beam": 512, "calibration": {"samples": 128, "self_samples": 128}},
 }
 # What a target changes of the defaults, in from_dict and preset. llama.cpp: its smallest blocks
 # have a scale for 32 inputs or fewer, so finer groups cost nothing there.

@@ -94,8 +94,8 @@ class QuantConfig:
         (qmoe/rotation/find_rotation.py). Neither goes with AWQ.
     format: what is written: integers in "compressed-tensors", or trellis codes in "exl3"
         (qmoe/format/exl3.py).
-    beam: how many ways to continue the search for EXL3's codes follows at each weight; 0 searches
-        all of them, which takes two hundred times as long as 256 (kernels/cpu/encode.py).
+    beam: how many ways to continue the search for EXL3's codes follows at each weight
+        (kernels/cpu/encode.py); 256 by default, and 512 for the preset "best".
     min_tokens: an expert with fewer calibration tokens borrows tokens of its layer (see
         calibration/coverage.py).
     widths: bits of single matrices, where they are not those of `experts` or `dense`: a digit (2,
@@ -157,6 +157,8 @@ class QuantConfig:
             expect(name, getattr(self, name), int)
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.beam < 1:
+            raise ConfigError(f"beam: expected 1 or more, got {self.beam}")
         expect("damp", self.damp, float)
         for name, methods in STEPS.items():
             if getattr(self, name) and self.method not in methods:

@@ -3,6 +3,7 @@ passes straight through, and scales."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -80,6 +81,10 @@ class Matrix:
         self.latent: Tensor = (q + (aim - q).clamp(-INSIDE, INSIDE)).requires_grad_()
         self.ratio: Tensor = torch.ones_like(self.scale).requires_grad_()
 
+    @property
+    def ratios(self) -> list[Tensor]:
+        return [self.ratio]
+
     def scales(self) -> Tensor:
         """As they will be stored; the gradient passes straight through."""
         exact, stack = self.scale * self.ratio, self.stack
@@ -93,6 +98,12 @@ class Matrix:
 
     def integers(self) -> Tensor:
         return self.latent.detach().round().clamp(*limits(self.bits)).to(torch.int8)
+
+
+def tuned_integers(old: Quantized, group: Sequence[Matrix]) -> Quantized:
+    """The stack with the integers and scales of these matrices."""
+    scale = torch.stack([m.scales().detach().cpu() for m in group]).to(old.scale.dtype)
+    return replace(old, q=torch.stack([m.integers().cpu() for m in group]), scale=scale)
 
 
 class LatentExperts:

@@ -4,15 +4,16 @@ Solvers see one matrix at a time and its error under the inputs it gets. Here th
 run on what reaches it in the quantized model and held against what the original layer gives in the
 original model, so it also makes up for the layers before it. What moves: integers (a latent value
 that is rounded, straight-through gradient), scales, and what stays in 16 bits beside them, norms
-and routers. The family of AutoRound (Cheng et al., 2023, arXiv 2309.05516) and OmniQuant (Shao et
-al., 2023, arXiv 2308.13137), started from GPTQ's solution instead of from plain rounding.
+and routers. EXL3's codes stay as they are; their scales of inputs and outputs move. The family of
+AutoRound (Cheng et al., 2023, arXiv 2309.05516) and OmniQuant (Shao et al., 2023, arXiv
+2308.13137), started from GPTQ's solution instead of from plain rounding.
 
 The loss is each token's squared error over its squared size: norms divide every token by its size,
 and a few huge ones (attention sinks) must not outweigh the rest. To it comes that of the router's
 logits, or tuning would send tokens to other experts (routing.py).
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from torch import Tensor
 from qmoe.calibration.collect import collecting_experts
 from qmoe.config import QuantConfig
 from qmoe.errors import CalibrationError
-from qmoe.format.quantized import Quantized
+from qmoe.format.trellis import Stack, Trellis
 from qmoe.layer.at_hand import LayerAtHand, LayerSettings, QuantizedLayer
-from qmoe.layer.latent import Matrix, latent_experts
+from qmoe.layer.coded import CodedMatrix, tuned_codes
+from qmoe.layer.latent import Matrix, latent_experts, tuned_integers
 from qmoe.layer.output_error import hidden, output_error
 from qmoe.layer.routing import (
     Parameters,
@@ -44,6 +46,7 @@ from qmoe.system.devices import CPU, moved
 # value moves in a step: integers in units of 1, scales relative to what they are. Norms and routers
 # make up for rounding, whose error halves with every bit: moved further they only add noise.
 INTEGERS, SCALES, UNQUANTIZED = 0.01, 0.003, 0.0005  # of two bits, the last
+AnyMatrix = Matrix | CodedMatrix
 LOGITS = 0.3  # of the routers' error in the loss
 BETAS = (0.9, 0.95)
 
@@ -104,9 +107,8 @@ def tune(
     """
     device, steps = layer.device, settings.config.tune
     matrices = {
-        target: [Matrix(stack, made.originals[target], e, device) for e in range(len(stack.q))]
+        target: _matrices(stack, made.originals[target], device)
         for target, stack in made.weights.items()
-        if isinstance(stack, Quantized)  # codes are not tuned
     }
     unquantized = {n: p.detach().clone().requires_grad_() for n, p in movable(layer).items()}
     optimizer, schedule = _optimizer(settings.config, matrices, [*unquantized.values()])
@@ -134,13 +136,19 @@ def tune(
     _put_back(layer, settings, matrices, unquantized, made)
 
 
+def _matrices(stack: Stack, original: Tensor, device: torch.device) -> list[AnyMatrix]:
+    if isinstance(stack, Trellis):
+        return [CodedMatrix(stack, e, device) for e in range(len(stack.scale))]
+    return [Matrix(stack, original, e, device) for e in range(len(stack.q))]
+
+
 def _optimizer(
-    config: QuantConfig, matrices: dict[str, list[Matrix]], unquantized: list[Tensor]
+    config: QuantConfig, matrices: dict[str, list[AnyMatrix]], unquantized: list[Tensor]
 ) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
     every = [m for group in matrices.values() for m in group]
     groups = [
-        {"params": [m.latent for m in every], "lr": INTEGERS},
-        {"params": [m.ratio for m in every], "lr": SCALES},
+        {"params": [m.latent for m in every if m.latent is not None], "lr": INTEGERS},
+        {"params": [ratio for m in every for ratio in m.ratios], "lr": SCALES},
         {"params": unquantized, "lr": UNQUANTIZED * 2.0 ** (2 - config.experts.bits)},
     ]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
@@ -160,16 +168,17 @@ def _order(calls: int, steps: int, seed: int) -> list[int]:
 def _put_back(
     layer: LayerAtHand,
     settings: LayerSettings,
-    matrices: dict[str, list[Matrix]],
+    matrices: dict[str, list[AnyMatrix]],
     unquantized: dict[str, Tensor],
     made: QuantizedLayer,
 ) -> None:
     for target, group in matrices.items():
         old = made.weights[target]
-        assert isinstance(old, Quantized)
-        scale = torch.stack([m.scales().detach().cpu() for m in group]).to(old.scale.dtype)
-        q = torch.stack([m.integers().cpu() for m in group])
-        new = replace(old, q=q, scale=scale)
+        new: Stack
+        if isinstance(old, Trellis):
+            new = tuned_codes(old, [m for m in group if isinstance(m, CodedMatrix)])
+        else:
+            new = tuned_integers(old, [m for m in group if isinstance(m, Matrix)])
         made.weights[target] = new
         hold(layer, target, new)
     for name, value in unquantized.items():

@@ -16,6 +16,7 @@ from environments import HERE, python_of
 
 BITS = (2, 3, 4)
 DISTILLED = ("--set", "distill=100")
+OURS = ("ours", "exl3_recipe")  # scripts that take the options of `qmoe quantize`
 # llama.cpp's types by the number in their name; what they store is more (see bits_per_weight).
 GGUF = {2: ("Q2_K", "IQ2_S"), 3: ("Q3_K_M", "IQ3_S"), 4: ("Q4_0", "Q4_K_M", "IQ4_XS")}
 
@@ -57,6 +58,22 @@ def _presets() -> list[Method]:
                       for m in plain)]  # fmt: skip
 
 
+def _exl3() -> list[Method]:
+    """In EXL3's codes: ours, and EXL3's own recipe."""
+    coded = ("--format", "exl3")
+    recipe = {
+        "routing_weighted": "false", "damp": "0.025", "beam": "1024",
+        # Borrowing this many, every expert's Hessian is that of all tokens of the layer.
+        "min_tokens": "1000000000",
+    }  # fmt: skip
+    settings = [part for name, value in recipe.items() for part in ("--set", f"{name}={value}")]
+    return [
+        *(Method(f"{preset} exl3", "ours", ("--preset", preset, *coded), writes=True)
+          for preset in ("balanced", "best")),
+        Method("exl3's recipe", "exl3_recipe", ("--preset", "fast", *coded, *settings)),
+    ]  # fmt: skip
+
+
 def _variants() -> list[Method]:
     """`balanced` without one of its pieces each, rotated, with ten times its text."""
     given_text = ("--self-samples", "0", "--samples", "128")
@@ -96,7 +113,7 @@ METHODS = [
     ),
     _ours("gptq", "--preset", "fast"),
     *_presets(),
-    Method("balanced exl3", "ours", ("--preset", "balanced", "--format", "exl3"), writes=True),
+    *_exl3(),
     *_variants(),
     Method("autoround-50", "autoround", ("--iterations", "50")),
     Method("autoround-200", "autoround", ("--iterations", "200")),
@@ -128,7 +145,7 @@ def run(method: Method, task: Task, out: Path, work: Path, log: Path) -> str | N
     """Quantize into `out`. Returns None, or the last words of a process that failed."""
     python = python_of(method.script, work)
     command = [str(python), "-P", str(HERE / f"{method.script}.py")]
-    if method.script == "ours":
+    if method.script in OURS:
         command += [str(task.model), str(out), *_scheme(method, task.bits)]
         command += method.options
         if method.calibrated:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,6 +128,17 @@ def test_damage_is_refused_by_name(coded, tmp_path, damage):
     assert ending.rpartition(".")[0].split(".")[-1] in str(refused.value)
 
 
+def test_tuning_moves_scales_and_no_codes(coded, short, tmp_path):
+    report = qmoe.quantize(short, tmp_path / "out", replace(FEW, tune=6), progress=False)
+    before, after = tensors_of(coded), tensors_of(tmp_path / "out")
+    first = [n for n in before if "layers.0." in n]
+    assert all(torch.equal(before[n], after[n]) for n in first if n.endswith(".trellis"))
+    scales = [n for n in first if n.endswith((".suh", ".svh"))]
+    assert scales and not any(torch.equal(before[n], after[n]) for n in scales)
+    tuning = report["layers"][0]["tuning"]
+    assert tuning["tuned"] < tuning["solved"]
+
+
 @pytest.mark.parametrize(
     "changes, said",
     [
@@ -134,7 +146,8 @@ def test_damage_is_refused_by_name(coded, tmp_path, damage):
         ({"experts": {"bits": 2.5, "codebook": "mcg"}}, "needs the codebook mul1"),
         ({"experts": {"codebook": "mul2"}}, "codebook: expected one of"),
         ({"experts": {"group_size": 64}}, "have none of these"),
-        ({"tune": 5}, "tune: EXL3"),
+        ({"distill": 5}, "distill: EXL3"),
+        ({"beam": 0}, "beam: expected 1 or more"),
         ({"method": "awq", "search_grid": False, "refit": False}, "method: EXL3"),
         ({"rotate": "fused"}, "rotate: EXL3"),
     ],

@@ -20,22 +20,26 @@ static inline __attribute__((always_inline)) __m512 rows_of(const float *values,
     return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
 }
 
+// Of each of 1, 2, 4 or 8 survivors its number, once for every symbol.
+static inline __attribute__((always_inline)) __m512 spread(const float *from, __m512i lanes, const int side) {
+    if (side == 1) return _mm512_set1_ps(*from);
+    return _mm512_permutexvar_ps(lanes, side == 8 ? _mm512_castps256_ps512(_mm256_loadu_ps(from)) : _mm512_castps128_ps512(_mm_loadu_ps(from)));
+}
+
 static inline __attribute__((always_inline)) int64_t extend_by(const float *cost, const uint32_t *state, int64_t m, const int bits,
-                                                               float wanted, const float *values, const float *penalty, float limit,
+                                                               const float *aim, const float *values, const float *penalty, float limit,
                                                                float *to, uint32_t *from, int64_t room) {
     const int B = 1 << bits, side = B < 16 ? 16 / B : 1, wide = B < 16 ? 1 : B / 16;
-    const __m512 aim = _mm512_set1_ps(wanted), most = _mm512_set1_ps(limit);
+    const __m512 most = _mm512_set1_ps(limit);
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i spread = _mm512_srli_epi32(lane, (unsigned)(bits < 4 ? bits : 4));
+    const __m512i lanes = _mm512_srli_epi32(lane, (unsigned)(bits < 4 ? bits : 4));
     __m512i number = lane;
     int64_t n = 0, i = 0;
     for (; i + side <= m && n < room; i += side) {
-        __m512 before = side == 1   ? _mm512_set1_ps(cost[i])
-                        : side == 8 ? _mm512_permutexvar_ps(spread, _mm512_castps256_ps512(_mm256_loadu_ps(cost + i)))
-                                    : _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(_mm_loadu_ps(cost + i)));
+        const __m512 before = spread(cost + i, lanes, side), goal = spread(aim + i, lanes, side);
         const float *row = values + (state[i] << bits & (STATES - 1));
         for (int j = 0; j < wide; j++) {
-            __m512 d = _mm512_sub_ps(aim, side == 1 ? _mm512_loadu_ps(row + 16 * j) : rows_of(values, state + i, bits));
+            __m512 d = _mm512_sub_ps(goal, side == 1 ? _mm512_loadu_ps(row + 16 * j) : rows_of(values, state + i, bits));
             __m512 c = _mm512_fmadd_ps(d, d, _mm512_add_ps(before, _mm512_loadu_ps(penalty + 16 * j)));
             __mmask16 good = _mm512_cmp_ps_mask(c, most, _CMP_LT_OQ);
             // Compressed in a register: straight to memory is slow on some processors.
@@ -47,7 +51,7 @@ static inline __attribute__((always_inline)) int64_t extend_by(const float *cost
     }
     for (; i < m && n < room; i++)
         for (int j = 0; j < B; j++) {
-            float d = wanted - values[(state[i] << bits & (STATES - 1)) + (uint32_t)j], c = __builtin_fmaf(d, d, cost[i] + penalty[j]);
+            float d = aim[i] - values[(state[i] << bits & (STATES - 1)) + (uint32_t)j], c = __builtin_fmaf(d, d, cost[i] + penalty[j]);
             to[n] = c;
             from[n] = (uint32_t)(i * B + j);
             n += c < limit;
@@ -55,10 +59,10 @@ static inline __attribute__((always_inline)) int64_t extend_by(const float *cost
     return n;
 }
 
-static int64_t extend(const float *cost, const uint32_t *state, int64_t m, int bits, float wanted, const float *values,
+static int64_t extend(const float *cost, const uint32_t *state, int64_t m, int bits, const float *aim, const float *values,
                       const float *penalty, float limit, float *to, uint32_t *from, int64_t room) {
 #define WITH(n) \
-    case n: return extend_by(cost, state, m, n, wanted, values, penalty, limit, to, from, room)
+    case n: return extend_by(cost, state, m, n, aim, values, penalty, limit, to, from, room)
     switch (bits) {
         WITH(1);
         WITH(2);
@@ -67,7 +71,7 @@ static int64_t extend(const float *cost, const uint32_t *state, int64_t m, int b
         WITH(5);
         WITH(6);
         WITH(7);
-    default: return extend_by(cost, state, m, 8, wanted, values, penalty, limit, to, from, room);
+    default: return extend_by(cost, state, m, 8, aim, values, penalty, limit, to, from, room);
     }
 #undef WITH
 }

@@ -19,11 +19,12 @@ typedef struct {
 static void encode_tile(const Encoding *call, const Encoder *encoder, int64_t tile, void *scratch) {
     uint16_t around[LENGTH], *states = call->states + tile * LENGTH;
     const float *wanted = call->wanted + tile * LENGTH;
+    const float *shape = call->shape ? call->shape + tile / call->alike * (VISITS + 1) * VISITS : NULL;
     int64_t before = 2 * BEFORE / call->twice, behind = 2 * BEHIND / call->twice;
-    Stretch seam = {wanted, call->values, call->twice, LENGTH - before, before + behind, -1, -1};
+    Stretch seam = {wanted, call->values, shape, call->twice, LENGTH - before, before + behind, -1, -1};
     encoder->search(&seam, call->beam, scratch, around);
     int64_t state = around[before - 1];
-    Stretch ring = {wanted, call->values, call->twice, 0, LENGTH, state, state};
+    Stretch ring = {wanted, call->values, shape, call->twice, 0, LENGTH, state, state};
     call->errors[tile] = encoder->search(&ring, call->beam, scratch, states);
 }
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from qmoe.config import CHANNEL, Scheme
-from qmoe.format.exl3 import codebook_values, states_of, tiles_of
+from qmoe.format.exl3 import codebook_values, from_tiles, states_of, tiles_of
 from qmoe.format.trellis import Codes, Trellis, padded
 from qmoe.kernels.activation import Activation
 from qmoe.kernels.cpu import library
@@ -46,15 +46,46 @@ def test_other_codebooks_are_searched_too(codebook):
 
 @pytest.mark.parametrize("rate", [2.0, 3.0, 3.5, 6.0])
 def test_tiers_and_threads_find_the_same(rate):
-    wanted = torch.randn(9, 256)
-    first, count = encode(wanted, rate, "mul1", 48, "scalar"), torch.get_num_threads()
+    metric = metrics(3)
+    wanted, count = torch.randn(9, 256), torch.get_num_threads()
+    first = [encode(wanted, rate, "mul1", 48, "scalar", D)[0] for D in (None, metric)]
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             for tier in TIERS:
-                assert torch.equal(encode(wanted, rate, "mul1", 48, tier)[0], first[0]), tier
+                for D, same in zip((None, metric), first, strict=True):
+                    assert torch.equal(encode(wanted, rate, "mul1", 48, tier, D)[0], same), tier
     finally:
         torch.set_num_threads(count)
+
+
+def metrics(count):
+    mix = torch.randn(count, 16, 5)
+    return mix @ mix.mT + 0.3 * torch.eye(16)
+
+
+def errors_under(metric, wanted, states):
+    """Of every tile the sum over its columns e of e' D e, by definition."""
+    E = from_tiles((wanted - codebook_values("mul1")[states.long()])[:, None, None])
+    each = metric.repeat_interleave(len(wanted) // len(metric), 0)
+    return (E * (each @ E)).sum((1, 2))
+
+
+@pytest.mark.parametrize("rate", [1.5, 2.0, 4.0])
+def test_the_error_under_a_metric_is_less_and_told(rate):
+    wanted, metric = torch.randn(6, 256) * 0.8, metrics(2)
+    states, told = encode(wanted, rate, "mul1", 64, metric=metric)
+    assert torch.equal(states_of(tiles_of(states, rate)), states.long())
+    found = errors_under(metric, wanted, states)
+    torch.testing.assert_close(found, told, rtol=1e-3, atol=1e-3)
+    without = errors_under(metric, wanted, encode(wanted, rate, "mul1", 64)[0])
+    assert found.sum() < 0.5 * without.sum()
+
+
+def test_a_metric_of_ones_is_none():
+    wanted = torch.randn(2, 256)
+    plain, same = (encode(wanted, 2.0, "mul1", 32, metric=m) for m in (None, torch.eye(16)[None]))
+    assert torch.equal(plain[0], same[0])
 
 
 def random_codes(E, n, k, rate, codebook="mul1"):
