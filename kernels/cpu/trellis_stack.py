@@ -65,8 +65,7 @@ class TrellisStack(nn.Module):
         activation: Callable[[Tensor], Tensor],
         biases: Biases = (None, None),
     ) -> Float[Tensor, "T H2"]:
-        """The routed experts; `activation` is called if it could not be fused. biases: [E, N] and
-        [E, H2]."""
+        """As moe.Experts."""
         known, compiling = self.activation, torch.compiler.is_compiling()
         if known is not None and not self.exact:
             first, second = self._coded(0), self._coded(1)

@@ -144,7 +144,7 @@ class SlotStack(nn.Module):
         activation: Callable[[Tensor], Tensor],
         biases: Biases = (None, None),
     ) -> Float[Tensor, "T H2"]:
-        """As ArenaStack.experts; in rounds if the tokens chose more experts than fit the slots."""
+        """As moe.Experts; in rounds if the tokens chose more experts than fit the slots."""
         E = len(self.ranges)
         wanted = [e for e in ids.unique().tolist() if 0 <= e < E]
         self._learn(wanted)

@@ -25,7 +25,7 @@ from qmoe.kernels.cpu.cache import StaleCache
 from qmoe.kernels.cpu.layout import Packed, arrange
 from qmoe.kernels.cpu.stack import CpuStack, uses_cpu_kernels
 from qmoe.kernels.cpu.trellis_stack import TrellisStack
-from qmoe.kernels.moe import moe_forward
+from qmoe.kernels.moe import Experts, moe_forward
 from qmoe.kernels.stack import MixedStack, PackedStack, packed_stack
 from qmoe.model import experts
 from qmoe.runtime.coded import take_coded
@@ -78,7 +78,8 @@ def _routed(self: Any, x: Tensor, ids: Tensor, routing_weights: Tensor) -> Tenso
         )
         return moe_forward(x, ids, routing_weights, up, down, between, biases)
     if hasattr(self, "qmoe_arena"):
-        return self.qmoe_arena.experts(x, ids, routing_weights, between, biases)  # type: ignore[no-any-return]
+        arena: Experts = self.qmoe_arena
+        return arena.experts(x, ids, routing_weights, between, biases)
     return moe_forward(x, ids, routing_weights, self.qmoe_first, self.qmoe_second, between, biases)
 
 
