@@ -72,7 +72,7 @@ def made(scratch: Path) -> Iterator[Path]:
         model.save_pretrained(scratch / name)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(DEMO / file, scratch / name / file)
-        text = dict(data="bundled:austen", samples=4, seqlen=128, self_samples=0)
+        text = dict(text="bundled:austen", samples=4, seqlen=128, self_samples=0)
         settings = qmoe.QuantConfig.preset(
             "fast", format="exl3", experts={"bits": bits}, beam=16, calibration=text
         )

@@ -15,7 +15,7 @@ from qmoe.format.trellis import BLOCK, padded
 from qmoe.kernels import launch
 from qmoe.kernels.activation import Activation
 from qmoe.kernels.coded.arena import CodedArena
-from qmoe.kernels.coded.tiles import choose, rows_at_once, starts_table
+from qmoe.kernels.coded.tiles import ROWS, choose, starts_table
 from qmoe.kernels.device.coded import coded_gemm
 from qmoe.kernels.device.turn import turn_and_sum, turn_between, turn_in, turn_out
 from qmoe.kernels.grouped import Schedule, every_row, schedule
@@ -43,12 +43,11 @@ def routed_experts(
     sums = _product(_turned(x, plan, arena, 0), plan, arena, 0, tile)
     matrix, P = arena.matrices[0], plan.rows
     mid = torch.empty(1, P, padded(matrix.n), dtype=_working(x.dtype), device=x.device)
-    rows = rows_at_once(P)
-    turn_between[(-(-P // rows), padded(matrix.n) // BLOCK)](
+    turn_between[(-(-P // ROWS), padded(matrix.n) // BLOCK)](
         sums, arena.buffer, arena.table, sums if first_bias is None else first_bias, plan.ids, mid,
         matrix.n, padded(matrix.n), P, arena.experts, sums.stride(0), activation.alpha,
         activation.limit, ACT=activation.name, SPLIT=len(sums), BIAS=first_bias is not None,
-        ROWS=rows, ORDER=_order(x), HALVES=_halves(x),
+        ROWS=ROWS, ORDER=_order(x), HALVES=_halves(x),
     )  # fmt: skip
     return _second(mid, plan, gates, arena, tile, second_bias, x.dtype)
 
@@ -110,11 +109,11 @@ def _order(x: Tensor) -> str:
 def _turned(x: Tensor, plan: Schedule, arena: CodedArena, j: int) -> Float[Tensor, "parts P K"]:
     """Inputs of the product of matrix j (and up beside gate) by its scales, rotated."""
     parts, k, P = arena.first if j == 0 else 1, arena.matrices[j].k, plan.rows
-    x, rows = x.contiguous(), rows_at_once(P)
+    x = x.contiguous()
     out = torch.empty(parts, P, padded(k), dtype=_working(x.dtype), device=x.device)
-    turn_in[(-(-P // rows), padded(k) // BLOCK, parts)](
+    turn_in[(-(-P // ROWS), padded(k) // BLOCK, parts)](
         x, arena.buffer, arena.table[j:], plan.ids, out, k, padded(k), P, arena.experts,
-        P // len(x), x.stride(0), ROWS=rows, ONE=plan.inline < 0, ORDER=_order(x),
+        P // len(x), x.stride(0), ROWS=ROWS, ONE=plan.inline < 0, ORDER=_order(x),
         HALVES=_halves(x),
     )  # fmt: skip
     return out
@@ -149,12 +148,12 @@ def _first(
     x: Tensor, plan: Schedule, arena: CodedArena, tile: Tile, bias: Tensor | None
 ) -> Float[Tensor, "P N"]:
     sums = _product(_turned(x, plan, arena, 0), plan, arena, 0, tile)
-    matrix, P, rows = arena.matrices[0], plan.rows, rows_at_once(plan.rows)
+    matrix, P = arena.matrices[0], plan.rows
     out = x.new_empty(P, arena.first * matrix.n)
-    turn_out[(-(-P // rows), padded(matrix.n) // BLOCK, arena.first)](
+    turn_out[(-(-P // ROWS), padded(matrix.n) // BLOCK, arena.first)](
         sums, arena.buffer, arena.table, sums if bias is None else bias, plan.ids, out, matrix.n,
         padded(matrix.n), P, arena.experts, sums.stride(0), SPLIT=len(sums),
-        BIAS=bias is not None, ROWS=rows, ONE=plan.inline < 0, HALVES=_halves(x),
+        BIAS=bias is not None, ROWS=ROWS, ONE=plan.inline < 0, HALVES=_halves(x),
     )  # fmt: skip
     return out
 
@@ -172,7 +171,7 @@ def _second(
     sums, matrix = _product(turned, plan, arena, j, tile), arena.matrices[j]
     y = torch.empty(T, matrix.n, dtype=dtype, device=turned.device)
     width = 1 << (A - 1).bit_length()
-    tokens = max(1, rows_at_once(T * A) // width)
+    tokens = max(1, ROWS // width)
     turn_and_sum[(-(-T // tokens), padded(matrix.n) // BLOCK)](
         sums, arena.buffer, arena.table[j:], sums if bias is None else bias, plan.ids,
         gates.reshape(-1).contiguous(), y, matrix.n, padded(matrix.n), T, A, arena.experts,

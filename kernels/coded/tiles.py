@@ -12,6 +12,8 @@ from qmoe.kernels.device.trellis import run_of, start_of
 from qmoe.kernels.launch import Table, Tile, mean_rows
 
 NVIDIA = {bm: Tile(bm, 128, 4, 3) for bm in (8, 16, 32, 64)}
+# Rows that a program of device/turn.py rotates: 64 would spill.
+ROWS = 16
 AMD = {bm: Tile(bm, 128, 8, 2) for bm in (16, 32, 64)}
 
 
@@ -24,11 +26,6 @@ def choose(table: Table, assignments: int, experts: int) -> Tile:
     """The smallest that holds the mean expert's rows."""
     tiles, rows = tiles_for(table), mean_rows(assignments, experts)
     return next((tile for bm, tile in sorted(tiles.items()) if bm >= rows), tiles[max(tiles)])
-
-
-def rows_at_once(assignments: int) -> int:
-    """Rows that a program of device/turn.py rotates: few while there are few, for more programs."""
-    return 16 if assignments <= 1024 else 64
 
 
 @cache

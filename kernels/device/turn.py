@@ -18,22 +18,34 @@ ROOT = tl.constexpr(128**-0.5)
 
 
 @triton.jit
-def _turned(v, HALVES: tl.constexpr):
-    """v R: v [rows, 128] in float32, R Sylvester's matrix over the square root of 128."""
-    i = tl.arange(0, BLOCK)
+def _sums_and_differences(v, ROWS: tl.constexpr, HALF: tl.constexpr):
+    """Of rows [ROWS, 2 HALF] the sum and the difference of their halves, as rows [2 ROWS, HALF]."""
+    first, second = v.reshape(ROWS, 2, HALF).trans(0, 2, 1).split()
+    both = tl.join(first + second, first - second)
+    return both.trans(0, 2, 1).reshape(2 * ROWS, HALF)
+
+
+@triton.jit
+def _turned(v, ROWS: tl.constexpr, HALVES: tl.constexpr):
+    """v R: v [ROWS, 128] in float32, R Sylvester's matrix over the square root of 128. Two of its
+    seven levels are sums and differences, the other five a product with the matrix of 32: that of
+    128 would fill the registers of some GPUs."""
+    v = _sums_and_differences(v * ROOT, ROWS, 64)
+    v = _sums_and_differences(v, 2 * ROWS, 32)
+    i = tl.arange(0, 32)
     parity = i[:, None] & i[None, :]
     parity ^= parity >> 4
     parity ^= parity >> 2
     parity ^= parity >> 1
     signs = 1 - 2 * (parity & 1)
-    v *= ROOT
     if HALVES:
         signs = signs.to(tl.bfloat16)
         high = v.to(tl.bfloat16)
         low = (v - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(high, signs, tl.dot(low, signs))
+        turned = tl.dot(high, signs, tl.dot(low, signs))
     else:
-        return tl.dot(v, signs.to(tl.float32), input_precision="ieee")
+        turned = tl.dot(v, signs.to(tl.float32), input_precision="ieee")
+    return turned.reshape(ROWS, BLOCK)
 
 
 @triton.jit
@@ -71,7 +83,8 @@ def _memory_order(c, ORDER: tl.constexpr):
 @triton.jit
 def _outputs(
     sums_ptr, arena_ptr, table_ptr, bias_ptr, rows, valid, expert, part, block, parts, n, N, E,
-    split_stride, SPLIT: tl.constexpr, BIAS: tl.constexpr, HALVES: tl.constexpr,
+    split_stride, ROWS: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
+    HALVES: tl.constexpr,
 ):  # fmt: skip
     """The outputs [rows, 128] of a block of a part: shares added, rotated, scaled, plus bias."""
     c = block * BLOCK + tl.arange(0, BLOCK)
@@ -82,7 +95,7 @@ def _outputs(
         total += share.to(tl.float32)
     entry = part * E + expert
     svh = _scales(arena_ptr, table_ptr, entry, 3)[:, None] + c[None, :]
-    y = _turned(total, HALVES) * tl.load(svh).to(tl.float32)
+    y = _turned(total, ROWS, HALVES) * tl.load(svh).to(tl.float32)
     if BIAS:
         b = bias_ptr + expert.to(tl.int64)[:, None] * (parts * n) + (part * n + c)[None, :]
         y += tl.load(b, mask=(c < n)[None, :], other=0.0).to(tl.float32)
@@ -91,13 +104,13 @@ def _outputs(
 
 @triton.jit
 def _store_inputs(
-    v, out_ptr, arena_ptr, table_ptr, entry, row, valid, block, K,
+    v, out_ptr, arena_ptr, table_ptr, entry, row, valid, block, K, ROWS: tl.constexpr,
     ORDER: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """Scale and rotate v [rows, 128], and store it as row `row` of out [*, K]."""
     c = tl.arange(0, BLOCK)
     suh = _scales(arena_ptr, table_ptr, entry, 2)[:, None] + (block * BLOCK + c)[None, :]
-    v = _turned(v * tl.load(suh).to(tl.float32), HALVES)
+    v = _turned(v * tl.load(suh).to(tl.float32), ROWS, HALVES)
     at = out_ptr + row.to(tl.int64)[:, None] * K
     at += (block * BLOCK + _memory_order(c, ORDER))[None, :]
     tl.store(at, v.to(out_ptr.dtype.element_ty), mask=valid[:, None])
@@ -117,7 +130,7 @@ def turn_in(
     v = tl.load(at, mask=valid[:, None] & (c < k)[None, :], other=0.0).to(tl.float32)
     _store_inputs(
         v, out_ptr, arena_ptr, table_ptr, part * E + expert, part * P + rows, valid, block, K,
-        ORDER, HALVES,
+        ROWS, ORDER, HALVES,
     )  # fmt: skip
 
 
@@ -132,7 +145,7 @@ def turn_out(
     rows, valid, expert = _rows(ids_ptr, tl.program_id(0) * ROWS, P, E, ROWS, ONE)
     y = _outputs(
         sums_ptr, arena_ptr, table_ptr, bias_ptr, rows, valid, expert, part, block, parts, n, N, E,
-        split_stride, SPLIT, BIAS, HALVES,
+        split_stride, ROWS, SPLIT, BIAS, HALVES,
     )  # fmt: skip
     c = block * BLOCK + tl.arange(0, BLOCK)
     at = out_ptr + rows.to(tl.int64)[:, None] * (parts * n) + (part * n + c)[None, :]
@@ -151,17 +164,18 @@ def turn_between(
     rows, valid, expert = _rows(ids_ptr, tl.program_id(0) * ROWS, P, E, ROWS, False)
     gate = _outputs(
         sums_ptr, arena_ptr, table_ptr, bias_ptr, rows, valid, expert, 0, block, 2, n, N, E,
-        split_stride, SPLIT, BIAS, HALVES,
+        split_stride, ROWS, SPLIT, BIAS, HALVES,
     )  # fmt: skip
     up = _outputs(
         sums_ptr, arena_ptr, table_ptr, bias_ptr, rows, valid, expert, 1, block, 2, n, N, E,
-        split_stride, SPLIT, BIAS, HALVES,
+        split_stride, ROWS, SPLIT, BIAS, HALVES,
     )  # fmt: skip
     c = block * BLOCK + tl.arange(0, BLOCK)
     mid = tl.where(valid[:, None] & (c < n)[None, :], gated(gate, up, alpha, limit, ACT), 0.0)
     _store_inputs(
-        mid, out_ptr, arena_ptr, table_ptr, 2 * E + expert, rows, valid, block, N, ORDER, HALVES
-    )
+        mid, out_ptr, arena_ptr, table_ptr, 2 * E + expert, rows, valid, block, N, ROWS,
+        ORDER, HALVES,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["split_stride"])
@@ -182,7 +196,7 @@ def turn_and_sum(
     expert = tl.where(valid, expert, 0)
     each = _outputs(
         sums_ptr, arena_ptr, table_ptr, bias_ptr, rows, valid, expert, 0, block, 1, n, N, E,
-        split_stride, SPLIT, BIAS, HALVES,
+        split_stride, TOKENS * A2, SPLIT, BIAS, HALVES,
     )  # fmt: skip
     gate = tl.load(gates_ptr + rows, mask=valid, other=0.0).to(tl.float32)
     each = tl.where(valid[:, None], each * gate[:, None], 0.0)

@@ -13,7 +13,7 @@ from offline.cases import Finding
 from offline.compile import Compiled, compile_for
 from offline.sass import counts, main_loops
 from qmoe.format.exl3 import CODEBOOKS, RATES
-from qmoe.kernels.coded.tiles import tiles_for
+from qmoe.kernels.coded.tiles import ROWS, tiles_for
 from qmoe.kernels.device.coded import COLUMNS, coded_gemm
 from qmoe.kernels.device.turn import turn_and_sum, turn_between, turn_in, turn_out
 from qmoe.kernels.launch import Table, Tile
@@ -111,15 +111,14 @@ class Turn:
 
     table: Table
     kernel: str
-    rows: int
 
     def __str__(self) -> str:
-        return f"{self.table.arch} {self.kernel} rows={self.rows}"
+        return f"{self.table.arch} {self.kernel}"
 
 
 def turns(table: Table) -> Iterator[Turn]:
-    for name, rows in product(TURNS, (16, 64)):
-        yield Turn(table, name, rows)
+    for name in TURNS:
+        yield Turn(table, name)
 
 
 def compile_turn(case: Turn) -> Compiled:
@@ -131,8 +130,8 @@ def compile_turn(case: Turn) -> Compiled:
     )  # fmt: skip
     types = {n: pointers.get(n, "i32") for n in kernel.arg_names}
     every: dict[str, Any] = dict(
-        ROWS=case.rows, ONE=False, ORDER=order, HALVES=True, SPLIT=2, BIAS=True, ACT="gelu_tanh",
-        TOKENS=case.rows // 8, A2=8,
+        ROWS=ROWS, ONE=False, ORDER=order, HALVES=True, SPLIT=2, BIAS=True, ACT="gelu_tanh",
+        TOKENS=ROWS // 8, A2=8,
     )  # fmt: skip
     constants = {n: value for n, value in every.items() if n in kernel.arg_names}
     options = {"num_warps": 4, "num_stages": 2}
