@@ -25,10 +25,11 @@ def _in_order(x, BM: tl.constexpr, ORDER: tl.constexpr):
 
 @triton.jit
 def _along_k(
-    x, codes, table, tile_n, split, N, K, RATE: tl.constexpr, CODEBOOK: tl.constexpr,
+    x, behind, codes, table, tile_n, split, N, K, RATE: tl.constexpr, CODEBOOK: tl.constexpr,
     SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PTX: tl.constexpr, ORDER: tl.constexpr,
+    PAIR: tl.constexpr,
 ):  # fmt: skip
-    """acc [BN, BM] over one of SPLIT shares of K."""
+    """acc [BN, BM] over one of SPLIT shares of K, and that of the rows behind (`pair_of`)."""
     KT: tl.constexpr = COLUMNS // 16
     each = tl.cdiv(K // COLUMNS, SPLIT)
     first = tl.minimum(split * each, K // COLUMNS)
@@ -36,16 +37,43 @@ def _along_k(
     step: tl.constexpr = KT * 4 * RATE  # words of tiles that share their outputs
     codes += (first * (N // 16) + tile_n * (BN // 16)) * step
     x += first * COLUMNS
+    behind += first * COLUMNS
     starts = starts_of(table, RATE)
     acc = tl.zeros((BN, BM), dtype=tl.float32)
+    more = acc
     for _ in range(first, last):
         w = tiles(codes, starts, BN // 16, KT, RATE, CODEBOOK, x.dtype.element_ty, PTX, ORDER)
         b = tl.load(x, eviction_policy="evict_last")
         b = _in_order(b, BM, ORDER)
         acc = tl.dot(w, b, acc, input_precision="ieee")
+        if PAIR:
+            b = _in_order(tl.load(behind, eviction_policy="evict_last"), BM, ORDER)
+            more = tl.dot(w, b, more, input_precision="ieee")
+            behind += COLUMNS
         codes += N // 16 * step
         x += COLUMNS
-    return acc
+    return acc, more
+
+
+@triton.constexpr_function
+def pair_of(BM, ORDER):
+    """Whether a tile's rows are multiplied in two halves by the same decoded weights. From 64 rows
+    on the compiler gives mma.sync's warps a share of the rows each, and every share decodes all
+    weights again."""
+    return ORDER == "mma" and BM >= 64
+
+
+@triton.jit
+def _inputs(x_ptr, rows, part, P, K):
+    """Pointers to the first inputs [64, rows] of a part's rows; those past the end read row 0."""
+    read = (part * P + tl.where(rows < P, rows, 0)).to(tl.int64)
+    return x_ptr + read[None, :] * K + tl.arange(0, COLUMNS)[:, None]
+
+
+@triton.jit
+def _store(acc, out, rows, column, P, stride):
+    at = out + rows.to(tl.int64)[None, :] * stride + column[:, None]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=(rows < P)[None, :])
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -78,6 +106,8 @@ def coded_gemm(
     ids, order, tiles and P2: as in gemm.py. Rates are in half bits; bit r of RATES is set if
     matrices of rate r are among them. N, K: filled up to multiples of 128.
     """
+    PAIR: tl.constexpr = pair_of(BM, ORDER)
+    HALF: tl.constexpr = BM // 2 if PAIR else BM
     tile_m = tl.program_id(0)
     tile_n = tl.program_id(1) % (N // BN)
     part = tl.program_id(1) // (N // BN)
@@ -101,38 +131,31 @@ def coded_gemm(
     else:
         expert = 0
         rows = tile_m * BM + m
-    valid = rows < P
     entry = table_ptr + (part * E + expert) * 4
     rate = tl.load(entry)
     codes = (arena_ptr + tl.load(entry + 1).to(tl.int64) * 128).to(tl.pointer_type(tl.int32))
-    read = (part * P + tl.where(valid, rows, 0)).to(tl.int64)
-    x = x_ptr + read[None, :] * K + tl.arange(0, COLUMNS)[:, None]
-    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    behind = rows
+    if PAIR:
+        rows, behind = rows.reshape(2, BM // 2).trans(1, 0).split()
+    x = _inputs(x_ptr, rows, part, P, K)
+    x2 = _inputs(x_ptr, behind, part, P, K)
+    acc = tl.zeros((BN, HALF), dtype=tl.float32)
+    more = acc
     for RATE in tl.static_range(2, 17):
         if RATES == 1 << RATE:
-            acc = _along_k(
-                x, codes, starts_ptr, tile_n, split, N, K, RATE, CODEBOOK, SPLIT, BM, BN, PTX, ORDER
-            )
+            acc, more = _along_k(
+                x, x2, codes, starts_ptr, tile_n, split, N, K,
+                RATE, CODEBOOK, SPLIT, HALF, BN, PTX, ORDER, PAIR,
+            )  # fmt: skip
         elif RATES >> RATE & 1:
             if rate == RATE:
-                acc = _along_k(
-                    x,
-                    codes,
-                    starts_ptr,
-                    tile_n,
-                    split,
-                    N,
-                    K,
-                    RATE,
-                    CODEBOOK,
-                    SPLIT,
-                    BM,
-                    BN,
-                    PTX,
-                    ORDER,
-                )
+                acc, more = _along_k(
+                    x, x2, codes, starts_ptr, tile_n, split, N, K,
+                    RATE, CODEBOOK, SPLIT, HALF, BN, PTX, ORDER, PAIR,
+                )  # fmt: skip
     column = tl.program_id(1) * BN + tl.arange(0, BN)
-    parts = tl.num_programs(1) * BN
-    at = out_ptr + split.to(tl.int64) * split_stride
-    at += rows.to(tl.int64)[None, :] * parts + column[:, None]
-    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=valid[None, :])
+    width = tl.num_programs(1) * BN
+    out = out_ptr + split.to(tl.int64) * split_stride
+    _store(acc, out, rows, column, P, width)
+    if PAIR:
+        _store(more, out, behind, column, P, width)
