@@ -88,7 +88,8 @@ class CodedStack(nn.Module):
     def expand(self, e: int, i: int = 0) -> Float[Tensor, "N K"]:
         """Matrix i (first, second) of expert e in floating point; decoded by the CPU."""
         which = range(self.first) if i == 0 else (self.first,)
-        parts = [stored_codes(self.arena, j, e).dequantize()[0] for j in which]
+        with torch.device("cpu"):  # also where another device is torch's default
+            parts = [stored_codes(self.arena, j, e).dequantize()[0] for j in which]
         return torch.cat(parts).to(self.buffer.device, self.dtype)
 
     def packed_bytes(self) -> int:

@@ -38,13 +38,19 @@ def codes(n, k, rate, codebook="mul1", E=1):
     return Codes(trellis, suh, svh, codebook, n, k)
 
 
+def dense(given):
+    """The matrices of codes, which are decoded in host memory."""
+    with HOST:
+        return given.dequantize().to(DEVICE)
+
+
 def make(E, H, I, rates, codebook="mul1", dtype=torch.float32):  # noqa: E741
     """An arena of experts whose rates take turns, and their two matrices in float32."""
     matrices = [
         [codes(n, k, rates[(e + j) % len(rates)], codebook) for e in range(E)]
         for j, (n, k) in enumerate(((I, H), (I, H), (H, I)))
     ]
-    gate, up, down = (torch.cat([c.dequantize() for c in stack]).to(DEVICE) for stack in matrices)
+    gate, up, down = (torch.cat([dense(c) for c in stack]) for stack in matrices)
     arena = build_coded_arena(matrices, 2, dtype, DEVICE)
     return arena, torch.cat((gate, up), 1), down
 
@@ -87,8 +93,10 @@ def test_runs_lie_in_two_words(rate):
 def test_ptx_decodes_every_state(codebook):
     states = np.arange(1 << 16, dtype=np.uint32).reshape(-1, 4)
     found = run(ptx(codebook), *states.T.copy())
+    with HOST:
+        wanted = codebook_values(codebook).double().numpy()
     values = np.stack([half for word in found for half in halves_of(word, "fp16")], -1)
-    assert np.array_equal(values.reshape(-1), codebook_values(codebook).cpu().double().numpy())
+    assert np.array_equal(values.reshape(-1), wanted)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +110,7 @@ def test_linears_of_every_rate_and_codebook(rate, codebook):
     given = codes(130, 100, rate, codebook)
     arena = build_coded_arena([[given]], 1, torch.float32, DEVICE)
     x, bias = torch.randn(3, 100), torch.randn(130)
-    weight = given.dequantize()[0].to(DEVICE)
+    weight = dense(given)[0]
     assert_close(layer.linear(x, arena, bias), x @ weight.T + bias, *CLOSE[torch.float32])
     assert torch.equal(stored_codes(arena, 0, 0).trellis, given.trellis)
 
@@ -112,7 +120,7 @@ def test_linears_of_many_rows(M):
     given = codes(300, 70, 4)
     arena = build_coded_arena([[given]], 1, HALF, DEVICE)
     x = torch.randn(70, M).to(HALF).T  # not contiguous
-    weight = given.dequantize()[0].to(DEVICE)
+    weight = dense(given)[0]
     assert_close(layer.linear(x, arena).float(), x.float() @ weight.T, *CLOSE[HALF])
     assert layer.linear(x[:0], arena).shape == (0, 300)
 
@@ -181,7 +189,7 @@ def test_the_products_apart(T):
         return product.relu().square()
 
     got = stack.experts(x, ids, gates, relu2, (b1, b2))
-    first, second = (c.dequantize().to(DEVICE) for c in (up, down))
+    first, second = (dense(c) for c in (up, down))
     assert_close(got, reference(x, ids, gates, first, second, relu2, b1, b2))
     assert_close(stack.expand(2, 0), first[2])
     assert_close(stack.expand(1, 1), second[1])
