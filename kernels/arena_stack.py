@@ -61,8 +61,7 @@ class ArenaStack(nn.Module):
         activation: Callable[[Tensor], Tensor],
         biases: Biases = (None, None),
     ) -> Float[Tensor, "T H2"]:
-        """The routed experts; `activation` is called if it could not be fused. biases: [E, N] and
-        [E, H2]."""
+        """As moe.Experts."""
         return self.run(self.buffer, self.table, x, ids, gates, activation, biases)
 
     def run(

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from qmoe.config import Scheme
+
 ROWS = 256  # assignments whose activation, biases and sum are computed at once
 Biases = tuple[Tensor | None, Tensor | None]
 Run = list[tuple[int, int, int]]  # an expert, its first row and the one behind its last
@@ -24,6 +26,34 @@ class Stack(Protocol):
 
     def matmul(self, x: Tensor, e: int) -> Tensor:
         """x [M, K] times the transpose of matrix e: [M, N]."""
+        ...
+
+
+@runtime_checkable
+class Experts(Protocol):
+    """The routed experts of a layer, in whatever form and wherever they are kept: CpuStack,
+    TrellisStack, ArenaStack, CodedStack, SlotStack, HybridStack."""
+
+    scheme: Scheme
+
+    def experts(
+        self,
+        x: Float[Tensor, "T H"],
+        ids: Int[Tensor, "T A"],
+        gates: Float[Tensor, "T A"],
+        activation: Callable[[Tensor], Tensor],
+        biases: Biases = (None, None),
+    ) -> Float[Tensor, "T H2"]:
+        """`moe_forward` of their first and second matrices, in the dtype of x. `activation` is
+        called if it could not be fused. biases: [E, N] and [E, H2]."""
+        ...
+
+    def packed_bytes(self) -> int:
+        """Bytes of packed integers or codes."""
+        ...
+
+    def nbytes(self) -> int:
+        """Bytes of all that is held."""
         ...
 
 

@@ -32,6 +32,7 @@ STEPS = {
     "layers4": 55,
     "layers12": 90,
     "widths": 80,
+    "exl3": 120,
     "every kernel test": 180,
     "sanitizer": 60,
 }

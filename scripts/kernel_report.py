@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves i
 import triton
 from offline import report
 from offline.cases import cases, check, tables
+from offline.coded import HEADER, check_coded, coded_cases, coded_rows, compile_turn, turns
 from offline.others import compile_other, others
 from offline.roofline import GPUS
 
@@ -37,12 +38,16 @@ def main() -> int:
         findings = list(pool.imap(check, wanted))
         small = [other for table in known.values() for other in others(table, args.full)]
         compiled = list(zip(small, pool.imap(compile_other, small), strict=True))
+        codes = [case for table in known.values() for case in coded_cases(table, args.full)]
+        coded = list(pool.imap(check_coded, codes))
+        around = [turn for table in known.values() for turn in turns(table)]
+        compiled += zip(around, pool.imap(compile_turn, around), strict=True)
         rivals = pool.map(report.rival_row, [arch for arch in known if arch.startswith("sm")])
 
     header = ["configuration", "registers", "spilled", "shared KiB", "per weight", "per MMA", ""]
-    show(f"compiled with Triton {triton.__version__}", header, report.case_rows(findings))
+    show(f"compiled with Triton {triton.__version__}", header, report.case_rows(findings + coded))
     show(
-        "routing, sums, expansion",
+        "routing, sums, expansion, rotations",
         ["kernel", "registers", "spilled"],
         [[str(other), str(c.registers), str(c.spilled)] for other, c in compiled],
     )
@@ -50,6 +55,11 @@ def main() -> int:
         "instructions per dequantized weight, whole kernel, BM 16, bf16",
         report.WEIGHT_HEADER,
         report.weight_rows(findings),
+    )
+    show(
+        "instructions per weight decoded from EXL3's codes, whole loop, BM 16, fp16",
+        HEADER,
+        coded_rows(coded),
     )
     show(
         "other loops by the same counter, int4, 16x128x128 (bytes spilled)",
@@ -68,12 +78,13 @@ def main() -> int:
         ["layer", "group", *(gpu.name for gpu in GPUS)],
         report.projection_rows(known, findings),
     )
-    failed = [f"{f.case}: {'; '.join(f.failed)}" for f in findings if f.failed] + too_much
+    failed = [f"{f.case}: {'; '.join(f.failed)}" for f in findings + coded if f.failed] + too_much
     failed += [f"{other}: spills {c.spilled}" for other, c in compiled if c.spilled]
     for line in failed:
         print("FAILED", line)
     seconds = time.monotonic() - start
-    print(f"{len(findings) + len(compiled)} configurations, {len(failed)} failed, {seconds:.0f} s")
+    count = len(findings) + len(coded) + len(compiled)
+    print(f"{count} configurations, {len(failed)} failed, {seconds:.0f} s")
     return 1 if failed else 0
 
 

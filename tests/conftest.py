@@ -28,7 +28,7 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 importlib.import_module("qmoe.kernels.device")
 hooked = list(sys.meta_path)
 sys.meta_path[:] = [f for f in hooked if not type(f).__module__.startswith("jaxtyping")]
-for name in ("activation", "dequant", "gemm", "route", "unpack"):
+for name in ("activation", "coded", "dequant", "gemm", "route", "trellis", "turn", "unpack"):
     importlib.import_module(f"qmoe.kernels.device.{name}")
 sys.meta_path[:] = hooked
 

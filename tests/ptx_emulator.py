@@ -1,4 +1,4 @@
-"""The few PTX instructions that kernels/device/unpack.py emits, on numpy words, bit for bit.
+"""The few PTX instructions that kernels/device emits, on numpy words, bit for bit.
 
 `run` executes one block; `teach` makes Triton's interpreter execute inline PTX with it, and compute
 in bfloat16, so that whole kernels run as they are compiled for a GPU.
@@ -49,7 +49,20 @@ def run(asm: str, *inputs: Words) -> tuple[Words, Words]:
 
 
 def _execute(name: str, a: list[Words]) -> Words:
-    wanted = {"mov": 1, "shr": 2, "shl": 2, "and": 2, "sub": 2, "prmt": 3, "fma": 3, "lop3": 4}
+    wanted = {
+        "mov": 1,
+        "mul": 2,
+        "mad": 3,
+        "dp4a": 3,
+        "add": 2,
+        "shr": 2,
+        "shl": 2,
+        "and": 2,
+        "sub": 2,
+        "prmt": 3,
+        "fma": 3,
+        "lop3": 4,
+    }
     if len(a) != wanted.get(name.partition(".")[0]):
         raise ValueError(f"{name} with {len(a)} operands")
     match name:
@@ -65,6 +78,19 @@ def _execute(name: str, a: list[Words]) -> Words:
             return _lop3(a[0], a[1], a[2], int(a[3].flat[0]))
         case "prmt.b32":
             return _prmt(a[0], a[1], int(a[2].flat[0]))
+        case "mul.lo.u32":
+            return a[0] * a[1]
+        case "mad.lo.u32":
+            return a[0] * a[1] + a[2]
+        case "dp4a.u32.u32":
+            bytes_of = [
+                [word >> np.uint32(8 * i) & np.uint32(255) for i in range(4)] for word in a[:2]
+            ]
+            return sum((x * y for x, y in zip(*bytes_of, strict=True)), a[2].copy())
+        case "add.f16x2":
+            return _halves(lambda x, y: _to_fp16(_fp16(x) + _fp16(y)), a)
+        case "fma.rn.f16x2":
+            return _halves(lambda x, y, z: _to_fp16(_fp16(x) * _fp16(y) + _fp16(z)), a)
         case "sub.f16x2":
             return _halves(lambda x, y: _to_fp16(_fp16(x) - _fp16(y)), a)
         case "fma.rn.bf16x2":

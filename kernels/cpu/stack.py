@@ -75,8 +75,7 @@ class CpuStack(nn.Module):
         activation: Callable[[Tensor], Tensor],
         biases: Biases = (None, None),
     ) -> Float[Tensor, "T H2"]:
-        """The routed experts; `activation` is called if it could not be fused. biases: [E, N] and
-        [E, H2]."""
+        """As moe.Experts."""
         first, second, known = self.matrix(0), self.matrix(1), self.activation
         if not torch.compiler.is_compiling():
             if known is not None:

@@ -109,7 +109,7 @@ class HybridStack(nn.Module):
         activation: Callable[[Tensor], Tensor],
         biases: Biases = (None, None),
     ) -> Float[Tensor, "T H2"]:
-        """As ArenaStack.experts."""
+        """As moe.Experts."""
         E = self.placed.shape[1] - 1
         hot, cold = self.placed[:, torch.where((ids >= 0) & (ids < E), ids, E)]
         counts = torch.bincount(cold[cold < E], minlength=len(self.ids["cold"])).tolist()

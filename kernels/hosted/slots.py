@@ -7,16 +7,47 @@ will probably want are copied already.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from qmoe.config import Scheme
 from qmoe.kernels.arena import ALIGN, WEIGHTS
-from qmoe.kernels.arena_stack import ArenaStack
 from qmoe.kernels.hosted.residency import Held, empty, fetch, guess, waves
 from qmoe.kernels.moe import Biases
+
+
+@runtime_checkable
+class InArena(Protocol):
+    """A stack that computes with the ranges of its arena wherever they are: ArenaStack,
+    CodedStack."""
+
+    scheme: Scheme
+    buffer: Tensor
+
+    @property
+    def arena(self) -> Any:
+        """kernels/arena.py or kernels/coded/arena.py: `buffer`, `table`, `ranges()`."""
+        ...
+
+    def run(
+        self,
+        buffer: Tensor,
+        table: Tensor,
+        x: Tensor,
+        ids: Tensor,
+        gates: Tensor,
+        activation: Callable[[Tensor], Tensor],
+        biases: Biases,
+    ) -> Tensor:
+        """The routed experts, whose bytes are in `buffer` where `table` says."""
+        ...
+
+    def packed_bytes(self) -> int: ...
+
+    def nbytes(self) -> int: ...
 
 
 @runtime_checkable
@@ -58,7 +89,7 @@ class StreamCopier:
 
 
 class SlotStack(nn.Module):
-    """An ArenaStack whose experts live in host memory, with `slots` of them on the device.
+    """A stack whose experts live in host memory, with `slots` of them on the device.
 
     Takes its place: `experts`, `nbytes`, `packed_bytes`. `link` names the layer that follows.
     Reads the chosen experts back to the host at every call, so it cannot be part of a CUDA graph.
@@ -68,7 +99,7 @@ class SlotStack(nn.Module):
     table: Tensor
 
     def __init__(
-        self, stack: ArenaStack, slots: int, device: torch.device, copier: Copier | None = None
+        self, stack: InArena, slots: int, device: torch.device, copier: Copier | None = None
     ):
         """stack: in host memory. Raises ValueError for fewer slots than 1."""
         super().__init__()
@@ -113,7 +144,7 @@ class SlotStack(nn.Module):
         activation: Callable[[Tensor], Tensor],
         biases: Biases = (None, None),
     ) -> Float[Tensor, "T H2"]:
-        """As ArenaStack.experts; in rounds if the tokens chose more experts than fit the slots."""
+        """As moe.Experts; in rounds if the tokens chose more experts than fit the slots."""
         E = len(self.ranges)
         wanted = [e for e in ids.unique().tolist() if 0 <= e < E]
         self._learn(wanted)

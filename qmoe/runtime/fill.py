@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from qmoe.errors import ConfigError
 from qmoe.kernels import uses_arena
 from qmoe.kernels.cpu.stack import uses_cpu_kernels
 from qmoe.model.source import Source
@@ -34,7 +35,8 @@ def fill(source: Source, dtype: torch.dtype | None, run: RunOn, memory: int | No
     dtype: of parameters that have none of their own. memory: bytes for routed experts on the GPU,
     None for no limit; the others are copied to slots (offload.py), or, if `run` has no home for
     them, computed by the CPU (hybrid.py). Raises CheckpointError for tensors that contradict each
-    other, and ConfigError for scales that the model's dtype cannot hold.
+    other, and ConfigError for scales that the model's dtype cannot hold, and for a
+    plan that codes cannot keep.
     """
     in_c = uses_cpu_kernels(run.device) and not uses_arena(run.device) and not run.places
     file = None
@@ -45,6 +47,11 @@ def fill(source: Source, dtype: torch.dtype | None, run: RunOn, memory: int | No
         run = replace(run, prepared=open_prepared(*file))
     hybrid = memory is not None and run.home is None
     if memory is not None and hybrid:
+        if coded:
+            raise ConfigError(
+                "plan: experts in EXL3's codes are not computed by the CPU beside a GPU yet; give "
+                "expert_memory instead of the plan, so that they are copied to the GPU"
+            )
         run = place_experts(source, run, memory)
     if run.places:
         check_places(source, run.places)

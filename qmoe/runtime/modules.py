@@ -25,7 +25,7 @@ from qmoe.kernels.cpu.cache import StaleCache
 from qmoe.kernels.cpu.layout import Packed, arrange
 from qmoe.kernels.cpu.stack import CpuStack, uses_cpu_kernels
 from qmoe.kernels.cpu.trellis_stack import TrellisStack
-from qmoe.kernels.moe import moe_forward
+from qmoe.kernels.moe import Experts, moe_forward
 from qmoe.kernels.stack import MixedStack, PackedStack, packed_stack
 from qmoe.model import experts
 from qmoe.runtime.coded import take_coded
@@ -78,7 +78,8 @@ def _routed(self: Any, x: Tensor, ids: Tensor, routing_weights: Tensor) -> Tenso
         )
         return moe_forward(x, ids, routing_weights, up, down, between, biases)
     if hasattr(self, "qmoe_arena"):
-        return self.qmoe_arena.experts(x, ids, routing_weights, between, biases)  # type: ignore[no-any-return]
+        arena: Experts = self.qmoe_arena
+        return arena.experts(x, ids, routing_weights, between, biases)
     return moe_forward(x, ids, routing_weights, self.qmoe_first, self.qmoe_second, between, biases)
 
 
@@ -130,19 +131,8 @@ class CodedLinear(PackedLinear):
         self._qmoe_coded = linear._qmoe_coded
 
     def finish(self, where: str, run: RunOn) -> None:
-        _check_cpu(run)
-        (stored,) = take_coded(self, where).values()
         declared: Any = self._qmoe_coded
-        dtype = declared["weight"].dtype
-        self.stack = TrellisStack([stored], dtype, exact=run.exact)
-
-
-def _check_cpu(run: RunOn) -> None:
-    if uses_arena(run.device):
-        raise ConfigError(
-            f"device: qmoe runs EXL3's codes on the CPU, the device is {run.device}; exllamav3 "
-            "runs them on GPUs"
-        )
+        self.stack = _coded_stack(self, where, declared["weight"].dtype, run, None)
 
 
 def declare_experts(module: Any, schemes: dict[str, tuple[Scheme, tuple[int, ...]]]) -> None:
@@ -192,15 +182,28 @@ def finish_experts(module: Any, where: str, run: RunOn) -> None:
 
 
 def _finish_coded(module: Any, where: str, run: RunOn) -> None:
-    _check_cpu(run)
-    first = experts.expert_weights(module)[0]
-    declared = module._qmoe_coded[first]
-    stacks = take_coded(module, where)
-    ordered = [stacks[name] for name in experts.expert_weights(module)]
+    declared = module._qmoe_coded[experts.expert_weights(module)[0]]
     activation = _fused(module, declared.shape[1])
-    module.qmoe_arena = TrellisStack(ordered, declared.dtype, activation, run.exact)
+    module.qmoe_arena = _coded_stack(module, where, declared.dtype, run, activation)
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
     module.config._experts_implementation = NAME
+
+
+def _coded_stack(
+    module: Any, where: str, dtype: torch.dtype, run: RunOn, activation: Activation | None
+) -> nn.Module:
+    """The form in which a module's codes are computed: the Triton kernels' or the C kernels'."""
+    stacks = take_coded(module, where)
+    names = ["weight"] if isinstance(module, nn.Linear) else experts.expert_weights(module)
+    ordered = [stacks[name] for name in names]
+    if not uses_arena(run.device):
+        return TrellisStack(ordered, dtype, activation, run.exact)
+    from qmoe.kernels.coded.stack import CodedStack
+
+    try:
+        return CodedStack(ordered, dtype, run.device, activation, run.home)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _arena_stack(

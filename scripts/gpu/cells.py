@@ -67,8 +67,8 @@ def dtype_on(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def width(bits: Bits) -> str:
-    return "mixed" if isinstance(bits, tuple) else str(bits)
+def width(bits: float | tuple[float, ...]) -> str:
+    return "mixed" if isinstance(bits, tuple) else f"{bits:g}"
 
 
 def pack_layer(layer: Layer, bits: Bits, device: torch.device) -> Packed:

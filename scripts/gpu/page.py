@@ -33,7 +33,7 @@ def page(folder: Path) -> Path:
         "| step | result |", "|---|---|",
         *(f"| {step} | {_result(value)} |" for step, value in steps.items()), "",
     ]  # fmt: skip
-    for step in ("decode", "small", "prefill", "widths"):
+    for step in ("decode", "small", "prefill", "widths", "exl3"):
         if rows := steps.get(step, {}).get("rows"):
             lines += [f"## {step}", "", *layer_table(rows), ""]
     for step in ("layers4", "layers12"):
@@ -60,7 +60,8 @@ def layer_table(rows: Rows) -> list[str]:
     out = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for row in rows:
         cells = [format(row[key], form) if key in row else "-" for key, form in keys]
-        name = f"{row['layer']} g{row['group']}"
+        group = row["group"]
+        name = f"{row['layer']} {group if group == 'exl3' else f'g{group}'}"
         out.append("| " + " | ".join([name, row["bits"], str(row["tokens"]), *cells]) + " |")
     return out
 

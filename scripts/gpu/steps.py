@@ -48,6 +48,10 @@ def run(name: str, record: Record, out: Path, dry: bool) -> None:
     if name == "widths":
         tokens = (1, 8, 64, 4096) if not dry else (2,)
         return bench.bench(record, device, bench.other_cells(device), tokens, 1 if dry else 7)
+    if name == "exl3":
+        from gpu.coded import coded
+
+        return coded(record, device, (1, 8, 64, 4096) if not dry else (3,), 1 if dry else 7)
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         if name == "models":

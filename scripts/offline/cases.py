@@ -53,10 +53,10 @@ class Case:
 
 @dataclass
 class Finding:
-    """What a case compiled to. per_weight: instructions per dequantized weight and loop.
-    per_mma: per 16x8x16 matrix product. failed: the demands it does not meet."""
+    """What a case (or one of coded.py) compiled to. per_weight: instructions per dequantized weight
+    and loop. per_mma: per 16x8x16 matrix product. failed: the demands it does not meet."""
 
-    case: Case
+    case: Any
     registers: int
     spilled: int
     shared: int

@@ -7,6 +7,7 @@ import struct
 import pytest
 import torch
 
+from qmoe.config import QuantConfig
 from qmoe.format.exl3 import (
     CODEBOOKS,
     RATES,
@@ -18,6 +19,7 @@ from qmoe.format.exl3 import (
     tiles_of,
     to_tiles,
 )
+from qmoe.format.exl3_checkpoint import coded_tensors, exl3_config, storage_table
 from qmoe.format.trellis import Codes
 
 GOLDEN = {
@@ -156,3 +158,57 @@ def test_scales_and_rotations_lie_around_the_codes():
         whole = turn @ decode(trellis[e], "mul1").double() @ turn
         wanted = suh[e].double()[:, None] * whole * svh[e].double()
         torch.testing.assert_close(found[e].double(), wanted[:k, :n].T, rtol=1e-4, atol=1e-5)
+
+
+def test_metadata_is_the_converters():
+    """Field by field what exllamav3 1.6.5 writes (conversion/compile.py and quant_config.py) for a
+    linear of 2.5 bits [130, 200] in mul1, one of 3 bits in mcg, and a norm."""
+    config = QuantConfig.preset(
+        "fast", format="exl3", experts={"bits": 2.5}, lm_head={"bits": 6},
+        calibration={"samples": 100, "self_samples": 28, "seqlen": 512},
+    )  # fmt: skip
+    assert exl3_config(config) == {
+        "quant_method": "exl3",
+        "version": "1.6.5",
+        "bits": 2.5,
+        "head_bits": 6,
+        "calibration": {"rows": 128, "cols": 512},
+        "out_scales": "always",
+        "codebook": "mul1",
+    }
+    scales = torch.zeros(1, 256).half(), torch.zeros(1, 256).half()
+    one, other = (torch.zeros(1, 16, 16, w, dtype=torch.int16) for w in (40, 48))
+    tensors = {"m.norm.weight": torch.zeros(200, dtype=torch.bfloat16)}
+    tensors |= coded_tensors("m.up.weight", Codes(one, *scales, "mul1", 130, 200), 0)
+    tensors |= coded_tensors("m.q.weight", Codes(other, *scales, "mcg", 130, 200), 0)
+    assert tensors["m.up.mul1"].item() & 0xFFFFFFFF == 2212286765
+    stored = {n: (str(t.dtype), list(t.shape), t.nbytes) for n, t in tensors.items()}
+
+    def tensor(dtype, n_bytes, *shape):
+        return {"shape": list(shape), "n_bytes": n_bytes, "dtype": f"torch.{dtype}"}
+
+    assert storage_table(stored) == {
+        "m.norm": {"stored_tensors": {"m.norm.weight": tensor("bfloat16", 400, 200)}},
+        "m.up": {
+            "stored_tensors": {
+                "m.up.trellis": tensor("int16", 20480, 16, 16, 40),
+                "m.up.suh": tensor("float16", 512, 256),
+                "m.up.svh": tensor("float16", 512, 256),
+                "m.up.mul1": tensor("int32", 4),
+            },
+            "quant_format": "exl3",
+            "bits_per_weight": 2.5,
+            "mul1_multiplier": 2212286765,
+        },
+        "m.q": {
+            "stored_tensors": {
+                "m.q.trellis": tensor("int16", 24576, 16, 16, 48),
+                "m.q.suh": tensor("float16", 512, 256),
+                "m.q.svh": tensor("float16", 512, 256),
+                "m.q.mcg": tensor("int32", 4),
+            },
+            "quant_format": "exl3",
+            "bits_per_weight": 3,
+            "mcg_multiplier": 3417055213,
+        },
+    }

@@ -11,15 +11,22 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import qmoe
+import qmoe.packed.load
+import qmoe.plan.run_plan
+import qmoe.runtime.fill
+import qmoe.runtime.modules
 from qmoe import QuantConfig
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.cli.main import main
 from qmoe.errors import AuditError, CheckpointError, ConfigError, QmoeError
 from qmoe.format.exl3_checkpoint import decoded_tensors
+from qmoe.kernels.coded.stack import CodedStack
 from qmoe.kernels.cpu import library
+from qmoe.kernels.hosted.slots import SlotStack
 from qmoe.model.skeleton import build
 from qmoe.model.weight_map import WeightMap
 from qmoe.packed.audit import audit_folder
+from qmoe.plan.run_plan import RunPlan
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason="installed without a C compiler")
 TEXT = vars(LITTLE_TEXT) | {"self_samples": 0}
@@ -74,6 +81,36 @@ def test_it_runs_as_the_matrices_it_stands_for(coded, short):
     torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-3, atol=1e-3)
     rounded = qmoe.load(coded, torch.bfloat16, progress=False)[0](input_ids=ids).logits.float()
     assert (rounded - wanted).norm() < 0.05 * wanted.norm()
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Loads a folder as for a GPU, whose kernels Triton's interpreter runs on the CPU."""
+
+    def load(path, **options):
+        with monkeypatch.context() as patch:
+            for module in (qmoe.packed.load, qmoe.runtime.fill, qmoe.runtime.modules):
+                patch.setattr(module, "uses_arena", lambda device: True)
+            patch.setattr(qmoe.plan.run_plan, "free_on", lambda device: 10**9)
+            return qmoe.load(path, torch.float32, progress=False, **options)[0]
+
+    return load
+
+
+def test_it_runs_through_the_kernels_of_a_gpu(coded, on_a_gpu, tmp_path):
+    """All resident, and with a part of the experts in slots; a plan for both sides is refused."""
+    ids = torch.arange(60, 63)[None]
+    wanted = qmoe.load(coded, torch.float32, progress=False)[0](input_ids=ids).logits
+    whole = on_a_gpu(coded)
+    held = [layer.mlp.experts.qmoe_arena for layer in whole.model.layers]
+    assert all(isinstance(stack, CodedStack) and stack.activation for stack in held)
+    torch.testing.assert_close(whole(input_ids=ids).logits, wanted, rtol=1e-3, atol=1e-3)
+    little = on_a_gpu(coded, expert_memory=sum(stack.nbytes() for stack in held) // 2)
+    assert isinstance(little.model.layers[0].mlp.experts.qmoe_arena, SlotStack)
+    torch.testing.assert_close(little(input_ids=ids).logits, wanted, rtol=1e-3, atol=1e-3)
+    RunPlan(10**6, 10**6, 64, 1, 10**6, 10**6, 10**5, True).write(tmp_path / "plan.json")
+    with pytest.raises(ConfigError, match="not computed by the CPU beside a GPU"):
+        on_a_gpu(coded, plan=tmp_path / "plan.json")
 
 
 def test_the_commands_know_it(coded, capsys):

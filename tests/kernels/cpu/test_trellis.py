@@ -10,7 +10,8 @@ from qmoe.format.trellis import Codes, Trellis, padded
 from qmoe.kernels.activation import Activation
 from qmoe.kernels.cpu import library
 from qmoe.kernels.cpu.encode import encode
-from qmoe.kernels.cpu.trellis_stack import TrellisStack, code_table
+from qmoe.kernels.cpu.trellis_ops import code_table
+from qmoe.kernels.cpu.trellis_stack import TrellisStack
 
 lib = library.library()
 pytestmark = pytest.mark.skipif(lib is None, reason="installed without a C compiler")
@@ -156,7 +157,7 @@ def test_tiers_and_threads_give_the_same_bits(monkeypatch, rate, T):
     found, count = [], torch.get_num_threads()
     for tier in TIERS:
         monkeypatch.setattr(
-            "qmoe.kernels.cpu.trellis_stack.tier", lambda t=tier: lib.qmoe_find_tier(t.encode())
+            "qmoe.kernels.cpu.trellis_ops.tier", lambda t=tier: lib.qmoe_find_tier(t.encode())
         )
         for threads in (1, 2):
             torch.set_num_threads(threads)

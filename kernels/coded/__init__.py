@@ -1,0 +1,1 @@
+"""EXL3's codes on a GPU: their bytes, whole layers, custom ops, and what a model holds."""
