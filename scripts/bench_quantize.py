@@ -111,9 +111,9 @@ def _quantize(source: str, quantized: str, preset: str, samples: int) -> dict[st
     from qmoe.calibration.routed_tokens import RoutedTokens
     from qmoe.checkpoint.reader import Checkpoint
     from qmoe.layer.at_hand import LayerAtHand
-    from qmoe.layer.solved_cache import SolvedCache
     from qmoe.model.weight_map import WeightMap
     from qmoe.pipeline.output import OutputFolder
+    from qmoe.solved.solved_cache import SolvedCache
 
     spent: Counter[str] = Counter()
 

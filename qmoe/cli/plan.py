@@ -10,13 +10,13 @@ import torch
 from qmoe.checkpoint.headers import find_headers
 from qmoe.cli import tables
 from qmoe.cli.settings import as_options, config_from, given
+from qmoe.fused.int8_cache import to_int8
 from qmoe.model.source import open_source
 from qmoe.plan.choose import AT_ONCE, Candidate, describe, measure, schemes
 from qmoe.plan.choose import plan as choose
 from qmoe.plan.placement import Budget
 from qmoe.plan.run_plan import RunPlan
 from qmoe.prediction.attach import add_prediction
-from qmoe.runtime.int8_cache import to_int8
 from qmoe.system.host_memory import room
 from qmoe.system.sizes import format_size, parse_size
 

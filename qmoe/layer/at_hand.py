@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from qmoe.calibration.collect import See, collecting_experts
 from qmoe.config import QuantConfig, Scheme
 from qmoe.format.trellis import Stack
-from qmoe.layer.kept_matrices import KeptMatrices
 from qmoe.layer.records import LayerRecord
-from qmoe.layer.solved_cache import SolvedCache
 from qmoe.model.layerwise import Call, Forward
 from qmoe.model.structure import Layer
+from qmoe.solved.kept_matrices import KeptMatrices
+from qmoe.solved.solved_cache import SolvedCache
 from qmoe.system.devices import CPU, device_of, moved
 from qmoe.system.spill import Scratch
 

@@ -19,9 +19,9 @@ from qmoe.format.stacks import dequantize
 from qmoe.format.trellis import Stack
 from qmoe.layer.at_hand import LayerAtHand, LayerSettings, QuantizedLayer
 from qmoe.layer.records import ExpertsRecord, MatrixRecord
-from qmoe.layer.solved_cache import SolvedExperts
 from qmoe.layer.statistics import CollectedStats
 from qmoe.model import experts
+from qmoe.solved.solved_cache import SolvedExperts
 from qmoe.solvers.refit import refit
 from qmoe.solvers.solve import Solved, experts_at_once, in_order, join, solve, solve_codes
 from qmoe.system import distributed

@@ -12,16 +12,16 @@ from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.checkpoint.tokenizer import has_tokenizer
 from qmoe.config import Kv
 from qmoe.errors import ConfigError
+from qmoe.fused.attention import fuse_attention
+from qmoe.fused.int8_cache import keep_caches_in_int8
 from qmoe.kernels import uses_arena
 from qmoe.model.source import Source, check_complete
 from qmoe.packed.audit import audit_model, audit_unpacked
+from qmoe.packed.fill import fill
 from qmoe.packed.loaded import guard
 from qmoe.packed.quantizer import attach
 from qmoe.packed.skeleton import open_packed
 from qmoe.plan.run_plan import RunPlan
-from qmoe.runtime.attention import fuse_attention
-from qmoe.runtime.fill import fill
-from qmoe.runtime.int8_cache import keep_caches_in_int8
 from qmoe.runtime.run_on import RunOn, usable_device
 from qmoe.system.host_memory import return_freed
 from qmoe.system.progress import is_shown, shown
@@ -39,7 +39,7 @@ class MoreOptions(HubOptions, total=False):
     prediction: True also loads a quantized layer that predicts tokens beyond the next. `generate`
         does not use it; `qmoe eval` measures it.
     kv: "int8" keeps the keys and values of a cache in 8 bits, where whole ones are kept
-        (qmoe/runtime/int8_cache.py); "bf16" keeps them as the model computes them, unless the plan
+        (qmoe/fused/int8_cache.py); "bf16" keeps them as the model computes them, unless the plan
         says int8.
     """
 

@@ -67,7 +67,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     that `from_pretrained` was asked for.
 
     transformers loads no tensor by itself, since none of its rules knows packed experts: it is
-    shown an empty state dict, and everything is filled in afterwards (runtime/fill.py). Raises what
+    shown an empty state dict, and everything is filled in afterwards (packed/fill.py). Raises what
     `qmoe.load` raises, but for the audit.
     """
 
@@ -138,11 +138,11 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from qmoe.checkpoint.model_config import model_class
         from qmoe.checkpoint.model_folder import ModelFolder
+        from qmoe.fused.attention import fuse_attention
         from qmoe.model.source import check_complete
+        from qmoe.packed.fill import fill
         from qmoe.packed.loaded import guard
         from qmoe.packed.skeleton import open_packed_in
-        from qmoe.runtime.attention import fuse_attention
-        from qmoe.runtime.fill import fill
 
         if model.is_custom_code():  # transformers loses what its constructors compute
             raise UnsupportedModelError(

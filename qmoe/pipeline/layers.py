@@ -16,7 +16,6 @@ from qmoe.errors import UnsupportedModelError
 from qmoe.format.stacks import digest
 from qmoe.format.trellis import Stack
 from qmoe.layer.at_hand import LayerAtHand, LayerSettings
-from qmoe.layer.kept_matrices import KeptMatrices
 from qmoe.layer.quantize import quantize_layer, solve_layer
 from qmoe.model.experts import packed_parameters
 from qmoe.model.layerwise import Call, Finished, Forward, Waiting, suspended
@@ -30,6 +29,7 @@ from qmoe.pipeline.plan import Plan
 from qmoe.pipeline.self_text import CalibrationText
 from qmoe.pipeline.shard import restore, round_unpacked, shard_tensors, stored_dtype
 from qmoe.prediction.streamed import Seen, prediction_calls, seeing_last
+from qmoe.solved.kept_matrices import KeptMatrices
 from qmoe.system.devices import move_to
 from qmoe.system.host_memory import return_freed
 from qmoe.system.progress import progress

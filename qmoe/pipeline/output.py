@@ -17,7 +17,7 @@ from torch import Tensor
 from qmoe.checkpoint.folders import INDEX, SINGLE, companions
 from qmoe.errors import CheckpointError, OutputError, QmoeError
 from qmoe.layer.records import LayerRecord
-from qmoe.layer.solved_cache import SolvedCache
+from qmoe.solved.solved_cache import SolvedCache
 from qmoe.system import distributed
 from qmoe.system.files import CONTENT, content_sha256, sha256, write_json, write_safetensors
 from qmoe.system.lock import NAME, Lock

@@ -7,9 +7,9 @@ import torch
 from helpers import DEVICE, assert_close, save_random, slow
 
 import qmoe
+import qmoe.packed.fill
 import qmoe.packed.load
 import qmoe.plan.run_plan
-import qmoe.runtime.fill
 import qmoe.runtime.modules
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.config import QuantConfig, Scheme
@@ -38,7 +38,7 @@ def through_kernels(monkeypatch):
     def load(path, **options):
         with monkeypatch.context() as patch:
             if DEVICE.type == "cpu":
-                for module in (qmoe.packed.load, qmoe.runtime.fill, qmoe.runtime.modules):
+                for module in (qmoe.packed.load, qmoe.packed.fill, qmoe.runtime.modules):
                     patch.setattr(module, "uses_arena", lambda device: True)
                 patch.setattr(qmoe.plan.run_plan, "free_on", lambda device: FREE)
             return qmoe.load(path, torch.float32, device=DEVICE, progress=False, **options)[0]

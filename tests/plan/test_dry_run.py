@@ -6,10 +6,10 @@ from helpers import slow
 
 from qmoe.checkpoint.model_config import model_class
 from qmoe.errors import UnsupportedModelError
+from qmoe.fused.int8_cache import to_int8
 from qmoe.measure.families import families, tiny_config
 from qmoe.model.skeleton import build
 from qmoe.plan.dry_run import dry_run
-from qmoe.runtime.int8_cache import to_int8
 
 KNOWN = {family.model_type: family for family in families()}
 # Family, what its tiny config needs for two kinds of layers, and the kinds of its cache.

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import qmoe
+import qmoe.packed.fill
 import qmoe.packed.load
 import qmoe.plan.run_plan
-import qmoe.runtime.fill
 import qmoe.runtime.modules
 from qmoe import QuantConfig
 from qmoe.checkpoint.model_folder import ModelFolder
@@ -89,7 +89,7 @@ def on_a_gpu(monkeypatch):
 
     def load(path, **options):
         with monkeypatch.context() as patch:
-            for module in (qmoe.packed.load, qmoe.runtime.fill, qmoe.runtime.modules):
+            for module in (qmoe.packed.load, qmoe.packed.fill, qmoe.runtime.modules):
                 patch.setattr(module, "uses_arena", lambda device: True)
             patch.setattr(qmoe.plan.run_plan, "free_on", lambda device: 10**9)
             return qmoe.load(path, torch.float32, progress=False, **options)[0]

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qmoe.fused.attention import NAME, attention_forward
 from qmoe.kernels.cpu.attention import WIDEST, rms_norm_now
 from qmoe.kernels.cpu.layout import TYPES
 from qmoe.kernels.cpu.ops import linears_now
 from qmoe.kernels.cpu.rotary import HeadNorm, turn_now
 from qmoe.kernels.cpu.stack import CpuStack
-from qmoe.runtime.attention import NAME, attention_forward
 from qmoe.runtime.modules import PackedLinear
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -10,8 +10,8 @@ from transformers.cache_utils import StaticCache
 
 import qmoe
 from qmoe.config import QuantConfig, Scheme
+from qmoe.fused.decoder_layers import Known
 from qmoe.kernels.cpu.library import library
-from qmoe.runtime.decoder_layers import Known
 
 pytestmark = pytest.mark.skipif(library() is None, reason="installed without a C compiler")
 SIZES = dict(
@@ -38,6 +38,7 @@ FAMILIES = {
         False, False,
     ),
 }  # fmt: skip
+MADE_BY = ("qmoe.fused.attention_layers", "qmoe.fused.decoder_layers")
 ROUNDED = QuantConfig(method="rtn", experts=Scheme(4, 32), dense=Scheme(8, 32))
 
 
@@ -57,9 +58,7 @@ def families_own(model):
     """The same model whose layers run the family's own code."""
     other = copy.deepcopy(model)
     for module in other.modules():
-        if type(module).__module__.startswith(
-            ("qmoe.runtime.attention_l", "qmoe.runtime.decoder_l")
-        ):
+        if type(module).__module__ in MADE_BY:
             module.__class__ = type(module).__mro__[1]
     return other
 
@@ -102,7 +101,7 @@ def model(quantized_short):
 
 def decodes_in_c(model, monkeypatch, run):
     """How many layers `run(model)` decodes by one call."""
-    import qmoe.runtime.decoder_layers as module
+    import qmoe.fused.decoder_layers as module
 
     calls, real = [], module.decode
     monkeypatch.setattr(module, "decode", lambda *args: calls.append(1) or real(*args))

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
+from qmoe.fused.attention_layers import PROJECTIONS, is_left_alone, may_be_fused, takes
+from qmoe.fused.growing_cache import GrowingLayer
 from qmoe.kernels.cpu.decoder import MOST_SEQUENCES, Layer, LayerStruct, Norm, decode
 from qmoe.kernels.cpu.library import StackStruct
 from qmoe.kernels.cpu.ops import stack_struct
 from qmoe.kernels.cpu.stack import CpuStack
 from qmoe.model.experts import is_experts
-from qmoe.runtime.attention_layers import PROJECTIONS, is_left_alone, may_be_fused, takes
-from qmoe.runtime.growing_cache import GrowingLayer
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
 TAKEN = {"self", "hidden_states", "attention_mask", "position_embeddings", "past_key_values"}

@@ -5,7 +5,7 @@ import torch
 
 from qmoe.config import Scheme
 from qmoe.errors import OutputError
-from qmoe.layer.solved_cache import SolvedCache, SolvedExperts
+from qmoe.solved.solved_cache import SolvedCache, SolvedExperts
 from qmoe.solvers.rtn import rtn
 from qmoe.solvers.solve import Solved
 

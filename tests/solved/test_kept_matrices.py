@@ -7,7 +7,7 @@ import torch
 
 from qmoe.config import Scheme
 from qmoe.errors import OutputError
-from qmoe.layer.kept_matrices import KeptMatrices
+from qmoe.solved.kept_matrices import KeptMatrices
 from qmoe.solvers.rtn import rtn
 from qmoe.solvers.solve import Solved
 

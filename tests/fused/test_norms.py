@@ -10,8 +10,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
+from qmoe.fused.norms import fuse_norms, recognize_norm
 from qmoe.kernels.cpu.library import library
-from qmoe.runtime.norms import fuse_norms, recognize_norm
 
 pytestmark = pytest.mark.skipif(library() is None, reason="installed without a C compiler")
 FAMILIES = [(MixtralRMSNorm, 0.0, True), (GptOssRMSNorm, 0.0, False), (Gemma2RMSNorm, 1.0, False)]

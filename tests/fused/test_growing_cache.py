@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
-from qmoe.runtime.growing_cache import GrowingLayer
+from qmoe.fused.growing_cache import GrowingLayer
 
 
 def pair():

@@ -9,8 +9,8 @@ from transformers.cache_utils import DynamicCache, StaticCache
 import qmoe
 from qmoe.config import Kv
 from qmoe.errors import ConfigError
+from qmoe.fused.int8_cache import Int8Layer, decode, encode, to_int8
 from qmoe.packed.load import _check_choice
-from qmoe.runtime.int8_cache import Int8Layer, decode, encode, to_int8
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -6,8 +6,8 @@ from helpers import QUICK
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qmoe
+from qmoe.fused.attention import NAME, attention_forward, fuse_attention
 from qmoe.kernels.cpu.library import library
-from qmoe.runtime.attention import NAME, attention_forward, fuse_attention
 from qmoe.runtime.run_on import RunOn
 
 CPU = RunOn(torch.device("cpu"))
@@ -57,7 +57,7 @@ def test_a_family_without_sdpa_keeps_eager():
 
 
 def test_what_is_left_to_torch(monkeypatch):
-    import qmoe.runtime.attention as module
+    import qmoe.fused.attention as module
 
     calls = []
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from qmoe.runtime.growing_cache import GrowingLayer
+from qmoe.fused.growing_cache import GrowingLayer
 from qmoe.system.printing import say
 
 MOST = 127

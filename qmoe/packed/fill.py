@@ -9,18 +9,18 @@ from dataclasses import replace
 import torch
 
 from qmoe.errors import ConfigError
+from qmoe.fused.attention_layers import fuse_attention_layers
+from qmoe.fused.decoder_layers import fuse_decoder_layers
+from qmoe.fused.growing_cache import let_caches_grow
+from qmoe.fused.norms import fuse_norms
+from qmoe.fused.routers import fuse_routers
 from qmoe.kernels import uses_arena
 from qmoe.kernels.cpu.stack import uses_cpu_kernels
 from qmoe.model.source import Source
-from qmoe.runtime.attention_layers import fuse_attention_layers
-from qmoe.runtime.decoder_layers import fuse_decoder_layers
-from qmoe.runtime.growing_cache import let_caches_grow
 from qmoe.runtime.hybrid import measure_rates, place_experts
 from qmoe.runtime.modules import PackedLinear, finish_experts
-from qmoe.runtime.norms import fuse_norms
 from qmoe.runtime.offload import offload_experts
 from qmoe.runtime.prepared import keep_prepared, open_prepared, prepared_file
-from qmoe.runtime.routers import fuse_routers
 from qmoe.runtime.run_on import RunOn
 from qmoe.runtime.spread import check_places, move_apart
 from qmoe.system.host_memory import return_freed

@@ -11,9 +11,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
+from qmoe.fused.routers import fuse_routers, recognize_router
 from qmoe.kernels.cpu.library import library
 from qmoe.kernels.cpu.router import FEW, Routing
-from qmoe.runtime.routers import fuse_routers, recognize_router
 
 pytestmark = pytest.mark.skipif(library() is None, reason="installed without a C compiler")
 SIZES = {"num_experts": 24, "num_local_experts": 24, "num_experts_per_tok": 4, "hidden_size": 96}

@@ -1,0 +1,1 @@
+"""Solved matrices on disk: until their layer is written, and for other runs."""
