@@ -101,7 +101,7 @@ def test_more_bytes_never_cost_more(source, measurements):
 def test_the_curve_falls_from_the_fewest_bits_to_the_most(source, measurements):
     found = curve(Disk(source), BASE, measurements)
     two = replace(SCHEME, bits=2)
-    assert found[0]["bits"] == average_bits(source, replace(BASE, experts=two, dense=two))
+    assert found[0]["bits"] <= average_bits(source, replace(BASE, experts=two, dense=two))
     for a, b in pairwise(found):
         assert a["bytes"] < b["bytes"] and a["bits"] < b["bits"]
         assert a["predicted_kl"] > b["predicted_kl"]
