@@ -85,13 +85,13 @@ def _fused(cls: type[Any]) -> type[Any]:
     def forward(
         self: Any,
         hidden_states: Tensor,
-        position_embeddings: Rotary | None = None,
+        position_embeddings: Any = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
         rest = (position_embeddings, attention_mask, past_key_values)
-        if position_embeddings is None or not takes(self, hidden_states, position_embeddings):
+        if not takes(self, hidden_states, position_embeddings):
             return cls.forward(self, hidden_states, *rest, **kwargs)
         if self.__dict__.get("qmoe_computes_alike") is None:
             self.qmoe_computes_alike = _computes_alike(
@@ -104,8 +104,11 @@ def _fused(cls: type[Any]) -> type[Any]:
     return type(f"Fused{cls.__name__}", (cls,), {"forward": forward})
 
 
-def takes(self: Any, x: Tensor, rotary: Rotary) -> bool:
-    """Whether an attention layer takes rows x [B, T, H] with these cosines and sines in C."""
+def takes(self: Any, x: Tensor, rotary: Any) -> bool:
+    """Whether an attention layer takes rows x [B, T, H] with these positions in C: cosines, sines
+    [1 or B, T, R]. Llama 4 has complex numbers."""
+    if not isinstance(rotary, tuple) or len(rotary) != 2:
+        return False
     if torch.compiler.is_compiling() or self.training or x.requires_grad or x.dim() != 3:
         return False
     if x.device.type != "cpu" or x.dtype not in TYPES or not x.numel():

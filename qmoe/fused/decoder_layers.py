@@ -119,7 +119,7 @@ def _cached(self: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> GrowingL
     if args or x.dim() != 3 or x.shape[1] != 1 or not 0 < len(x) <= MOST_SEQUENCES:
         return None
     rotary, cache_of_model = kwargs.get("position_embeddings"), kwargs.get("past_key_values")
-    if rotary is None or kwargs.get("attention_mask") is not None or self.training:
+    if kwargs.get("attention_mask") is not None or self.training:
         return None
     layers = getattr(cache_of_model, "layers", ())
     attention = self._modules["self_attn"]

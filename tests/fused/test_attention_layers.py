@@ -31,6 +31,8 @@ FAMILIES = {
          "partial_rotary_factor": 0.5, "attention_bias": True, "use_qk_norm": True},
         True, False,
     ),
+    # Its positions are complex numbers, and every second layer has none.
+    "llama4_text": ({"intermediate_size_mlp": 32, "no_rope_layers": [1, 0]}, False, False),
     "deepseek_v3": (
         {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0,
          "q_lora_rank": None, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
