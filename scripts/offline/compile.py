@@ -26,8 +26,8 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers: per thread. spilled: bytes per thread on NVIDIA, registers on AMD. shared: bytes.
-    assembly: SASS or AMD assembly."""
+    """registers: per thread. spilled: bytes of memory per thread. shared: bytes. assembly: SASS or
+    AMD assembly."""
 
     registers: int
     spilled: int
@@ -74,7 +74,8 @@ def _amd(done: Any) -> Compiled:
     def field(name: str) -> int:
         return max(map(int, re.findall(rf"\.{name}:\s+(\d+)", text)))
 
-    spilled = field("vgpr_spill_count") + field("sgpr_spill_count")
+    # Scalar registers that spill go to lanes of vector registers first, which takes no memory.
+    spilled = field("private_segment_fixed_size")
     return Compiled(field("vgpr_count"), spilled, done.metadata.shared, text)
 
 
