@@ -34,7 +34,7 @@ def _arena(buffer: Tensor, table: Tensor, numbers: Sequence[int], dtype: torch.d
     return Arena(tuple(matrices), buffer, table, ORDERS[numbers[0]], dtype)
 
 
-def _launched_on(x: Tensor) -> AbstractContextManager[object]:
+def launched_on(x: Tensor) -> AbstractContextManager[object]:
     """Makes the GPU of a tensor the current one, on which Triton starts kernels."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
@@ -56,7 +56,7 @@ def routed_experts(
     """experts.routed_experts."""
     packed = _arena(buffer, table, arena, x.dtype)
     between = Activation(activation, alpha, limit)
-    with _launched_on(x):
+    with launched_on(x):
         return layer.routed_experts(x, ids, gates, packed, between, first_bias, second_bias)
 
 
@@ -75,7 +75,7 @@ def first_product(
     bias: Tensor | None,
 ) -> Tensor:
     """experts.first_product without an activation: for those that are not fused."""
-    with _launched_on(x):
+    with launched_on(x):
         return layer.first_product(x, ids, _arena(buffer, table, arena, x.dtype), bias=bias)
 
 
@@ -96,7 +96,7 @@ def second_product(
 ) -> Tensor:
     """experts.second_product."""
     packed = _arena(buffer, table, arena, mid.dtype)
-    with _launched_on(mid):
+    with launched_on(mid):
         return layer.second_product(mid, ids, gates, packed, bias)
 
 
@@ -110,7 +110,7 @@ def linear(
     x: Tensor, buffer: Tensor, table: Tensor, arena: Sequence[int], bias: Tensor | None
 ) -> Tensor:
     """experts.linear."""
-    with _launched_on(x):
+    with launched_on(x):
         return layer.linear(x, _arena(buffer, table, arena, x.dtype), bias)
 
 

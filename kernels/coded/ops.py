@@ -10,6 +10,7 @@ from qmoe.format.exl3 import CODEBOOKS
 from qmoe.kernels.activation import Activation
 from qmoe.kernels.coded import layer
 from qmoe.kernels.coded.arena import CodedArena, CodedMatrix
+from qmoe.kernels.ops import launched_on
 
 FIELDS = 4  # integers of a matrix
 
@@ -46,7 +47,8 @@ def coded_experts(
 ) -> Tensor:
     """layer.routed_experts."""
     coded, between = _arena(buffer, table, arena, x.dtype), Activation(activation, alpha, limit)
-    return layer.routed_experts(x, ids, gates, coded, between, first_bias, second_bias)
+    with launched_on(x):
+        return layer.routed_experts(x, ids, gates, coded, between, first_bias, second_bias)
 
 
 @coded_experts.register_fake
@@ -59,7 +61,8 @@ def coded_first(
     x: Tensor, ids: Tensor, buffer: Tensor, table: Tensor, arena: Sequence[int], bias: Tensor | None
 ) -> Tensor:
     """layer.first_product."""
-    return layer.first_product(x, ids, _arena(buffer, table, arena, x.dtype), bias)
+    with launched_on(x):
+        return layer.first_product(x, ids, _arena(buffer, table, arena, x.dtype), bias)
 
 
 @coded_first.register_fake
@@ -78,7 +81,8 @@ def coded_second(
     bias: Tensor | None,
 ) -> Tensor:
     """layer.second_product."""
-    return layer.second_product(mid, ids, gates, _arena(buffer, table, arena, mid.dtype), bias)
+    with launched_on(mid):
+        return layer.second_product(mid, ids, gates, _arena(buffer, table, arena, mid.dtype), bias)
 
 
 @coded_second.register_fake
@@ -89,7 +93,8 @@ def _(mid, ids, gates, buffer, table, arena, bias):  # type: ignore[no-untyped-d
 @torch.library.custom_op("qmoe::coded_linear", mutates_args=())
 def coded_linear(x: Tensor, buffer: Tensor, table: Tensor, arena: Sequence[int]) -> Tensor:
     """layer.linear without a bias."""
-    return layer.linear(x, _arena(buffer, table, arena, x.dtype))
+    with launched_on(x):
+        return layer.linear(x, _arena(buffer, table, arena, x.dtype))
 
 
 @coded_linear.register_fake

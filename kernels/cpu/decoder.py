@@ -118,6 +118,7 @@ def decode(
     of S > past tokens, of which `past` are there; what the new tokens have is written at `past`.
     MemoryError, before which nothing is promised of what is at `past`.
     """
+    x = x.contiguous()
     number, lib, out = tier(), library(), torch.empty_like(x)
     assert number is not None and lib is not None and past < keys.shape[2]
     cos, sin = rotary

@@ -115,7 +115,7 @@ def coded_gemm(
     m = tl.arange(0, BM)
     if P2 > 0:
         expert = tl.load(ids_ptr + tile_m).to(tl.int32)
-        if expert >= E:
+        if (expert < 0) | (expert >= E):
             return
         if P2 == 1:
             rows = tl.where(m == 0, tile_m, P)

@@ -35,7 +35,7 @@ def fuse_attention_layers(modules: Iterable[nn.Module]) -> int:
     module: Any
     for module in modules:
         cls: Any = type(module)
-        if _is_written_so(cls) and _has_the_parts(module):
+        if _is_written_so(cls) and has_the_parts(module):
             module.__class__ = _fused(cls)
             found += 1
     return found
@@ -47,15 +47,18 @@ def _is_written_so(cls: type[Any]) -> bool:
     return [*inspect.signature(cls.forward).parameters] == [*TAKEN, "kwargs"]
 
 
-def _has_the_parts(module: Any) -> bool:
+def has_the_parts(module: Any) -> bool:
+    """Whether an attention layer has the projections and heads that C takes."""
     width = getattr(module, "head_dim", None)
     if not isinstance(width, int) or not 0 < width <= WIDEST:
         return False
     if not isinstance(getattr(module, "scaling", None), float) or not hasattr(module, "layer_idx"):
         return False
-    return may_be_fused(module) and all(
-        module._modules[name].out_features % width == 0 for name in PROJECTIONS[:3]
-    )
+    if not may_be_fused(module):
+        return False
+    q, k, v, o = (module._modules[name] for name in PROJECTIONS)
+    whole = all(linear.out_features % width == 0 for linear in (q, k, v))
+    return whole and v.out_features == k.out_features and o.in_features == q.out_features
 
 
 def may_be_fused(module: Any) -> bool:
@@ -65,13 +68,27 @@ def may_be_fused(module: Any) -> bool:
         linear = parts.get(name)
         if type(linear) is not PackedLinear or linear.rotation or not is_left_alone(linear):
             return False
+        if is_trained(linear):
+            return False
         if type(linear.stack) is not CpuStack:
             return False
     for name in ("q_norm", "k_norm"):
         norm = parts.get(name)
-        if norm is not None and not (hasattr(norm, "qmoe_norm") and is_left_alone(norm)):
+        if norm is not None and not is_plain_norm(norm):
             return False
     return True
+
+
+def is_plain_norm(norm: nn.Module) -> bool:
+    """Whether a module is a recognized norm itself and no wrapper, and computes as it did."""
+    return "qmoe_norm" in norm.__dict__ and is_left_alone(norm) and not is_trained(norm)
+
+
+def is_trained(module: nn.Module) -> bool:
+    """Whether a parameter of the module itself wants a gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(p is not None and p.requires_grad for p in module._parameters.values())
 
 
 def is_left_alone(module: nn.Module) -> bool:
@@ -101,7 +118,7 @@ def _fused(cls: type[Any]) -> type[Any]:
             return cls.forward(self, hidden_states, *rest, **kwargs)
         return _attended(self, hidden_states, position_embeddings, *rest[1:], **kwargs)
 
-    return type(f"Fused{cls.__name__}", (cls,), {"forward": forward})
+    return type(f"Fused{cls.__name__}", (cls,), {"forward": forward, "qmoe_attends_in_c": True})
 
 
 def takes(self: Any, x: Tensor, rotary: Any) -> bool:
@@ -120,7 +137,9 @@ def takes(self: Any, x: Tensor, rotary: Any) -> bool:
         return False
     if cos.shape[2] > self.head_dim or cos.shape[2] % 2:
         return False
-    return self.config._attn_implementation == NAME and may_be_fused(self)
+    return getattr(
+        getattr(self, "config", None), "_attn_implementation", None
+    ) == NAME and may_be_fused(self)
 
 
 @torch.no_grad()

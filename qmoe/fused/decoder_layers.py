@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from qmoe.fused.attention_layers import PROJECTIONS, is_left_alone, may_be_fused, takes
+from qmoe.fused.attention_layers import (
+    PROJECTIONS,
+    is_left_alone,
+    is_plain_norm,
+    is_trained,
+    may_be_fused,
+    takes,
+)
 from qmoe.fused.growing_cache import GrowingLayer
 from qmoe.kernels.cpu.decoder import MOST_SEQUENCES, Layer, LayerStruct, Norm, decode
 from qmoe.kernels.cpu.library import StackStruct
@@ -47,6 +54,7 @@ class Known:
     made anew when a tensor has moved. Copies start without either: they have other addresses."""
 
     alike: bool | None = None
+    dtypes: tuple[torch.dtype, ...] = ()
     addresses: Addresses = ()
     struct: LayerStruct | None = None
 
@@ -61,7 +69,7 @@ def _is_written_so(cls: type[Any]) -> bool:
 
 def _has_the_parts(module: Any) -> bool:
     attention, norms, mlp = _parts(module)
-    if attention is None or not hasattr(attention, "head_dim") or None in norms or mlp is None:
+    if not hasattr(attention, "qmoe_attends_in_c") or None in norms or mlp is None:
         return False
     if set(module._modules) != {"self_attn", *NORMS, "mlp"} or len(mlp._modules) != 2:
         return False
@@ -80,7 +88,7 @@ def _parts(module: Any) -> tuple[Any, tuple[Any, Any], Any]:
 def _router_and_experts(mlp: Any) -> tuple[Any, Any]:
     router = experts = None
     for part in mlp._modules.values():
-        if hasattr(part, "qmoe_routing"):
+        if "qmoe_routing" in part.__dict__:
             router = part
         elif is_experts(part):
             experts = part
@@ -90,10 +98,14 @@ def _router_and_experts(mlp: Any) -> tuple[Any, Any]:
 def _may_be_fused(module: Any) -> bool:
     """Whether the parts are still what they were, and nothing looks at what they compute."""
     attention, norms, mlp = _parts(module)
-    alone = (attention, *norms, mlp, *mlp._modules.values())
+    router, experts = _router_and_experts(mlp)
+    if router is None or experts is None or is_trained(router):
+        return False
+    if "qmoe_arena" not in experts._modules or "parametrizations" in experts._modules:
+        return False
     return (
-        all(hasattr(norm, "qmoe_norm") for norm in norms)
-        and all(is_left_alone(part) for part in alone)
+        all(is_plain_norm(norm) for norm in norms)
+        and all(is_left_alone(part) for part in (attention, mlp, router, experts))
         and may_be_fused(attention)
     )
 
@@ -105,6 +117,9 @@ def _fused(cls: type[Any]) -> type[Any]:
         if layer is None:
             return cls.forward(self, hidden_states, *args, **kwargs)
         known = self.__dict__.setdefault("qmoe_known", Known())
+        dtypes = (hidden_states.dtype, *(t.dtype for t in _tensors(self) if t is not None))
+        if known.dtypes != dtypes:
+            known.alike, known.struct, known.dtypes = None, None, dtypes
         if known.alike is None:
             known.alike = _computes_alike(cls, self, hidden_states, kwargs)
         if not known.alike:
@@ -121,7 +136,9 @@ def _cached(self: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> GrowingL
     rotary, cache_of_model = kwargs.get("position_embeddings"), kwargs.get("past_key_values")
     if kwargs.get("attention_mask") is not None or self.training:
         return None
-    layers = getattr(cache_of_model, "layers", ())
+    if type(cache_of_model) is not DynamicCache:  # others may look at every token
+        return None
+    layers = cache_of_model.layers
     attention = self._modules["self_attn"]
     if attention.layer_idx >= len(layers):
         return None

@@ -50,6 +50,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.last = (self.keys, self.values)
         return self.last
 
+    def __copy__(self) -> "GrowingLayer":
+        made = type(self).__new__(type(self))
+        made.__dict__ |= {**self.__dict__, "room": None, "last": (None, None)}
+        return made
+
     def _fits(self, end: int) -> bool:
         """Whether keys and values are still the views that the last update left, with room behind
         them: cropping, reordering and copying put others in their place."""

@@ -61,14 +61,19 @@ def product(x: Float[Tensor, "M K"], expand: Expand, e: int) -> Float[Tensor, "M
     return y
 
 
+def declared_stacks(module: Any) -> dict[str, Any]:
+    """What is declared of an experts module's stacks, by name: of integers, or of EXL3's codes."""
+    stored: dict[str, Any] | None = getattr(module, "_qmoe_stored", None)
+    return module._qmoe_coded if stored is None else stored  # type: ignore[no-any-return]
+
+
 class ExpandedStack:
     """One stack of an experts module as `moe_forward` takes it: a matrix is expanded when it is
     multiplied with, and an adapter's part is added."""
 
     def __init__(self, module: Any, weight: str, expand: Expand):
         """weight: the name of the stack in the module, for which expand(e) gives matrix e."""
-        shape = module._qmoe_stored[weight].shape
-        self.shape, self.expand = shape, expand
+        self.shape, self.expand = declared_stacks(module)[weight].shape, expand
         self.module, self.weight = module, weight
 
     def matmul(self, x: Float[Tensor, "M K"], e: int) -> Float[Tensor, "M N"]:
@@ -108,7 +113,7 @@ def is_adapted(module: Any) -> bool:
     """Whether an adapter is active on the stacks of an experts module."""
     if "parametrizations" not in module._modules:
         return False
-    return any(_adapters(module, weight) for weight in module._qmoe_stored)
+    return any(_adapters(module, weight) for weight in declared_stacks(module))
 
 
 def expanding(stacks: list[Any], i: int) -> Expand:

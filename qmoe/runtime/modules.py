@@ -74,7 +74,7 @@ def _routed(self: Any, x: Tensor, ids: Tensor, routing_weights: Tensor) -> Tenso
         stacks = packed_experts(self)
         up, down = (
             ExpandedStack(self, weight, expanding(stacks, i))
-            for i, weight in enumerate(self._qmoe_stored)
+            for i, weight in enumerate(experts.expert_weights(self))
         )
         return moe_forward(x, ids, routing_weights, up, down, between, biases)
     if hasattr(self, "qmoe_arena"):

@@ -160,6 +160,29 @@ def test_a_weight_that_has_moved_is_found(model):
             assert found.equal(wanted)
 
 
+def test_inputs_may_be_slices(model):
+    """Rows of embeddings that do not lie one behind the other."""
+    own = families_own(model)
+    embeddings = model.get_input_embeddings()(IDS)
+    found = []
+    with torch.no_grad():
+        for one in (model, own):
+            cache = one(inputs_embeds=embeddings[:, :5], use_cache=True).past_key_values
+            for i in (5, 6):
+                out = one(inputs_embeds=embeddings[:, i : i + 1], past_key_values=cache)
+            found.append(out.logits)
+    assert found[0].equal(found[1])
+
+
+def test_a_trained_norm_gets_its_gradient(model):
+    norm = model.model.layers[1].post_attention_layernorm
+    norm.weight.requires_grad_()
+    with torch.no_grad():
+        cache = model(IDS, use_cache=True).past_key_values
+    model(IDS[:, :1], past_key_values=cache).logits.float().sum().backward()
+    assert norm.weight.grad is not None and norm.weight.grad.abs().max() > 0
+
+
 def test_gradients_go_through_the_family_s_own_code(model):
     table = model.get_input_embeddings()
     inputs = table(IDS).detach().requires_grad_()

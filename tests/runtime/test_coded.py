@@ -113,6 +113,20 @@ def test_it_runs_through_the_kernels_of_a_gpu(coded, on_a_gpu, tmp_path):
         on_a_gpu(coded, plan=tmp_path / "plan.json")
 
 
+def test_gradients_flow_through_codes(coded):
+    """As through the float32 matrices that the codes stand for."""
+    model, _ = qmoe.load(coded, dtype=torch.float32, progress=False)
+    table = model.get_input_embeddings()
+    inputs = table(torch.arange(1, 9)[None]).detach().requires_grad_()
+    model(inputs_embeds=inputs).logits.sum().backward()
+    assert inputs.grad.isfinite().all()
+    step = torch.randn_like(inputs) * inputs.detach().abs().mean()
+    with torch.no_grad():
+        ends = [model(inputs_embeds=inputs + c * step).logits.double().sum() for c in (1e-2, -1e-2)]
+    slope = ((ends[0] - ends[1]) / 2e-2).item()
+    assert (inputs.grad * step).sum().item() == pytest.approx(slope, rel=0.05)
+
+
 def test_the_commands_know_it(coded, capsys):
     assert main(["inspect", str(coded), "--experts"]) == 0
     said = capsys.readouterr().out
