@@ -12,6 +12,7 @@ from qmoe.budget.measurements import Measurements
 from qmoe.budget.memory import Memory
 from qmoe.budget.ways import COUNT, IS_CHANNEL, is_open, ways
 from qmoe.config import BITS, CHANNEL, GROUPS, UNIFORM_LAYERS, QuantConfig, Scheme
+from qmoe.engines.settings import check_target
 from qmoe.errors import ConfigError
 from qmoe.model.schemes import check_schemes
 from qmoe.plan.allocate import Choice
@@ -131,8 +132,9 @@ def uniform(memory: Memory, config: QuantConfig, budget: int) -> QuantConfig | N
             changed = all_in(config, replace(config.experts, bits=bits, group_size=group))
             try:
                 check_schemes(memory.source, changed)
+                check_target(memory.source, changed)
             except ConfigError:
-                continue  # this group size does not divide the model's matrices
+                continue  # the model's shapes or the target do not take it
             size = memory.total(changed)
             if size <= budget and (best is None or size > best[0]):
                 best = size, changed

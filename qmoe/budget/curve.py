@@ -1,8 +1,9 @@
 """What other numbers of bytes would have brought: the predicted KL of the best choice of each."""
 
 from dataclasses import replace
+from typing import Any
 
-from qmoe.budget.choose import all_in, choose
+from qmoe.budget.choose import choose
 from qmoe.budget.measurements import Measurements
 from qmoe.budget.memory import Memory, average_bits
 from qmoe.config import BITS, QuantConfig
@@ -29,6 +30,6 @@ def curve(
 
 
 def _all_at(config: QuantConfig, bits: int) -> QuantConfig:
-    changed = all_in(config, replace(config.experts, bits=bits))
-    head = changed.lm_head
-    return changed if head is None else replace(changed, lm_head=replace(head, bits=bits))
+    own = {name: getattr(config, name) for name in ("experts", "dense", "lm_head")}
+    changes: dict[str, Any] = {n: s and replace(s, bits=bits) for n, s in own.items()}
+    return replace(config, **changes)

@@ -99,7 +99,9 @@ def _may_be_fused(module: Any) -> bool:
     """Whether the parts are still what they were, and nothing looks at what they compute."""
     attention, norms, mlp = _parts(module)
     router, experts = _router_and_experts(mlp)
-    if router is None or experts is None or is_trained(router):
+    if router is None or experts is None or "weight" not in router._parameters:
+        return False
+    if is_trained(router):
         return False
     if "qmoe_arena" not in experts._modules or "parametrizations" in experts._modules:
         return False
@@ -133,7 +135,8 @@ def _cached(self: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> GrowingL
     """The cache of this layer, if one token of each sequence is to be decoded behind it alone."""
     if args or x.dim() != 3 or x.shape[1] != 1 or not 0 < len(x) <= MOST_SEQUENCES:
         return None
-    rotary, cache_of_model = kwargs.get("position_embeddings"), kwargs.get("past_key_values")
+    rotary = kwargs.get("position_embeddings")
+    cache_of_model: Any = kwargs.get("past_key_values")
     if kwargs.get("attention_mask") is not None or self.training:
         return None
     if type(cache_of_model) is not DynamicCache:  # others may look at every token

@@ -86,7 +86,9 @@ def _fused(cls: type[Any]) -> type[Any]:
     """The class with a forward that is one operation for few tokens without gradients."""
 
     def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weight, bias = self._parameters["weight"], self._parameters.get("bias")
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        if weight is None:  # an adapter has taken its place
+            return cls.forward(self, x)  # type: ignore[no-any-return]
         rows = x.reshape(-1, x.shape[-1])
         if not 0 < len(rows) <= FEW or x.dtype != weight.dtype or x.requires_grad:
             return cls.forward(self, x)  # type: ignore[no-any-return]

@@ -64,7 +64,7 @@ def product(x: Float[Tensor, "M K"], expand: Expand, e: int) -> Float[Tensor, "M
 def declared_stacks(module: Any) -> dict[str, Any]:
     """What is declared of an experts module's stacks, by name: of integers, or of EXL3's codes."""
     stored: dict[str, Any] | None = getattr(module, "_qmoe_stored", None)
-    return module._qmoe_coded if stored is None else stored  # type: ignore[no-any-return]
+    return module._qmoe_coded if stored is None else stored
 
 
 class ExpandedStack:
