@@ -23,6 +23,7 @@ from qmoe.kernels.cpu.stack import CpuStack
 from qmoe.runtime.modules import PackedLinear
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+NORMS = ("q_norm", "k_norm")
 TAKEN = ["self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values"]
 PROBES = 4  # tokens
 Rotary = tuple[Tensor, Tensor]
@@ -54,7 +55,8 @@ def has_the_parts(module: Any) -> bool:
         return False
     if not isinstance(getattr(module, "scaling", None), float) or not hasattr(module, "layer_idx"):
         return False
-    if not may_be_fused(module):
+    # With more parts than these, such as an indexer, it computes more.
+    if not {*PROJECTIONS, *NORMS} >= module._modules.keys() or not may_be_fused(module):
         return False
     q, k, v, o = (module._modules[name] for name in PROJECTIONS)
     whole = all(linear.out_features % width == 0 for linear in (q, k, v))
@@ -72,7 +74,7 @@ def may_be_fused(module: Any) -> bool:
             return False
         if type(linear.stack) is not CpuStack:
             return False
-    for name in ("q_norm", "k_norm"):
+    for name in NORMS:
         norm = parts.get(name)
         if norm is not None and not is_plain_norm(norm):
             return False
