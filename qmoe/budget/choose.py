@@ -14,7 +14,7 @@ from qmoe.budget.ways import COUNT, IS_CHANNEL, is_open, ways
 from qmoe.config import BITS, CHANNEL, GROUPS, UNIFORM_LAYERS, QuantConfig, Scheme
 from qmoe.engines.settings import check_target
 from qmoe.errors import ConfigError
-from qmoe.model.schemes import check_schemes
+from qmoe.model.schemes import check_schemes, with_widest
 from qmoe.plan.allocate import Choice
 from qmoe.plan.coupled import allocate_alike
 from qmoe.plan.sizes import Stack, stacks
@@ -133,6 +133,7 @@ def uniform(memory: Memory, config: QuantConfig, budget: int) -> QuantConfig | N
             try:
                 check_schemes(memory.source, changed)
                 check_target(memory.source, changed)
+                changed, _ = with_widest(memory.source, changed)
             except ConfigError:
                 continue  # the model's shapes or the target do not take it
             size = memory.total(changed)

@@ -20,6 +20,7 @@ from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.checkpoint.remote_code import code_digest
 from qmoe.config import QuantConfig
 from qmoe.engines.settings import check_target
+from qmoe.errors import CalibrationError
 from qmoe.model.schemes import check_schemes, with_block, with_widest
 from qmoe.model.source import Source, open_source
 from qmoe.pipeline.checks import (
@@ -191,7 +192,13 @@ def _check_statistics(given: list[Path], source: Source, about: dict[str, str]) 
     words, what of the text that they were gathered on was not as asked for."""
     said: list[str] = []
     for folder in given:
-        for i in range(len(source.structure.layers)):
+        for i, layer in enumerate(source.structure.layers):
+            if source.predicts(layer.name) and not (folder / statistics_file(i)).exists():
+                raise CalibrationError(
+                    f"{folder}: expected statistics of {layer.name}, the layer that predicts "
+                    f"further tokens, in {statistics_file(i)}; found none. Leave that layer in 16 "
+                    "bits (--set mtp=keep), or save statistics again"
+                )
             notes = statistics.check(folder / statistics_file(i), about)
             said += [f"{folder}: {note}" for note in notes if i == 0]
     return said

@@ -9,13 +9,14 @@ import torch
 from helpers import mostly_slow
 
 import qmoe
-from qmoe.budget.choose import choose, uniform
+from qmoe.budget.choose import all_in, choose, uniform
 from qmoe.budget.curve import curve
 from qmoe.budget.measurements import Measured, Measurements
 from qmoe.budget.memory import Disk, Gpu, average_bits, bytes_for
 from qmoe.checkpoint.model_folder import ModelFolder
 from qmoe.config import CHANNEL, QuantConfig, Scheme
 from qmoe.errors import ConfigError
+from qmoe.model.schemes import with_widest
 from qmoe.model.source import open_source
 from qmoe.plan.in_memory import expert_sizes
 from qmoe.plan.sizes import Stack, stacks
@@ -174,3 +175,16 @@ def test_bytes_on_a_gpu_are_what_the_plan_counts(source, measurements):
     assert chosen.nbytes == least  # since there is no other choice
     assert {digit for each in chosen.config.widths.values() for digit in each} == {"2"}
     assert set(chosen.config.groups) == {part.module for part in stacks(source, BASE)}
+
+
+def test_a_uniform_model_for_llama_cpp_is_counted_with_the_bits_of_its_blocks(source):
+    """Of the demo's matrices none has inputs that fill a block of 2 bits, so they get 4."""
+    scheme = Scheme(4, 32)
+    config = QuantConfig(experts=scheme, dense=scheme, target="llama.cpp")
+    found = uniform(Disk(source), config, bytes_for(source, BASE, 8))
+    assert found is not None and with_widest(source, found)[0] == found
+    two = all_in(config, replace(scheme, bits=2))
+    wide, notes = with_widest(source, two)
+    assert notes and Disk(source).total(wide) > Disk(source).total(two)
+    budget = Disk(source).total(two)  # too little for the bits of its blocks
+    assert uniform(Disk(source), config, budget) is None
